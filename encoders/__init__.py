@@ -1,0 +1,1 @@
+"""Media encoders, one file each; `encoders.registry` lists them by modality and architecture."""

@@ -1,0 +1,140 @@
+"""What an encoder is: the base class that every file of this package derives from, and helpers for its bindings.
+
+A third party writes one file in this package with a subclass of `Encoder` and a `mimo_gemma4.media.MediaProcessor`;
+`encoders.registry` finds it by its `modality` and `architecture`. `docs/add_an_encoder.md` walks through an example.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Sequence
+from fnmatch import fnmatchcase
+from typing import Any, ClassVar, Literal, Protocol, Self
+
+import torch
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor, nn
+
+from mimo_gemma4.errors import ConfigError
+from mimo_gemma4.media import MediaHeader, MediaProcessor
+from mimo_gemma4.weights import Binding, Index, Init
+
+
+class ConfiguredProcessor(MediaProcessor, Protocol):
+    """A media processor that can be built from a model configuration."""
+
+    @classmethod
+    def from_config(cls, hf_config: dict[str, Any]) -> Self:
+        """Build it from the nested dict of a Hugging Face `config.json`. Raises `ConfigError` for unfit values."""
+        ...
+
+
+class Encoder(nn.Module, ABC):
+    """Media items in, rows of the language model's width out.
+
+    A subclass sets the three class attributes and `self.config`, and defines `__init__`, `forward`, `flops`, `bindings`
+    and `projector_parameters`.
+
+    A replicated parameter that sees only this rank's share of the work under tensor parallelism (a norm over local
+    heads, say) carries `parameter.tp_gradient_partial = True`: its gradient is summed over the tensor parallel group
+    after backward. Gradients of all other replicated parameters must come out equal on those ranks.
+    """
+
+    modality: ClassVar[str]
+    """Name of the module in `layout`, and of `<modality>_config` in the model configuration, for example `vision`."""
+    architecture: ClassVar[str]
+    """The `model_type` in `<modality>_config` that selects this class, for example `gemma4_vision`."""
+    processor: ClassVar[type[ConfiguredProcessor]]
+    """The host side: file bytes to the keyword arguments of `forward`."""
+    config: TransformerConfig
+    """Read by megatron-core's data parallelism and optimizer; `calculate_per_token_loss=True`, as losses are sums."""
+
+    @abstractmethod
+    def __init__(
+        self,
+        hf_config: dict[str, Any],
+        groups: ProcessGroupCollection,
+        *,
+        language_hidden: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        activation_checkpointing: str = "none",
+    ):
+        """Build the tower and projector with uninitialised weights; `bindings` says how they are filled.
+
+        `hf_config` is the whole model configuration, `groups.tp` the tensor parallel group, `language_hidden` the width
+        of the output rows, `dtype` that of weights and outputs, and `activation_checkpointing` one of none, selective
+        and full. Raises `ConfigError` or `LayoutError` where the sizes do not fit.
+        """
+        super().__init__()
+
+    @abstractmethod
+    def forward(self, *args: Any, **inputs: Any) -> Tensor:
+        """Encode what `processor.collate` returned, as keyword arguments on the device, into [rows, language_hidden].
+
+        Rows come item by item in the order of the items given to `collate`, `processor.rows(header)` of each, and are
+        equal on all tensor parallel ranks. It must not wait for the device (`.item()`, `.tolist()`, boolean indexing).
+        """
+
+    @abstractmethod
+    def flops(self, headers: Iterable[MediaHeader]) -> float:
+        """Floating point operations of one forward over these items, summed over tensor parallel ranks."""
+
+    @abstractmethod
+    def bindings(self) -> list[Binding]:
+        """Where every parameter and persistent buffer of this rank lies in the Hugging Face tensors."""
+
+    @abstractmethod
+    def projector_parameters(self) -> list[nn.Parameter]:
+        """The parameters that `freeze: tower` leaves trainable."""
+
+    def freeze(self, what: bool | Literal["tower"] | Sequence[str]) -> None:
+        """Stop training some parameters: `modules.<name>.freeze` of the run's configuration.
+
+        Everything (True), nothing (False), all but the projector ("tower"), or the parameters whose Hugging Face name
+        matches one of the shell-style patterns. Raises `ConfigError` for a pattern that matches no parameter.
+        """
+        if isinstance(what, bool):
+            frozen = list(self.parameters()) if what else []
+        elif what == "tower":
+            trainable = {id(parameter) for parameter in self.projector_parameters()}
+            frozen = [parameter for parameter in self.parameters() if id(parameter) not in trainable]
+        elif isinstance(what, str):
+            raise ConfigError(
+                f"modules.{self.modality}.freeze is {what!r}; it takes true, false, tower or a list of name patterns"
+            )
+        else:
+            frozen = self._matching(what)
+        for parameter in frozen:
+            parameter.requires_grad_(False)
+
+    def _matching(self, patterns: Sequence[str]) -> list[nn.Parameter]:
+        """Parameters any of whose Hugging Face names matches a pattern."""
+        named = [(b.name, b.tensor) for b in self.bindings() if isinstance(b.tensor, nn.Parameter)]
+        for pattern in patterns:
+            if not any(fnmatchcase(name, pattern) for name, _ in named):
+                raise ConfigError(
+                    f"modules.{self.modality}.freeze: no parameter matches {pattern!r}; names look like {named[0][0]!r}"
+                )
+        return [tensor for name, tensor in named if any(fnmatchcase(name, pattern) for pattern in patterns)]
+
+
+def replicated_binding(name: str, tensor: Tensor, init: Init = "normal", std: float = 0.02) -> Binding:
+    """Binding of a tensor that every rank holds whole."""
+    index = _whole(tensor)
+    return Binding(name, tuple(tensor.shape), index, tensor, index, init, std)
+
+
+def sharded_binding(
+    name: str, tensor: Tensor, dim: int, group: torch.distributed.ProcessGroup, init: Init = "normal", std: float = 0.02
+) -> Binding:
+    """Binding of a tensor of which each rank of `group` holds an equal, contiguous part along `dim`."""
+    part = tensor.shape[dim]
+    shape: list[int] = list(tensor.shape)
+    shape[dim] = part * group.size()
+    index: list[slice] = list(_whole(tensor))
+    index[dim] = slice(part * group.rank(), part * (group.rank() + 1))
+    return Binding(name, tuple(shape), tuple(index), tensor, _whole(tensor), init, std)
+
+
+def _whole(tensor: Tensor) -> Index:
+    return tuple(slice(0, size) for size in tensor.shape)

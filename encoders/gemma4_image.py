@@ -1,0 +1,172 @@
+"""Images for the Gemma 4 vision tower: file bytes → resized, cut into patches, collated without padding.
+
+Sizes follow Gemma 4's rule: the aspect ratio is kept and both sides become multiples of patch_size *
+pooling_kernel_size, as large as max_soft_tokens * pooling_kernel_size**2 patches allow; small images grow.
+"""
+
+import io
+import math
+from dataclasses import dataclass
+from typing import Any, Self
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+
+from encoders.gemma4_vision_config import Gemma4VisionConfig
+from mimo_gemma4.errors import ConfigError
+from mimo_gemma4.media import MediaHeader
+
+PROCESSOR_KEYS = ("patch_size", "pooling_kernel_size", "max_soft_tokens")
+
+
+@dataclass(frozen=True)
+class Gemma4ImageProcessor:
+    """The `MediaProcessor` of Gemma 4 images.
+
+    An item is {"pixel_values": [patches, patch_size**2 * 3] float32 in [0, 1] laid out (row, column, channel),
+    "grid": [2] int64, the soft tokens across and down}. Patches are ordered by soft token, left to right and top to
+    bottom, and in the same way inside each soft token, so that pooling is a reshape.
+    """
+
+    patch_size: int = 16
+    """Pixels on the side of a patch."""
+    pooling_kernel_size: int = 3
+    """Patches on the side of a soft token."""
+    max_soft_tokens: int = 280
+    """Largest number of soft tokens of one image."""
+    linear_cost: float = 1.0
+    """Tower operations per patch that do not depend on the image's size (projections, MLP) …"""
+    attention_cost: float = 0.0
+    """… and those per pair of patches (attention); only the ratio matters."""
+
+    modality = "vision"
+    content_type = "image"
+
+    def __post_init__(self) -> None:
+        """Raise `ConfigError` for sizes that are not positive integers."""
+        for key in PROCESSOR_KEYS:
+            value = getattr(self, key)
+            if not isinstance(value, int) or value < 1:
+                raise ConfigError(f"vision_processor.{key} is {value!r}; it must be a positive integer")
+
+    @classmethod
+    def from_config(cls, hf_config: dict[str, Any]) -> Self:
+        """Read `vision_processor`, then `vision_config`, then defaults. Raises `ConfigError` where the two disagree."""
+        vision = Gemma4VisionConfig.from_config(hf_config)
+        options = dict(hf_config.get("vision_processor") or {})
+        if unknown := sorted(set(options) - set(PROCESSOR_KEYS)):
+            raise ConfigError(f"vision_processor has unknown keys {unknown}; known: {', '.join(PROCESSOR_KEYS)}")
+        for key in ("patch_size", "pooling_kernel_size"):
+            tower = getattr(vision, key)
+            if options.setdefault(key, tower) != tower:
+                raise ConfigError(f"vision_processor.{key} is {options[key]}, but vision_config.{key} is {tower}")
+        processor = cls(**options, linear_cost=vision.linear_flops, attention_cost=vision.attention_flops)
+        longest = processor.max_soft_tokens * processor.pooling_kernel_size
+        if longest > vision.position_embedding_size:
+            raise ConfigError(
+                f"with vision_processor.max_soft_tokens={processor.max_soft_tokens} an image can be {longest} patches "
+                f"long, but vision_config.position_embedding_size is {vision.position_embedding_size}"
+            )
+        return processor
+
+    def grid(self, header: MediaHeader) -> tuple[int, int]:
+        """Soft tokens across and down of an image. Raises `ValueError` for a size that no grid fits.
+
+        The formula is that of transformers' `get_aspect_ratio_preserving_size`. It is symmetric in width and height, so
+        an EXIF rotation changes neither `rows` nor `cost`.
+        """
+        width, height = header.width, header.height
+        if width < 1 or height < 1:
+            raise ValueError(f"image of {width}x{height} pixels")
+        patches = self.max_soft_tokens * self.pooling_kernel_size**2
+        factor = math.sqrt(patches * self.patch_size**2 / (width * height))
+        side = self.patch_size * self.pooling_kernel_size
+        across, down = math.floor(factor * width / side), math.floor(factor * height / side)
+        if across == 0 and down == 0:
+            raise ValueError(
+                f"image of {width}x{height} pixels does not fit {self.max_soft_tokens} soft tokens; raise "
+                "vision_processor.max_soft_tokens"
+            )
+        if down == 0:
+            return min(width // height, self.max_soft_tokens), 1
+        if across == 0:
+            return 1, min(height // width, self.max_soft_tokens)
+        return across, down
+
+    def rows(self, header: MediaHeader) -> int:
+        """Soft tokens of an image. Raises `ValueError` as `grid` does."""
+        across, down = self.grid(header)
+        return across * down
+
+    def cost(self, header: MediaHeader) -> float:
+        """Operations of the tower's forward for an image, up to a constant factor."""
+        patches = self.rows(header) * self.pooling_kernel_size**2
+        return patches * (self.linear_cost + self.attention_cost * patches)
+
+    def decode(self, data: bytes) -> dict[str, Tensor]:
+        """Read the whole file, turn it upright (EXIF), lay it on white, resize it (bicubic) and cut it into patches.
+
+        Raises `OSError` or `ValueError` for a file that is truncated, damaged, no image, or so large when unpacked that
+        Pillow holds it for a decompression bomb (twice `PIL.Image.MAX_IMAGE_PIXELS`).
+        """
+        image = _read_image(data)
+        across, down = self.grid(MediaHeader(width=image.width, height=image.height))
+        side = self.patch_size * self.pooling_kernel_size
+        image = image.resize((across * side, down * side), Image.Resampling.BICUBIC)  # a copy where the size is right
+        pixels = torch.from_numpy(np.array(image)).to(torch.float32) / 255
+        k, p = self.pooling_kernel_size, self.patch_size
+        patches = pixels.view(down, k, p, across, k, p, 3).permute(0, 3, 1, 4, 2, 5, 6)
+        return {"pixel_values": patches.reshape(-1, p * p * 3), "grid": torch.tensor([across, down])}
+
+    def placeholder(self, header: MediaHeader) -> dict[str, Tensor]:
+        """A black image of the size that `decode` would give."""
+        grid = self.grid(header)
+        patches = math.prod(grid) * self.pooling_kernel_size**2
+        return {"pixel_values": torch.zeros(patches, self.patch_size**2 * 3), "grid": torch.tensor(grid)}
+
+    def collate(self, items: list[dict[str, Tensor]]) -> dict[str, Any]:
+        """Concatenate images, those with equally many patches next to each other: they make one batch in attention.
+
+        Returns pixel_values [P, patch_size**2 * 3]; positions [P, 2], the patches' (x, y); lengths, the patches of each
+        image in the order of pixel_values (host list); row_index [rows], for each output row, in the order of `items`,
+        its place in the order of pixel_values.
+        """
+        order = sorted(range(len(items)), key=lambda i: items[i]["pixel_values"].shape[0])
+        lengths = [items[i]["pixel_values"].shape[0] for i in order]
+        starts, total = [0] * len(items), 0
+        for i, length in zip(order, lengths, strict=True):
+            starts[i], total = total, total + length // self.pooling_kernel_size**2
+        rows = [item["pixel_values"].shape[0] // self.pooling_kernel_size**2 for item in items]
+        return {
+            "pixel_values": torch.cat([items[i]["pixel_values"] for i in order]),
+            "positions": torch.cat([self._positions(*items[i]["grid"].tolist()) for i in order]),
+            "lengths": lengths,
+            "row_index": torch.cat([torch.arange(s, s + n) for s, n in zip(starts, rows, strict=True)]),
+        }
+
+    def _positions(self, across: int, down: int) -> Tensor:
+        """(x, y) of every patch of an image, in the order of `pixel_values`."""
+        k = self.pooling_kernel_size
+        y, x = torch.meshgrid(torch.arange(down * k), torch.arange(across * k), indexing="ij")
+        positions = torch.stack([x, y], dim=-1).view(down, k, across, k, 2)
+        return positions.permute(0, 2, 1, 3, 4).reshape(-1, 2)
+
+
+def _read_image(data: bytes) -> Image.Image:
+    """A fully decoded, upright RGB image. Raises `OSError` or `ValueError`."""
+    try:
+        with Image.open(io.BytesIO(data)) as file:
+            file.verify()  # checksums; leaves the file unusable
+        with Image.open(io.BytesIO(data)) as file:
+            file.load()
+            image = ImageOps.exif_transpose(file)
+            if "A" in image.getbands() or "transparency" in image.info:
+                white = Image.new("RGBA", image.size, (255, 255, 255, 255))
+                image = Image.alpha_composite(white, image.convert("RGBA"))
+            return image.convert("RGB")
+    except (OSError, ValueError):
+        raise
+    except Exception as error:  # Pillow's readers also raise SyntaxError, struct.error, DecompressionBombError, ...
+        raise ValueError(f"not a readable image: {type(error).__name__}: {error}") from error

@@ -1,0 +1,354 @@
+"""Gemma 4 vision encoder: tower (`vision_tower`) and projector (`embed_vision`), tensor parallel, without padding.
+
+All images of a call are one concatenation of their patches, [P, D]; only attention looks at where images end. Numerical
+reference: transformers' `Gemma4VisionModel` and `Gemma4MultimodalEmbedder`.
+"""
+
+from collections.abc import Iterable
+from itertools import groupby
+from typing import Any, Literal, cast
+
+import torch
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
+from megatron.core.tensor_parallel.mappings import copy_to_tensor_model_parallel_region
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor, nn
+from torch.distributed import ProcessGroup
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from encoders.base import Encoder, replicated_binding, sharded_binding
+from encoders.gemma4_image import Gemma4ImageProcessor
+from encoders.gemma4_vision_config import Gemma4VisionConfig
+from mimo_gemma4.errors import LayoutError
+from mimo_gemma4.media import MediaHeader
+from mimo_gemma4.weights import Binding
+
+
+class Gemma4VisionEncoder(Encoder):
+    """Vision tower and projector of Gemma 4 E2B, E4B (clipped linears), 26B-A4B and 31B (standardised rows)."""
+
+    modality = "vision"
+    architecture = "gemma4_vision"
+    processor = Gemma4ImageProcessor
+
+    def __init__(
+        self,
+        hf_config: dict[str, Any],
+        groups: ProcessGroupCollection,
+        *,
+        language_hidden: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        activation_checkpointing: str = "none",
+    ):
+        """Build it as `Encoder` says.
+
+        `activation_checkpointing="full"` recomputes every layer in backward; "selective" is as "none", because
+        attention scores are never stored.
+        """
+        super().__init__(hf_config, groups, language_hidden=language_hidden, dtype=dtype, device=device)
+        self.vision = Gemma4VisionConfig.from_config(hf_config)
+        self.language_hidden = language_hidden
+        self.recompute_layers = activation_checkpointing == "full"
+        self.image_processor = Gemma4ImageProcessor.from_config(hf_config)
+        self.config = _transformer_config(self.vision, groups.tp.size(), dtype)
+        with torch.device(device):
+            self.patch_embedder = PatchEmbedder(self.vision, dtype)
+            self.layers = nn.ModuleList(
+                VisionLayer(self.vision, self.config, groups.tp) for _ in range(self.vision.num_hidden_layers)
+            )
+            self.pooler = Pooler(self.vision, dtype)
+            self.projector = nn.Linear(self.vision.hidden_size, language_hidden, bias=False, dtype=dtype)
+
+    def forward(self, pixel_values: Tensor, positions: Tensor, lengths: list[int], row_index: Tensor) -> Tensor:
+        """Encode images as `Gemma4ImageProcessor.collate` gives them.
+
+        pixel_values [P, patch_size**2 * 3] in [0, 1]; positions [P, 2], (x, y) of each patch; lengths, patches per
+        image (host); row_index [rows] restores the items' order. Returns [rows, language_hidden], equal on TP ranks.
+        """
+        hidden = self.patch_embedder(pixel_values, positions)  # [P, D]
+        rotary = axial_rotary(positions, self.vision.head_dim, self.vision.rope_theta, hidden.dtype)
+        runs = [(length, len(list(same))) for length, same in groupby(lengths)]
+        for layer in self.layers:
+            if self.recompute_layers and torch.is_grad_enabled():
+                hidden = checkpoint(layer, hidden, rotary, runs, use_reentrant=False, preserve_rng_state=False)
+            else:
+                hidden = layer(hidden, rotary, runs)
+        rows = self.pooler(hidden).index_select(0, row_index)  # [rows, D]
+        return self.projector(F.rms_norm(rows.float(), rows.shape[-1:], eps=self.vision.rms_norm_eps).to(rows.dtype))
+
+    def flops(self, headers: Iterable[MediaHeader]) -> float:
+        """Forward operations for images of these sizes: tower by `Gemma4ImageProcessor.cost`, and projector."""
+        projector = 2.0 * self.vision.hidden_size * self.language_hidden
+        process = self.image_processor
+        return sum(process.cost(header) + projector * process.rows(header) for header in headers)
+
+    def projector_parameters(self) -> list[nn.Parameter]:
+        """The projection to the language model's width; the norm before it has no weight."""
+        return list(self.projector.parameters())
+
+    def bindings(self) -> list[Binding]:
+        """Parameters and buffers under `model.vision_tower.` and `model.embed_vision.`."""
+        std = self.vision.initializer_range
+        bindings = self.patch_embedder.bindings("model.vision_tower.patch_embedder.", std)
+        for number, layer in enumerate(cast(Iterable[VisionLayer], self.layers)):
+            bindings += layer.bindings(f"model.vision_tower.encoder.layers.{number}.", std)
+        bindings += self.pooler.bindings("model.vision_tower.")
+        name = "model.embed_vision.embedding_projection.weight"
+        return [*bindings, replicated_binding(name, self.projector.weight, std=std)]
+
+
+def _transformer_config(vision: Gemma4VisionConfig, tp: int, dtype: torch.dtype) -> TransformerConfig:
+    """What megatron-core's linears, data parallelism and optimizer read. Raises `LayoutError`."""
+    for key in ("num_attention_heads", "num_key_value_heads", "intermediate_size"):
+        if getattr(vision, key) % tp:
+            raise LayoutError(f"layout.vision.tp={tp} does not divide vision_config.{key}={getattr(vision, key)}")
+    return TransformerConfig(
+        num_layers=vision.num_hidden_layers,
+        hidden_size=vision.hidden_size,
+        ffn_hidden_size=vision.intermediate_size,
+        num_attention_heads=vision.num_attention_heads,
+        num_query_groups=vision.num_key_value_heads,
+        kv_channels=vision.head_dim,
+        tensor_model_parallel_size=tp,
+        params_dtype=dtype,
+        bf16=dtype == torch.bfloat16,
+        normalization="RMSNorm",
+        layernorm_epsilon=vision.rms_norm_eps,
+        add_bias_linear=False,
+        attention_dropout=0.0,
+        hidden_dropout=0.0,
+        calculate_per_token_loss=True,
+        use_cpu_initialization=True,  # weights are made on the device of the surrounding `torch.device` context
+        perform_initialization=False,  # bindings fill them
+        gradient_accumulation_fusion=False,
+    )
+
+
+class PatchEmbedder(nn.Module):
+    """Linear embedding of pixels plus learned x and y embeddings; replicated over tensor parallel ranks."""
+
+    def __init__(self, vision: Gemma4VisionConfig, dtype: torch.dtype):
+        """Allocate the projection [D, patch_size**2 * 3] and the tables [2, position_embedding_size, D]."""
+        super().__init__()
+        width = vision.hidden_size
+        self.input_proj = nn.Linear(3 * vision.patch_size**2, width, bias=False, dtype=dtype)
+        self.position_embedding_table = nn.Parameter(torch.empty(2, vision.position_embedding_size, width, dtype=dtype))
+
+    def forward(self, pixel_values: Tensor, positions: Tensor) -> Tensor:
+        """[P, patch_size**2 * 3] in [0, 1] and (x, y) [P, 2] → [P, D]."""
+        hidden = self.input_proj((2 * (pixel_values - 0.5)).to(self.input_proj.weight.dtype))
+        columns, rows = self.position_embedding_table
+        return hidden + (F.embedding(positions[:, 0], columns) + F.embedding(positions[:, 1], rows))
+
+    def bindings(self, prefix: str, std: float) -> list[Binding]:
+        """Bindings under `prefix`.
+
+        Random position tables are normal, not the ones of transformers' constructor: a constant would drown the pixels.
+        """
+        return [
+            replicated_binding(f"{prefix}input_proj.weight", self.input_proj.weight, std=std),
+            replicated_binding(f"{prefix}position_embedding_table", self.position_embedding_table, std=std),
+        ]
+
+
+class VisionLayer(nn.Module):
+    """Attention and gated MLP, each between two norms, heads and MLP channels cut over the tensor parallel group."""
+
+    def __init__(self, vision: Gemma4VisionConfig, config: TransformerConfig, tp_group: ProcessGroup):
+        """Allocate this rank's part of the layer."""
+        super().__init__()
+        self.vision, self.tp_group = vision, tp_group
+        width, dtype = vision.hidden_size, config.params_dtype
+        queries, keys = vision.num_attention_heads * vision.head_dim, vision.num_key_value_heads * vision.head_dim
+
+        def norm(size: int) -> RMSNorm:
+            return RMSNorm(size, vision.rms_norm_eps, dtype)
+
+        def linear(cut: Literal["column", "row"], inputs: int, outputs: int) -> ClippableLinear:
+            return ClippableLinear(cut, inputs, outputs, config, tp_group, clipped=vision.use_clipped_linears)
+
+        self.input_layernorm, self.post_attention_layernorm = norm(width), norm(width)
+        self.pre_feedforward_layernorm, self.post_feedforward_layernorm = norm(width), norm(width)
+        self.q_proj, self.k_proj = linear("column", width, queries), linear("column", width, keys)
+        self.v_proj, self.o_proj = linear("column", width, keys), linear("row", queries, width)
+        self.q_norm, self.k_norm = norm(vision.head_dim), norm(vision.head_dim)
+        for head_norm in (self.q_norm, self.k_norm):  # shared by all heads, of which a rank sees its own
+            head_norm.weight.tp_gradient_partial = tp_group.size() > 1  # type: ignore[attr-defined]
+        self.gate_proj = linear("column", width, vision.intermediate_size)
+        self.up_proj = linear("column", width, vision.intermediate_size)
+        self.down_proj = linear("row", vision.intermediate_size, width)
+
+    def forward(self, hidden: Tensor, rotary: tuple[Tensor, Tensor], runs: list[tuple[int, int]]) -> Tensor:
+        """[P, D] → [P, D]; `runs` are (patches per image, number of such images in a row)."""
+        hidden = hidden + self.post_attention_layernorm(self._attention(self.input_layernorm(hidden), rotary, runs))
+        return hidden + self.post_feedforward_layernorm(self._mlp(self.pre_feedforward_layernorm(hidden)))
+
+    def _attention(self, hidden: Tensor, rotary: tuple[Tensor, Tensor], runs: list[tuple[int, int]]) -> Tensor:
+        # The gradients of q, k and v are summed over the group here, at once.
+        hidden = copy_to_tensor_model_parallel_region(hidden, group=self.tp_group)
+        query, key, value = (
+            projection(hidden).unflatten(-1, (-1, self.vision.head_dim))  # [P, heads (local), head_dim]
+            for projection in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        query = rotate(self.q_norm(query), rotary)
+        key = rotate(self.k_norm(key), rotary)
+        value = F.rms_norm(value.float(), value.shape[-1:], eps=self.vision.rms_norm_eps).to(value.dtype)
+        return self.o_proj(attend_within_images(query, key, value, runs).flatten(1))
+
+    def _mlp(self, hidden: Tensor) -> Tensor:
+        hidden = copy_to_tensor_model_parallel_region(hidden, group=self.tp_group)
+        return self.down_proj(F.gelu(self.gate_proj(hidden), approximate="tanh") * self.up_proj(hidden))
+
+    def bindings(self, prefix: str, std: float) -> list[Binding]:
+        """Bindings under `prefix`, a layer's name with a dot."""
+        bindings = []
+        for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
+            bindings += getattr(self, name).bindings(f"{prefix}self_attn.{name}.", std)
+        for name in ("gate_proj", "up_proj", "down_proj"):
+            bindings += getattr(self, name).bindings(f"{prefix}mlp.{name}.", std)
+        for name in ("q_norm", "k_norm"):
+            bindings.append(replicated_binding(f"{prefix}self_attn.{name}.weight", getattr(self, name).weight, "ones"))
+        for place in ("input", "post_attention", "pre_feedforward", "post_feedforward"):
+            name = f"{place}_layernorm"
+            bindings.append(replicated_binding(f"{prefix}{name}.weight", getattr(self, name).weight, "ones"))
+        return bindings
+
+
+class ClippableLinear(nn.Module):
+    """Tensor parallel linear without bias that clamps inputs and outputs where the model has such bounds."""
+
+    input_min: Tensor
+    input_max: Tensor
+    output_min: Tensor
+    output_max: Tensor
+
+    def __init__(
+        self,
+        cut: Literal["column", "row"],
+        inputs: int,
+        outputs: int,
+        config: TransformerConfig,
+        tp_group: ProcessGroup,
+        *,
+        clipped: bool,
+    ):
+        """Allocate the local weight and, where `clipped`, the four bounds (infinite until loaded)."""
+        super().__init__()
+        self.cut, self.tp_group, self.clipped = cut, tp_group, clipped
+        common = {"config": config, "init_method": None, "bias": False, "tp_group": tp_group}
+        if cut == "column":  # the caller reduces the gradient of the input, once for all linears that read it
+            self.linear = ColumnParallelLinear(inputs, outputs, gather_output=False, disable_grad_reduce=True, **common)
+        else:
+            self.linear = RowParallelLinear(inputs, outputs, input_is_parallel=True, skip_bias_add=False, **common)
+        if clipped:
+            for name, bound in CLIP_BOUNDS.items():
+                self.register_buffer(name, torch.tensor(bound, dtype=config.params_dtype))
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """[P, inputs (local if cut by row)] → [P, outputs (local if cut by column)]."""
+        if self.clipped:
+            inputs = torch.clamp(inputs, self.input_min, self.input_max)
+        outputs = self.linear(inputs)[0]  # summed over the tensor parallel group if cut by row, so clamped as a whole
+        return torch.clamp(outputs, self.output_min, self.output_max) if self.clipped else outputs
+
+    def bindings(self, prefix: str, std: float) -> list[Binding]:
+        """The weight and the bounds."""
+        dim = 0 if self.cut == "column" else 1
+        bindings = [sharded_binding(f"{prefix}linear.weight", self.linear.weight, dim, self.tp_group, std=std)]
+        if self.clipped:
+            bindings += [replicated_binding(f"{prefix}{name}", getattr(self, name), "keep") for name in CLIP_BOUNDS]
+        return bindings
+
+
+CLIP_BOUNDS = {
+    "input_min": -float("inf"),
+    "input_max": float("inf"),
+    "output_min": -float("inf"),
+    "output_max": float("inf"),
+}
+
+
+class RMSNorm(nn.Module):
+    """Root mean square norm with weight, computed in fp32 and cast once at the end."""
+
+    def __init__(self, size: int, eps: float, dtype: torch.dtype):
+        """Allocate the weight."""
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.empty(size, dtype=dtype))
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """[..., size] → [..., size]."""
+        return F.rms_norm(hidden.float(), self.weight.shape, self.weight.float(), self.eps).to(hidden.dtype)
+
+
+class Pooler(nn.Module):
+    """Mean over each soft token's patches, scaled by sqrt(D) and, in some models, standardised, all in fp32."""
+
+    std_bias: Tensor
+    std_scale: Tensor
+
+    def __init__(self, vision: Gemma4VisionConfig, dtype: torch.dtype):
+        """Allocate the buffers of a standardising model."""
+        super().__init__()
+        self.patches_per_row = vision.pooling_kernel_size**2
+        self.standardize = vision.standardize
+        if vision.standardize:
+            self.register_buffer("std_bias", torch.empty(vision.hidden_size, dtype=dtype))
+            self.register_buffer("std_scale", torch.empty(vision.hidden_size, dtype=dtype))
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """[P, D] → [rows, D]; the patches of a row are adjacent."""
+        width = hidden.shape[-1]
+        pooled = hidden.float().view(-1, self.patches_per_row, width).mean(dim=1).to(hidden.dtype).float() * width**0.5
+        if self.standardize:
+            pooled = (pooled - self.std_bias.float()) * self.std_scale.float()
+        return pooled.to(hidden.dtype)
+
+    def bindings(self, prefix: str) -> list[Binding]:
+        """The shift and scale of a standardising model."""
+        if not self.standardize:
+            return []
+        return [
+            replicated_binding(f"{prefix}std_bias", self.std_bias, "zeros"),
+            replicated_binding(f"{prefix}std_scale", self.std_scale, "ones"),
+        ]
+
+
+def axial_rotary(positions: Tensor, head_dim: int, theta: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Cosines and sines [P, 1, 2, head_dim // 4] for (x, y) positions [P, 2].
+
+    The first half of a head turns with x, the second with y, each at the frequencies theta ** (-2i / (head_dim / 2)).
+    Computed in fp32, then rounded to `dtype`, as the reference does.
+    """
+    half = head_dim // 2
+    exponents = torch.arange(0, half, 2, dtype=torch.float32, device=positions.device) / half
+    angles = positions[:, :, None].float() * (1.0 / theta**exponents)  # [P, 2, head_dim // 4]
+    return angles.cos().to(dtype)[:, None], angles.sin().to(dtype)[:, None]
+
+
+def rotate(heads: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
+    """Turn [P, heads, head_dim] by the angles of `axial_rotary`, each half of a head by its own axis."""
+    cos, sin = rotary
+    first, second = heads.unflatten(-1, (2, 2, -1)).unbind(dim=-2)  # each [P, heads, axis, head_dim // 4]
+    return torch.stack([first * cos - second * sin, second * cos + first * sin], dim=-2).flatten(-3)
+
+
+def attend_within_images(query: Tensor, key: Tensor, value: Tensor, runs: list[tuple[int, int]]) -> Tensor:
+    """Unmasked attention inside each image, scores unscaled (q and k are normed): [P, heads, head_dim] → the same.
+
+    Images of equal size lie next to each other and make one batch each (`runs`: patches per image, images), so nothing
+    is padded and no P x P mask is built.
+    """
+    grouped = query.shape[1] != key.shape[1]
+    outputs, start = [], 0
+    for length, images in runs:
+        stop = start + length * images
+        q, k, v = (t[start:stop].unflatten(0, (images, length)).transpose(1, 2) for t in (query, key, value))
+        output = F.scaled_dot_product_attention(q, k, v, scale=1.0, enable_gqa=grouped)
+        outputs.append(output.transpose(1, 2).flatten(0, 1))
+        start = stop
+    return torch.cat(outputs)

@@ -1,0 +1,79 @@
+"""Finds the encoder and media processor of a model configuration among the files of this package.
+
+Every concrete `Encoder` subclass written in a file of this package is registered, under its `modality` and
+`architecture`; adding an encoder is adding a file.
+"""
+
+import importlib
+import inspect
+import pkgutil
+from typing import Any
+
+import torch
+from megatron.core.process_groups_config import ProcessGroupCollection
+
+import encoders
+from encoders.base import Encoder
+from mimo_gemma4.errors import ConfigError
+from mimo_gemma4.media import MediaProcessor
+
+
+def registered_encoders() -> dict[tuple[str, str], type[Encoder]]:
+    """All encoder classes of this package by (modality, architecture)."""
+    found: dict[tuple[str, str], type[Encoder]] = {}
+    for info in pkgutil.iter_modules(encoders.__path__):
+        module = importlib.import_module(f"{encoders.__name__}.{info.name}")
+        for _, member in inspect.getmembers(module, inspect.isclass):
+            if issubclass(member, Encoder) and member.__module__ == module.__name__ and not inspect.isabstract(member):
+                key = (member.modality, member.architecture)
+                if key in found:
+                    raise ConfigError(f"two encoders are registered for {key}: {found[key]} and {member}; rename one")
+                found[key] = member
+    return found
+
+
+def encoder_class(modality: str, hf_config: dict[str, Any]) -> type[Encoder]:
+    """The class that `hf_config["<modality>_config"]["model_type"]` names. Raises `ConfigError` if it names none."""
+    known = registered_encoders()
+    modalities = sorted({name for name, _ in known})
+    if modality not in modalities:
+        raise ConfigError(f"layout.{modality}: no encoder for modality {modality!r}; known: {', '.join(modalities)}")
+    section = hf_config.get(f"{modality}_config")
+    architectures = sorted(name for other, name in known if other == modality)
+    if not section:
+        raise ConfigError(
+            f"layout has a module {modality!r}, but the model configuration has no {modality}_config; "
+            f"take {modality} out of layout or choose a model that has it"
+        )
+    architecture = section.get("model_type")
+    if architecture not in architectures:
+        raise ConfigError(
+            f"{modality}_config.model_type is {architecture!r}; known for {modality}: {', '.join(architectures)}"
+        )
+    return known[modality, architecture]
+
+
+def build_encoder(
+    modality: str,
+    hf_config: dict[str, Any],
+    groups: ProcessGroupCollection,
+    *,
+    language_hidden: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    activation_checkpointing: str = "none",
+) -> Encoder:
+    """The encoder of `modality`, its weights not yet filled. Raises `ConfigError` or `LayoutError`."""
+    return encoder_class(modality, hf_config)(
+        hf_config,
+        groups,
+        language_hidden=language_hidden,
+        dtype=dtype,
+        device=device,
+        activation_checkpointing=activation_checkpointing,
+    )
+
+
+def build_processor(modality: str, hf_config: dict[str, Any]) -> MediaProcessor:
+    """The media processor of `modality`. Raises `ConfigError`."""
+    return encoder_class(modality, hf_config).processor.from_config(hf_config)

@@ -1,0 +1,151 @@
+"""From a configuration to the parts of a run: layout, groups, data, model, optimizers."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from encoders.registry import build_processor
+from mimo_gemma4 import checkpoint
+from mimo_gemma4.config import Config, ShardsConfig
+from mimo_gemma4.data.chat import ConversationEncoder
+from mimo_gemma4.data.dataset import ShardDataset
+from mimo_gemma4.data.digits import ensure_digits
+from mimo_gemma4.data.loader import StepLoader
+from mimo_gemma4.data.planner import StepPlanner
+from mimo_gemma4.data.tokenizer import load_tokenizer, media_tokens
+from mimo_gemma4.evaluate import Evaluator
+from mimo_gemma4.health import together
+from mimo_gemma4.freezing import freeze
+from mimo_gemma4.huggingface import HuggingFaceSource
+from mimo_gemma4.layout import Layout
+from mimo_gemma4.model import MimoModel
+from mimo_gemma4.optim import ModuleOptimizer
+from mimo_gemma4.partition import pack_multiple, segment_multiple, sequence_multiple
+from mimo_gemma4.platform import Platform
+from mimo_gemma4.process_groups import ProcessGroups
+from mimo_gemma4.trainer import Trainer
+from mimo_gemma4.weights import initialise, load
+
+
+@dataclass(frozen=True)
+class Foundation:
+    """What every part of a run stands on."""
+
+    config: Config
+    hf_config: dict[str, Any]
+    layout: Layout
+    platform: Platform
+    groups: ProcessGroups
+
+
+def build_trainer(foundation: Foundation) -> Trainer:
+    """Everything of one rank, resumed where the configuration says so. Collective over all ranks."""
+    config, groups = foundation.config, foundation.groups
+    encoder = together(groups.host, lambda: build_conversation_encoder(foundation))
+    prepare_shards(foundation)
+    train_data = open_dataset(foundation, config.data.train, encoder)
+    valid_data = open_dataset(foundation, config.data.valid, encoder) if config.data.valid else None
+    model = build_model(foundation)
+    optimizers = {name: ModuleOptimizer(module, groups.modules[name], config.optim) for name, module in model.modules.items()}
+    finished = resume(foundation, optimizers)
+    evaluator = None
+    if valid_data is not None:
+        evaluator = Evaluator(config, model, build_loader(foundation, valid_data, train=False))
+    return Trainer(config, model, optimizers, build_loader(foundation, train_data, train=True), evaluator, finished)
+
+
+def build_conversation_encoder(foundation: Foundation) -> ConversationEncoder:
+    """Tokenizer, chat template and the media processors of the encoders in the layout."""
+    processors = [build_processor(name, foundation.hf_config) for name in foundation.layout.encoders]
+    tokenizer = load_tokenizer(foundation.config.model.hf_path)
+    return ConversationEncoder(tokenizer, processors, media_tokens(foundation.hf_config))
+
+
+def prepare_shards(foundation: Foundation) -> None:
+    """Write the quickstart's shards where they are missing, on one rank of every host."""
+    data = foundation.config.data
+    if data.quickstart is None:
+        return
+
+    def write() -> None:
+        if foundation.platform.local_rank == 0:
+            ensure_digits(Path(str(data.train.shards)).parent)
+
+    together(foundation.groups.host, write)
+
+
+def open_dataset(foundation: Foundation, shards: ShardsConfig, encoder: ConversationEncoder) -> ShardDataset:
+    """The indexed samples of a set of shards; collective."""
+    data = foundation.config.data
+    return ShardDataset.open(
+        shards.shards,
+        encoder,
+        seq_length=data.seq_length,
+        on_bad_sample=data.on_bad_sample,
+        max_bad_fraction=data.max_bad_fraction,
+        group=foundation.groups.host,
+    )
+
+
+def build_loader(foundation: Foundation, dataset: ShardDataset, *, train: bool) -> StepLoader:
+    """Plans and reads this rank's part of training steps, or of an evaluation: one pass in order, padded."""
+    config, layout, rank = foundation.config, foundation.layout, foundation.platform.rank
+    language = layout.language
+    tp = language.tp if language.sequence_parallel else 1
+    packing = config.data.packing and train
+    planner = StepPlanner(
+        dataset,
+        global_batch_size=config.train.global_batch_size if train else config.eval.batch_size,
+        microbatch_size=config.train.microbatch_size,
+        seed=config.run.seed,
+        language_lanes=language.dp,
+        encoder_lanes={name: layout.grids[name].dp for name in layout.encoders},
+        packing=packing,
+        row_multiple=segment_multiple(language.cp) if packing else sequence_multiple(language.cp, tp),
+        total_multiple=pack_multiple(language.cp, tp),
+        shuffle=train,
+        repeat=train,
+        limit=None if train else config.eval.samples,
+    )
+    return StepLoader(
+        planner,
+        language_lane=language.coordinate(rank).dp if rank in language else None,
+        encoder_lanes={name: layout.grids[name].coordinate(rank).dp for name in layout.encoders if rank in layout.grids[name]},
+        group=foundation.groups.host,
+        on_bad_sample=config.data.on_bad_sample,
+        max_bad_fraction=config.data.max_bad_fraction,
+        workers=config.data.workers,
+    )
+
+
+def build_model(foundation: Foundation) -> MimoModel:
+    """This rank's modules with their first weights, frozen as configured."""
+    config = foundation.config
+    model = together(
+        foundation.groups.host,
+        lambda: MimoModel(config, foundation.hf_config, foundation.layout, foundation.groups, foundation.platform),
+    )
+
+    def fill() -> None:
+        for name, module in model.modules.items():
+            if config.model.hf_path is None:
+                initialise(module.bindings(), config.run.seed)
+            else:
+                load(module.bindings(), HuggingFaceSource(config.model.hf_path), f"model.hf_path {config.model.hf_path}")
+            freeze(name, module, config.module(name).freeze)
+
+    together(foundation.groups.host, fill)
+    return model
+
+
+def resume(foundation: Foundation, optimizers: dict[str, ModuleOptimizer]) -> int:
+    """Load the checkpoint that `checkpoint.resume` asks for; the number of finished steps, 0 without one."""
+    host = foundation.groups.host
+    folder = Path(foundation.config.run.dir) / "checkpoints"
+    path = checkpoint.resolve(foundation.config.checkpoint.resume, folder, host=host)
+    if path is None:
+        return 0
+    state = checkpoint.load(path, optimizers, host=host)
+    if foundation.platform.rank == 0:
+        print(f"resumed from {path} after {state['step']} steps", flush=True)
+    return int(state["step"])

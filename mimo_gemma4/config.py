@@ -1,0 +1,384 @@
+"""Every option of a training run, and how a run gets its options: one YAML file, then `key=value` arguments.
+
+`python -m mimo_gemma4.config` rewrites `docs/config.md`, the reference of all keys, from this file.
+"""
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
+
+from mimo_gemma4.errors import ConfigError
+from mimo_gemma4.structured import Origin, build, did_you_mean, dump, inline, reference
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+
+
+@dataclass
+class RunConfig:
+    """The run as a whole: where it writes, and what makes it repeatable."""
+
+    dir: str = "runs/{name}"
+    """Folder of everything the run writes. `{name}` stands for the name of the configuration file."""
+    seed: int = 1234
+    """Initial weights depend on it and on the name of the tensor; the order of the data on it and on the epoch."""
+    deterministic: bool = False
+    """Two runs on the same machine give the same bits. Slower on GPUs."""
+    timeout_seconds: float = 600.0
+    """A rank that waits longer than this for the others ends the run with an error."""
+
+
+@dataclass
+class ModelConfig:
+    """Which model is trained, and in what arithmetic."""
+
+    preset: str = "gemma4_e4b"
+    """One of `configs/model/*.yaml`: an architecture with random weights and a byte tokenizer. `hf_path` wins."""
+    hf_path: str | None = None
+    """Hugging Face Gemma 4 directory (`config.json`, `*.safetensors`, tokenizer) whose weights training starts from."""
+    precision: Literal["fp32", "bf16", "fp8"] = "bf16"
+    """`fp32` computes everything in fp32; `bf16` and `fp8` keep fp32 main weights in the optimizer."""
+    backend: Literal["local", "te"] = "local"
+    """`local` needs PyTorch alone; `te` takes linear layers and norms from Transformer Engine (CUDA)."""
+
+
+@dataclass
+class ModuleLayout:
+    """The grid of one module. Its data-parallel size is ranks / (tp * cp * pp)."""
+
+    ranks: int | list[int] | None = None
+    """Number of ranks, taken in the order in which modules are written, or a list of global ranks. Null: every rank."""
+    tp: int = 1
+    """Tensor-parallel size."""
+    cp: int = 1
+    """Context-parallel size: over how many ranks a sequence is cut."""
+    pp: int = 1
+    """Pipeline-parallel size."""
+    ep: int = 1
+    """Expert-parallel size; divides dp * cp."""
+    sequence_parallel: bool = False
+    """Cut activations between tensor-parallel layers along the sequence. Needs tp > 1."""
+
+
+@dataclass
+class LayoutConfig:
+    """Which module runs on which ranks: one entry per module (`language`, `vision`, `audio`, …), in rank order."""
+
+    modules: dict[str, ModuleLayout] = inline()
+    placement: Literal["disjoint", "colocated"] = "disjoint"
+    """`disjoint`: every rank holds one module. `colocated`: all modules share the same ranks."""
+    allow_tp_across_hosts: bool = False
+    """Permit a tensor-parallel group to span hosts, which is slow without NVLink between them."""
+
+
+@dataclass
+class ShardsConfig:
+    """A set of WebDataset tar files."""
+
+    shards: str | list[str]
+    """Path or paths; `{000000..000007}` and `*` expand."""
+
+
+@dataclass
+class DataConfig:
+    """Samples and how they are cut into sequences."""
+
+    train: ShardsConfig
+    """Shards to train on."""
+    valid: ShardsConfig | None = None
+    """Held-out shards. Without them the run does not evaluate."""
+    quickstart: Literal["digits"] | None = None
+    """Write missing shards of `train` and `valid` on first use. `digits`: from scikit-learn's handwritten digits."""
+    seq_length: int = 4096
+    """Most tokens of a sample, and of a pack of samples, media included. A longer sample counts as bad."""
+    packing: bool = True
+    """Lay samples end to end in one row that keeps them apart (THD). False: one sample a row, padded on the right."""
+    on_bad_sample: Literal["skip", "fail"] = "skip"
+    """`skip`: leave out samples that are malformed or too long, mask those whose media cannot be decoded, and log them.
+    `fail`: end the run at the first."""
+    max_bad_fraction: float = 0.01
+    """Share of malformed or undecodable samples that ends the run in spite of `skip`."""
+    workers: int = 2
+    """Threads per rank that decode media ahead of the training step."""
+
+
+@dataclass
+class TrainConfig:
+    """Length and batch of the training."""
+
+    steps: int = 100
+    """Optimizer steps."""
+    global_batch_size: int = 32
+    """Samples per optimizer step over all ranks, packed or not. Need not divide by anything."""
+    microbatch_size: int = 1
+    """Rows per forward pass and language lane: samples when padded, packs when packed."""
+    activation_checkpointing: Literal["none", "selective", "full"] = "none"
+    """What the backward pass computes again instead of keeping: nothing, the attention, or every layer."""
+
+
+@dataclass
+class OptimConfig:
+    """AdamW and its learning rate."""
+
+    lr: float = 1.0e-4
+    """Highest learning rate. 0 is legal."""
+    min_lr: float = 0.0
+    """Learning rate that `cosine` and `linear` end at."""
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """Course of the learning rate after the warm-up."""
+    warmup_steps: int = 0
+    """Steps over which the learning rate rises linearly from 0."""
+    weight_decay: float = 0.0
+    """Decoupled weight decay of matrices; vectors and scalars have none."""
+    beta1: float = 0.9
+    """Decay of the first moment."""
+    beta2: float = 0.999
+    """Decay of the second moment."""
+    eps: float = 1.0e-8
+    """Added to the root of the second moment."""
+    clip_grad: float | None = 1.0
+    """Largest global gradient norm over all modules. Null: gradients are not clipped."""
+
+
+@dataclass
+class ModuleConfig:
+    """How one module is trained."""
+
+    freeze: bool | Literal["tower"] | list[str] = False
+    """True: nothing of the module trains. `tower`: only its projector does. A list of name patterns
+    (`*` and `?` are wildcards): the parameters that match one do not."""
+    lr: float | None = None
+    """Highest learning rate of this module; null: `optim.lr`."""
+
+
+@dataclass
+class CheckpointConfig:
+    """Saving and resuming."""
+
+    every: int | None = 100
+    """Steps between checkpoints; one is also written at the end. Null: only that one."""
+    keep: int = 3
+    """Newest checkpoints that stay on disk."""
+    resume: str = "auto"
+    """`auto`: from the newest complete checkpoint of `run.dir`, if there is one. `never`: from the beginning. Else the
+    path of a checkpoint."""
+
+
+@dataclass
+class EvalConfig:
+    """Evaluation on `data.valid`."""
+
+    every: int | None = None
+    """Steps between evaluations; one also runs at the end. Null: only that one."""
+    samples: int | None = None
+    """Held-out samples to evaluate, the first of the set; null: all."""
+    batch_size: int = 32
+    """Samples per evaluation batch over all ranks."""
+    max_new_tokens: int = 0
+    """Longest greedy answer, compared with the true one. 0: only the loss is computed."""
+    pictures: int = 32
+    """Answers that `samples.png` shows with their images."""
+
+
+@dataclass
+class LoggingConfig:
+    """What the run tells beside `metrics.jsonl`."""
+
+    every: int = 10
+    """Steps between log lines."""
+    tensorboard: bool = True
+    """Write TensorBoard event files to `<run.dir>/tensorboard`."""
+    wandb: str | None = None
+    """Weights & Biases project to log to; needs the `wandb` extra."""
+
+
+@dataclass
+class Config:
+    """All options of one run."""
+
+    layout: LayoutConfig
+    data: DataConfig
+    run: RunConfig = field(default_factory=RunConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    modules: dict[str, ModuleConfig] = field(default_factory=dict)
+    """Per module of the layout; a module that is not named trains with the defaults."""
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    logging: LoggingConfig = field(default_factory=LoggingConfig)
+
+    def module(self, name: str) -> ModuleConfig:
+        """How module `name` of the layout is trained."""
+        return self.modules.get(name, ModuleConfig())
+
+
+def load_config(arguments: Sequence[str]) -> Config:
+    """The options given by `config=FILE.yaml key=value …`; later arguments win.
+
+    Raises `ConfigError` for a missing file, an unknown or missing key, or a value that is wrong by itself or together
+    with others; the message names the file or argument that set it.
+    """
+    path: Path | None = None
+    overrides: list[str] = []
+    for argument in (text.removeprefix("--") for text in arguments):
+        key, equals, value = argument.partition("=")
+        if not equals or not key:
+            raise ConfigError(f"argument `{argument}` is not of the form key=value")
+        if key == "config":
+            path = find_config(value)
+        else:
+            overrides.append(argument)
+    if path is None:
+        raise ConfigError("no configuration file: give config=NAME.yaml, for example config=quickstart.yaml")
+    tree = _read_yaml(path)
+    for argument in overrides:
+        tree = _merge(tree, argument)
+    origin = _origin(path, overrides)
+    config = build(Config, _plain(tree, str(path)), origin)
+    config.run.dir = config.run.dir.replace("{name}", path.stem)
+    validate(config, origin)
+    return config
+
+
+def find_config(name: str) -> Path:
+    """The configuration file called `name`: as given, then under `configs/` here and beside the package."""
+    candidates = [Path(name), Path("configs", name), REPOSITORY / "configs" / name]
+    for candidate in candidates:
+        if candidate.is_file():
+            return candidate
+    known = {path.name for folder in candidates[1:] for path in folder.parent.glob("*.yaml")}
+    hint = did_you_mean(name, sorted(known))
+    raise ConfigError(f"configuration file `{name}` not found here or under configs/{hint}")
+
+
+def save_config(config: Config, path: str | Path) -> None:
+    """Write all options as YAML; `load_config(["config=<path>"])` gives an equal `Config`."""
+    Path(path).write_text(format_config(config), encoding="utf-8")
+
+
+def format_config(config: Config) -> str:
+    """All options as YAML, in the order of their definition."""
+    return OmegaConf.to_yaml(OmegaConf.create(dump(config)))
+
+
+def print_config(config: Config) -> None:
+    """Print all options, in colour where standard output is a terminal."""
+    text = format_config(config)
+    if not sys.stdout.isatty():
+        print(text, flush=True)
+        return
+    from rich.console import Console
+    from rich.syntax import Syntax
+
+    Console().print(Syntax(text, "yaml", background_color="default"))
+
+
+def validate(config: Config, origin: Origin) -> None:
+    """Raise `ConfigError` where a value is out of range or two values do not go together."""
+    modules = list(config.layout.modules)
+    if not modules:
+        raise ConfigError(f"`layout` names no module; it needs at least `language` ({origin('layout')})")
+    if "language" not in modules:
+        raise ConfigError(f"`layout` lacks `language`; it names {', '.join(modules)} ({origin('layout')})")
+    for name in config.modules:
+        if name not in modules:
+            key = f"modules.{name}"
+            raise ConfigError(f"`{key}`: no such module in `layout` ({origin(key)}){did_you_mean(name, modules)}")
+    if config.model.precision == "fp8" and config.model.backend != "te":
+        raise ConfigError(
+            f"`model.precision` fp8 needs `model.backend` te, not {config.model.backend} ({origin('model.precision')})"
+        )
+    _check_ranges(config, origin)
+
+
+def _check_ranges(config: Config, origin: Origin) -> None:
+    positive: dict[str, float | None] = {
+        "run.timeout_seconds": config.run.timeout_seconds,
+        "data.seq_length": config.data.seq_length,
+        "data.workers": config.data.workers,
+        "train.global_batch_size": config.train.global_batch_size,
+        "train.microbatch_size": config.train.microbatch_size,
+        "optim.eps": config.optim.eps,
+        "optim.clip_grad": config.optim.clip_grad,
+        "checkpoint.every": config.checkpoint.every,
+        "checkpoint.keep": config.checkpoint.keep,
+        "eval.every": config.eval.every,
+        "eval.samples": config.eval.samples,
+        "eval.batch_size": config.eval.batch_size,
+        "logging.every": config.logging.every,
+    }
+    not_negative: dict[str, float | None] = {
+        "train.steps": config.train.steps,
+        "data.max_bad_fraction": config.data.max_bad_fraction,
+        "optim.lr": config.optim.lr,
+        "optim.min_lr": config.optim.min_lr,
+        "optim.warmup_steps": config.optim.warmup_steps,
+        "optim.weight_decay": config.optim.weight_decay,
+        "eval.max_new_tokens": config.eval.max_new_tokens,
+        "eval.pictures": config.eval.pictures,
+    }
+    not_negative.update({f"modules.{name}.lr": module.lr for name, module in config.modules.items()})
+    for key, value in positive.items():
+        if value is not None and not value > 0:
+            raise ConfigError(f"`{key}` must be greater than 0, not {value} ({origin(key)})")
+    for key, value in not_negative.items():
+        if value is not None and not value >= 0:
+            raise ConfigError(f"`{key}` must not be negative, but is {value} ({origin(key)})")
+    for key, value in {
+        "optim.beta1": config.optim.beta1,
+        "optim.beta2": config.optim.beta2,
+    }.items():
+        if not 0 <= value < 1:
+            raise ConfigError(f"`{key}` must be in [0, 1), not {value} ({origin(key)})")
+
+
+def _read_yaml(path: Path) -> DictConfig:
+    try:
+        tree = OmegaConf.load(path)
+    except (YAMLError, OmegaConfBaseException, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} is not valid YAML: {error}") from error
+    if not isinstance(tree, DictConfig):
+        raise ConfigError(f"{path} must hold a mapping of sections (run, model, layout, data, …)")
+    return tree
+
+
+def _merge(tree: DictConfig, argument: str) -> DictConfig:
+    try:
+        merged = OmegaConf.merge(tree, OmegaConf.from_dotlist([argument]))
+    except (YAMLError, OmegaConfBaseException, TypeError, ValueError) as error:
+        raise ConfigError(f"argument `{argument}` cannot be applied: {error}") from error
+    assert isinstance(merged, DictConfig)
+    return merged
+
+
+def _plain(tree: DictConfig, source: str) -> dict[str, Any]:
+    try:
+        plain = OmegaConf.to_container(tree, resolve=True)
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"{source}: {error}") from error
+    assert isinstance(plain, dict)
+    return {str(key): value for key, value in plain.items()}
+
+
+def _origin(path: Path, overrides: Sequence[str]) -> Origin:
+    """Names the last argument that set a key, something inside it or something around it; else the file."""
+
+    def origin(key: str) -> str:
+        wanted = key.partition("[")[0] + "."
+        for argument in reversed(overrides):
+            given = argument.partition("=")[0] + "."
+            if wanted.startswith(given) or given.startswith(wanted):
+                return f"argument `{argument}`"
+        return str(path)
+
+    return origin
+
+
+if __name__ == "__main__":
+    (REPOSITORY / "docs" / "config.md").write_text(reference(Config), encoding="utf-8")

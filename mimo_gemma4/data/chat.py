@@ -1,0 +1,193 @@
+"""Conversations to tokens: one rendering by the chat template, one tokenisation, loss spans, media placeholders."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from mimo_gemma4.data.sample import media_types, text_of
+from mimo_gemma4.data.template import ChatTemplate, Messages, Span
+from mimo_gemma4.errors import DataError
+from mimo_gemma4.media import MediaHeader, MediaProcessor, MediaTokens
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+IGNORE = -100
+"""Label of a position without loss."""
+
+_PROBE_SIDES = (1, 47, 48, 224, 640, 1080, 4000)
+_PROBE_SAMPLES = (1, 160, 16_000, 100_001, 480_000, 5_000_000)
+
+
+@dataclass(frozen=True)
+class EncodedConversation:
+    """A conversation as the language model sees it."""
+
+    input_ids: np.ndarray
+    """[length] int64, every media placeholder expanded to begin, soft × rows, end."""
+    labels: np.ndarray
+    """[length] int64: the id that position t predicts (the id at t + 1), or `IGNORE`."""
+    media_starts: tuple[int, ...]
+    """Position of the first soft token of every media item, in message order."""
+
+    @property
+    def length(self) -> int:
+        """Tokens, media rows included."""
+        return len(self.input_ids)
+
+    @property
+    def loss_tokens(self) -> int:
+        """Positions with a label."""
+        return int((self.labels != IGNORE).sum())
+
+
+@dataclass(frozen=True)
+class EncodedPrompt:
+    """A conversation up to where the model is to write its last answer."""
+
+    input_ids: np.ndarray
+    """[length] int64, media placeholders expanded."""
+    media_starts: tuple[int, ...]
+    """Position of the first soft token of every media item of the prompt, in message order."""
+    reference: str
+    """Text of the answer in the data; empty if the conversation ends with a question."""
+
+
+class ConversationEncoder:
+    """Turns messages into token ids, labels and places of media rows."""
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerFast,
+        processors: Sequence[MediaProcessor] = (),
+        media_tokens: Mapping[str, MediaTokens] | None = None,
+    ) -> None:
+        """`processors`: one per module of the layout that encodes media; `media_tokens`: ids by media type.
+
+        Raises `DataError` if the tokenizer has no chat template or a media type has no ids.
+        """
+        self.tokenizer = tokenizer
+        self.processors = {processor.content_type: processor for processor in processors}
+        self.media_tokens = dict(media_tokens or {})
+        self.template = ChatTemplate(tokenizer)
+        missing = sorted(set(self.processors) - set(self.media_tokens))
+        if missing:
+            raise DataError(f"the model configuration has no begin, soft and end token ids for {missing[0]!r} content")
+
+    def encode(self, messages: Messages, rows: Sequence[int] = ()) -> EncodedConversation:
+        """Ids and labels of a conversation whose media take `rows` soft tokens each, in message order.
+
+        Raises `DataError` if placeholders and media do not match, or the answers cannot be located.
+        """
+        text, spans = self.template.answers(messages)
+        ids, offsets = self._tokenise(text)
+        learned = _covered(offsets, spans)
+        expanded, sources, starts = self._expand(ids, messages, rows)
+        targets = np.where(learned[sources] & ~np.isin(expanded, self._media_ids), expanded, IGNORE)
+        labels = np.append(targets[1:], IGNORE)
+        return EncodedConversation(expanded, labels, starts)
+
+    def encode_prompt(self, messages: Messages, rows: Sequence[int] = ()) -> EncodedPrompt:
+        """The prompt for the conversation's last answer; a conversation without a last answer is a prompt as a whole.
+
+        `rows` are those of all media of the conversation. Raises `DataError` as `encode` does.
+        """
+        reference = ""
+        if len(messages) > 1 and self._ends_with_answer(messages):
+            reference = text_of(messages[-1])
+            messages = messages[:-1]
+        ids, _ = self._tokenise(self.template.render(messages, add_generation_prompt=True))
+        expanded, _, starts = self._expand(ids, messages, rows[: len(media_types(messages))])
+        return EncodedPrompt(expanded, starts, reference)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of generated ids, without special tokens and outer white space."""
+        return self.tokenizer.decode(list(ids), skip_special_tokens=True).strip()
+
+    @cached_property
+    def stop_ids(self) -> frozenset[int]:
+        """Ids that end an answer: the template's end-of-turn token and the tokenizer's end-of-sequence token."""
+        probe = self.encode([{"role": "user", "content": "0"}, {"role": "assistant", "content": "1"}])
+        last = probe.labels[probe.labels != IGNORE][-1]
+        return frozenset({int(last), self.tokenizer.eos_token_id} - {None})
+
+    @property
+    def pad_id(self) -> int:
+        """Id that fills positions without a token."""
+        pad = self.tokenizer.pad_token_id
+        return 0 if pad is None else pad
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Hash of all that decides ids, lengths and labels: tokenizer, template, media ids, and rows of probe sizes."""
+        vocabulary = self.tokenizer.backend_tokenizer.to_str()
+        parts = [vocabulary, self.template.source, repr(sorted(self.media_tokens.items()))]
+        images = [MediaHeader(width=width, height=height) for width in _PROBE_SIDES for height in _PROBE_SIDES]
+        sounds = [MediaHeader(samples=samples, sample_rate=16_000) for samples in _PROBE_SAMPLES]
+        for media_type, processor in sorted(self.processors.items()):
+            headers = sounds if media_type == "audio" else images
+            parts.append(repr((media_type, [_rows_or_none(processor, header) for header in headers])))
+        return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
+
+    @cached_property
+    def _media_ids(self) -> np.ndarray:
+        return np.array([i for t in self.media_tokens.values() for i in (t.begin, t.soft, t.end)], np.int64)
+
+    def _ends_with_answer(self, messages: Messages) -> bool:
+        _, spans = self.template.answers(messages)
+        return spans[-1][0] >= len(self.template.render(messages[:-1]))
+
+    def _tokenise(self, text: str) -> tuple[np.ndarray, np.ndarray]:
+        """Ids [tokens] and character offsets [tokens, 2] of rendered text, which already holds every special token."""
+        encoding = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+        ids, offsets = encoding["input_ids"], encoding["offset_mapping"]
+        return np.array(ids, np.int64), np.array(offsets, np.int64).reshape(-1, 2)
+
+    def _expand(
+        self, ids: np.ndarray, messages: Messages, rows: Sequence[int]
+    ) -> tuple[np.ndarray, np.ndarray, tuple[int, ...]]:
+        """Expanded ids, for each its place in `ids`, and the position of every media item's first soft token."""
+        types = media_types(messages)
+        absent = sorted(set(types) - set(self.media_tokens))
+        if absent:
+            raise DataError(f"the model configuration has no token ids for {absent[0]!r} content")
+        tokens = [self.media_tokens[media_type] for media_type in types]
+        soft_ids = {media.soft for media in self.media_tokens.values()}
+        places = [place for place, token in enumerate(ids.tolist()) if token in soft_ids]
+        if [int(ids[place]) for place in places] != [media.soft for media in tokens]:
+            raise DataError(
+                f"its messages name {len(types)} media ({', '.join(types) or 'none'}), but the rendered text holds "
+                f"{len(places)} placeholder tokens {[int(ids[place]) for place in places]}"
+            )
+        if len(rows) != len(types):
+            raise DataError(f"its messages name {len(types)} media, but there are {len(rows)} media files")
+        repeats = np.ones(len(ids), np.int64)
+        repeats[places] = np.array([count + 2 for count in rows], np.int64)
+        sources = np.repeat(np.arange(len(ids)), repeats)
+        expanded = ids[sources]
+        first = np.cumsum(repeats) - repeats
+        for place, media, count in zip(places, tokens, rows, strict=True):
+            expanded[first[place]] = media.begin
+            expanded[first[place] + count + 1] = media.end
+        return expanded, sources, tuple(int(first[place]) + 1 for place in places)
+
+
+def _covered(offsets: np.ndarray, spans: list[Span]) -> np.ndarray:
+    """Which tokens share a character with a span: [tokens] bool."""
+    covered = np.zeros(len(offsets), bool)
+    for start, end in spans:
+        covered |= (offsets[:, 0] < end) & (offsets[:, 1] > start)
+    return covered
+
+
+def _rows_or_none(processor: MediaProcessor, header: MediaHeader) -> int | None:
+    try:
+        return processor.rows(header)
+    except ValueError:
+        return None

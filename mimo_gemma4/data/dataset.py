@@ -1,0 +1,254 @@
+"""The samples of all shards under one numbering, without the ones that cannot be used."""
+
+import logging
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+from torch import distributed as dist
+
+from mimo_gemma4.data.agreement import BadSamplePolicy, allowed_bad, require_equal
+from mimo_gemma4.data.chat import ConversationEncoder, EncodedConversation
+from mimo_gemma4.data.index import ShardIndex, progress
+from mimo_gemma4.data.sample import MEDIA_TYPES, parse_messages
+from mimo_gemma4.data.shards import expand_shards, read_range
+from mimo_gemma4.data.token_index import TokenIndex
+from mimo_gemma4.errors import DataError
+from mimo_gemma4.health import together
+from mimo_gemma4.media import MediaHeader
+
+logger = logging.getLogger(__name__)
+
+_REPORTED = 5
+"""Unusable samples that are logged one by one; the rest is counted."""
+
+
+@dataclass(frozen=True)
+class MediaItem:
+    """One media file of a sample."""
+
+    modality: str
+    """Module of the layout that encodes it."""
+    media_type: str
+    """Its type of chat content."""
+    header: MediaHeader
+    rows: int
+    """Soft tokens."""
+    start: int
+    """Position in its sample of its first soft token."""
+    shard: Path
+    offset: int
+    """First byte in the shard."""
+    size: int
+    """Bytes."""
+
+
+@dataclass(frozen=True)
+class ExcludedSample:
+    """A sample that the dataset leaves out."""
+
+    shard: Path
+    key: str
+    """`__key__`; empty where the shard itself breaks off."""
+    reason: str
+
+    def __str__(self) -> str:
+        """Shard, key and reason."""
+        return f"{self.shard}: {f'__key__ {self.key!r}: ' if self.key else ''}{self.reason}"
+
+
+class ShardDataset:
+    """Samples 0 … len - 1 of a list of shards, in shard order. Knows lengths and places; reads a sample on request."""
+
+    def __init__(
+        self,
+        paths: Sequence[Path],
+        indexes: Sequence[ShardIndex],
+        tokens: Sequence[TokenIndex],
+        encoder: ConversationEncoder,
+        *,
+        seq_length: int,
+        on_bad_sample: BadSamplePolicy = "fail",
+        max_bad_fraction: float = 0.01,
+    ) -> None:
+        """Number the usable samples; `open` reads the indexes.
+
+        `seq_length`: samples with more tokens are left out. With `on_bad_sample="fail"` any sample that has to be left
+        out raises `DataError`; with `skip` they are counted and logged, and more than `max_bad_fraction` unusable ones
+        (too long ones not counted) raise.
+        """
+        self.encoder = encoder
+        self.seq_length = seq_length
+        self._paths, self._indexes, self._tokens = tuple(paths), tuple(indexes), tuple(tokens)
+        kept = [np.flatnonzero((t.length > 0) & (t.length <= seq_length)) for t in tokens]
+        self._shard_of = np.repeat(np.arange(len(kept)), [len(rows) for rows in kept])
+        self._row_of = np.concatenate(kept) if kept else np.zeros(0, np.int64)
+        self.lengths = np.concatenate([t.length[rows] for t, rows in zip(tokens, kept, strict=True)])
+        """[samples] int32: tokens of every sample, media rows included."""
+        self.loss_tokens = np.concatenate([t.loss_tokens[rows] for t, rows in zip(tokens, kept, strict=True)])
+        """[samples] int32: positions of every sample that have a label."""
+        self.unusable = self._unusable()
+        """Samples whose tar members, JSON, media headers or placeholders are wrong."""
+        self.too_long = self._too_long()
+        """Samples of more than `seq_length` tokens."""
+        self._judge(on_bad_sample, max_bad_fraction)
+
+    @classmethod
+    def open(
+        cls,
+        shards: str | Path | Sequence[str | Path],
+        encoder: ConversationEncoder,
+        *,
+        seq_length: int,
+        on_bad_sample: BadSamplePolicy = "fail",
+        max_bad_fraction: float = 0.01,
+        group: dist.ProcessGroup | None = None,
+    ) -> Self:
+        """Find the shards, index those that are not indexed yet, and number their samples.
+
+        With a host `group`, all of its ranks call this: each indexes a part of the shards, and all check that they see
+        the same samples. Raises `DataError` (on every rank of the group) for missing shards or as `on_bad_sample` asks.
+        """
+
+        def read() -> Self:
+            paths = expand_shards(shards)
+            indexes = [ShardIndex.open(path) for path in progress(paths, len(paths), "reading index")]
+            tokens = [TokenIndex.open(path, index, encoder) for path, index in zip(paths, indexes, strict=True)]
+            return cls(
+                paths, indexes, tokens, encoder,
+                seq_length=seq_length, on_bad_sample=on_bad_sample, max_bad_fraction=max_bad_fraction,
+            )  # fmt: skip
+
+        if group is None or group.size() == 1:
+            return read()
+
+        def index_part() -> None:
+            paths = expand_shards(shards)[group.rank() :: group.size()]
+            for path in progress(paths, len(paths), "indexing") if group.rank() == 0 else paths:
+                TokenIndex.open(path, ShardIndex.open(path), encoder)
+
+        together(group, index_part)
+        dataset = together(group, read)
+        require_equal(len(dataset), "the number of samples", group)
+        require_equal(dataset.fingerprint, "keys or lengths of samples", group)
+        return dataset
+
+    def __len__(self) -> int:
+        """Number of usable samples."""
+        return len(self._row_of)
+
+    def key(self, index: int) -> str:
+        """`__key__` of a sample."""
+        return self._index(index).keys[self._row_of[index]].decode()
+
+    def shard(self, index: int) -> Path:
+        """The shard that holds a sample."""
+        return self._paths[self._shard_of[index]]
+
+    def describe(self, index: int) -> str:
+        """Shard and `__key__` of a sample, for messages."""
+        return f"{self.shard(index)}: __key__ {self.key(index)!r}"
+
+    def identity(self, index: int, ordinal: int) -> str:
+        """What tells a media item of a sample from all others: key, number and file size."""
+        return f"{self.key(index)}#{ordinal}:{self.media(index)[ordinal].size}"
+
+    def media(self, index: int) -> tuple[MediaItem, ...]:
+        """Media of a sample, in message order."""
+        shard, table, tokens = self.shard(index), self._index(index), self._tokens[self._shard_of[index]]
+        items = []
+        for medium in table.media_range(int(self._row_of[index])):
+            media_type = MEDIA_TYPES[table.media_type[medium]]
+            items.append(
+                MediaItem(
+                    modality=self.encoder.processors[media_type].modality,
+                    media_type=media_type,
+                    header=table.header(medium),
+                    rows=int(tokens.media_rows[medium]),
+                    start=int(tokens.media_start[medium]),
+                    shard=shard,
+                    offset=int(table.media_offset[medium]),
+                    size=int(table.media_size[medium]),
+                )
+            )
+        return tuple(items)
+
+    def messages(self, index: int) -> list[dict[str, Any]]:
+        """Messages of a sample, read from its shard. Raises `DataError`."""
+        table, row = self._index(index), self._row_of[index]
+        data = read_range(self.shard(index), int(table.json_offset[row]), int(table.json_size[row]))
+        try:
+            return parse_messages(data)
+        except DataError as error:
+            raise DataError(f"{self.describe(index)}: {error}") from error
+
+    def encode(self, index: int) -> EncodedConversation:
+        """Tokens of a sample. Raises `DataError` if they are not those that were indexed."""
+        media = self.media(index)
+        try:
+            encoded = self.encoder.encode(self.messages(index), [item.rows for item in media])
+        except DataError as error:
+            raise DataError(f"{self.describe(index)}: {error}") from error
+        rows = [self.encoder.processors[item.media_type].rows(item.header) for item in media]
+        indexed = (int(self.lengths[index]), [item.start for item in media], [item.rows for item in media])
+        if indexed != (encoded.length, list(encoded.media_starts), rows):
+            raise DataError(
+                f"{self.describe(index)}: indexed as (length, media starts, media rows) {indexed}, read as "
+                f"{(encoded.length, list(encoded.media_starts), rows)}; delete {self.shard(index)}.*.npz"
+            )
+        return encoded
+
+    @cached_property
+    def fingerprint(self) -> int:
+        """Checksum of all keys and lengths, in order: equal on two ranks that see the same samples."""
+        checksum = zlib.crc32(self.lengths.astype("<i4").tobytes())
+        for table, row in ((t, np.flatnonzero(k.length)) for t, k in zip(self._indexes, self._tokens, strict=True)):
+            checksum = zlib.crc32(b"\0".join(table.keys[row].tolist()), checksum)
+        return checksum
+
+    def _index(self, index: int) -> ShardIndex:
+        return self._indexes[self._shard_of[index]]
+
+    def _unusable(self) -> tuple[ExcludedSample, ...]:
+        excluded = []
+        for path, table, tokens in zip(self._paths, self._indexes, self._tokens, strict=True):
+            for key, reason in zip(table.bad_keys, table.bad_reasons, strict=True):
+                excluded.append(ExcludedSample(path, str(key), str(reason)))
+            for row, reason in zip(tokens.bad_samples, tokens.bad_reasons, strict=True):
+                excluded.append(ExcludedSample(path, table.keys[row].decode(), str(reason)))
+        return tuple(excluded)
+
+    def _too_long(self) -> tuple[ExcludedSample, ...]:
+        excluded = []
+        for path, table, tokens in zip(self._paths, self._indexes, self._tokens, strict=True):
+            for row in np.flatnonzero(tokens.length > self.seq_length):
+                reason = f"{tokens.length[row]} tokens, more than data.seq_length={self.seq_length}"
+                excluded.append(ExcludedSample(path, table.keys[row].decode(), reason))
+        return tuple(excluded)
+
+    def _judge(self, on_bad_sample: BadSamplePolicy, max_bad_fraction: float) -> None:
+        for excluded, remedy in (
+            (self.unusable, "mend or remove them, or set data.on_bad_sample=skip"),
+            (self.too_long, "raise data.seq_length, shorten them, or set data.on_bad_sample=skip"),
+        ):
+            if not excluded:
+                continue
+            total = len(self) + len(self.unusable) + len(self.too_long)
+            if on_bad_sample == "fail":
+                count = f"{len(excluded)} of {total} samples cannot be used"
+                raise DataError(f"{count}; {remedy}. The first: {excluded[0]}")
+            for sample in excluded[:_REPORTED]:
+                logger.warning("left out: %s", sample)
+            logger.warning("left out %d of %d samples in all", len(excluded), total)
+        considered = len(self) + len(self.unusable)
+        if len(self.unusable) > allowed_bad(considered, max_bad_fraction):
+            raise DataError(
+                f"{len(self.unusable)} of {considered} samples cannot be used, more than "
+                f"data.max_bad_fraction={max_bad_fraction} allows. The first: {self.unusable[0]}"
+            )
+        if not len(self):
+            raise DataError(f"{', '.join(map(str, self._paths[:3]))} hold no usable sample")

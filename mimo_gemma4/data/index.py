@@ -1,0 +1,236 @@
+"""The index of a shard: where every sample lies and how large its media are, read once and kept beside the shard.
+
+    python -m mimo_gemma4.data.index SHARDS…        index shards ahead of a training and report what is in them
+
+A sample is a run of consecutive tar members that share the name up to the first dot of the base name: `<key>.json` and
+its media `<key>.0.jpg`, `<key>.1.png`, `<key>.0.wav`, …, which the messages name in the order of their numbers (images
+and sounds may be numbered together or apart). No pixel and no sound is decoded here.
+"""
+
+import argparse
+import re
+import sys
+import tarfile
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import BinaryIO, Self
+
+import numpy as np
+
+from mimo_gemma4.data.sample import MEDIA_TYPES, media_type_of, media_types, parse_messages, read_header
+from mimo_gemma4.data.shards import expand_shards
+from mimo_gemma4.data.sidecar import load_sidecar, save_sidecar
+from mimo_gemma4.errors import DataError
+from mimo_gemma4.media import MediaHeader
+
+_MEDIA_FIELD = re.compile(r"(?:(?P<number>\d+)\.)?(?P<extension>[^.]+)")
+
+
+@dataclass(frozen=True)
+class ShardIndex:
+    """Samples of one shard: `samples` rows and, in message order, `media` rows; unusable samples apart."""
+
+    keys: np.ndarray
+    """[samples] bytes: `__key__` in UTF-8."""
+    json_offset: np.ndarray
+    """[samples] int64: first byte of the JSON in the shard."""
+    json_size: np.ndarray
+    """[samples] int64."""
+    media_first: np.ndarray
+    """[samples + 1] int64: media of sample i are media_first[i] … media_first[i + 1] - 1."""
+    media_type: np.ndarray
+    """[media] int8: place in `MEDIA_TYPES`."""
+    media_offset: np.ndarray
+    """[media] int64: first byte of the file in the shard."""
+    media_size: np.ndarray
+    """[media] int64."""
+    media_header: np.ndarray
+    """[media, 4] int64: the fields of `MediaHeader`."""
+    bad_keys: np.ndarray
+    """[bad] str: `__key__` of samples that cannot be used; empty where the shard itself breaks off …"""
+    bad_reasons: np.ndarray
+    """[bad] str: … and why."""
+
+    @classmethod
+    def open(cls, shard: Path) -> Self:
+        """The index of a shard, from its sidecar or by reading the shard."""
+        arrays = load_sidecar(shard, "index")
+        if arrays is not None and set(arrays) == {field.name for field in fields(cls)}:
+            return cls(**arrays)
+        index = cls.build(shard)
+        save_sidecar(shard, "index", {field.name: getattr(index, field.name) for field in fields(cls)})
+        return index
+
+    @classmethod
+    def build(cls, shard: Path) -> Self:
+        """Read a shard: tar headers, JSON and media headers. Unusable samples are recorded, not raised."""
+        entries: list[_Entry] = []
+        bad: list[tuple[str, str]] = []
+        with open(shard, "rb") as file:
+            try:
+                for members in _samples(_members(file)):
+                    try:
+                        entries.append(_read_sample(file, members))
+                    except DataError as error:
+                        bad.append((members[0].key, str(error)))
+            except tarfile.TarError as error:
+                bad.append(("", f"not a whole uncompressed tar file: {error}"))
+        if not entries and not bad:
+            bad.append(("", "the shard holds no samples"))
+        return cls(
+            keys=np.array([entry.key.encode() for entry in entries], dtype=np.bytes_),
+            json_offset=np.array([entry.json_offset for entry in entries], np.int64),
+            json_size=np.array([entry.json_size for entry in entries], np.int64),
+            media_first=np.cumsum([0, *(len(entry.media) for entry in entries)], dtype=np.int64),
+            media_type=np.array([MEDIA_TYPES.index(m.media_type) for e in entries for m in e.media], np.int8),
+            media_offset=np.array([medium.offset for entry in entries for medium in entry.media], np.int64),
+            media_size=np.array([medium.size for entry in entries for medium in entry.media], np.int64),
+            media_header=np.array(
+                [(h.width, h.height, h.samples, h.sample_rate) for e in entries for h in e.headers], np.int64
+            ).reshape(-1, 4),
+            bad_keys=np.array([key for key, _ in bad], np.str_),
+            bad_reasons=np.array([reason for _, reason in bad], np.str_),
+        )
+
+    def __len__(self) -> int:
+        """Number of usable samples."""
+        return len(self.keys)
+
+    def media_range(self, sample: int) -> range:
+        """Rows of the `media_*` arrays that belong to a sample."""
+        return range(int(self.media_first[sample]), int(self.media_first[sample + 1]))
+
+    def header(self, medium: int) -> MediaHeader:
+        """Header of a media file."""
+        return MediaHeader(*(int(value) for value in self.media_header[medium]))
+
+
+@dataclass(frozen=True)
+class _Member:
+    key: str
+    field: str
+    offset: int
+    size: int
+
+    @property
+    def extension(self) -> str:
+        return self.field.rpartition(".")[2].lower()
+
+    @property
+    def media_type(self) -> str | None:
+        return media_type_of(self.extension) if _MEDIA_FIELD.fullmatch(self.field) else None
+
+    @property
+    def number(self) -> int:
+        match = _MEDIA_FIELD.fullmatch(self.field)
+        return int(match["number"] or 0) if match else 0
+
+
+@dataclass(frozen=True)
+class _Entry:
+    key: str
+    json_offset: int
+    json_size: int
+    media: list[_Member]
+    headers: list[MediaHeader]
+
+
+def _members(file: BinaryIO) -> Iterator[_Member]:
+    with tarfile.open(fileobj=file, mode="r:") as tar:
+        for info in tar:
+            folder, slash, base = info.name.rpartition("/")
+            stem, dot, field = base.partition(".")
+            if info.isreg() and dot and stem:
+                yield _Member(f"{folder}{slash}{stem}", field, info.offset_data, info.size)
+            tar.members = []  # tarfile keeps every header otherwise
+
+
+def _samples(members: Iterator[_Member]) -> Iterator[list[_Member]]:
+    group: list[_Member] = []
+    for member in members:
+        if group and member.key != group[0].key:
+            yield group
+            group = []
+        group.append(member)
+    if group:
+        yield group
+
+
+def _read_sample(file: BinaryIO, members: list[_Member]) -> _Entry:
+    by_field = {member.field: member for member in members}
+    if len(by_field) < len(members):
+        raise DataError(f"a member occurs twice: {sorted(member.field for member in members)}")
+    if "json" not in by_field:
+        raise DataError(f"it has no .json member, only {sorted(by_field)}")
+    document = by_field["json"]
+    file.seek(document.offset)
+    types = media_types(parse_messages(file.read(document.size)))
+    media = _match(types, members)
+    headers = []
+    for media_type, member in zip(types, media, strict=True):
+        try:
+            headers.append(read_header(media_type, member.extension, file, member.offset, member.size))
+        except DataError as error:
+            raise DataError(f"{member.field}: {error}") from error
+    return _Entry(document.key, document.offset, document.size, media, headers)
+
+
+def _match(types: list[str], members: list[_Member]) -> list[_Member]:
+    """Media members in the order in which the messages name them."""
+    files: dict[str, list[_Member]] = {}
+    for member in sorted(members, key=lambda member: member.number):
+        if member.media_type is not None:
+            files.setdefault(member.media_type, []).append(member)
+    named, found = Counter(types), Counter({media_type: len(group) for media_type, group in files.items()})
+    if named != found:
+        raise DataError(
+            f"its messages name {_count(named)}, but its members {sorted(member.field for member in members)} "
+            f"hold {_count(found)}"
+        )
+    for media_type, group in files.items():
+        if len({member.number for member in group}) < len(group):
+            raise DataError(f"two {media_type} members have one number: {[member.field for member in group]}")
+    remaining = {media_type: iter(group) for media_type, group in files.items()}
+    return [next(remaining[media_type]) for media_type in types]
+
+
+def _count(counter: Counter[str]) -> str:
+    return ", ".join(f"{counter[media_type]} {media_type}" for media_type in MEDIA_TYPES)
+
+
+def progress(items: Iterable[Path], total: int, description: str) -> Iterator[Path]:
+    """The items, with a progress bar on standard error if that is a terminal."""
+    if not sys.stderr.isatty():
+        yield from items
+        return
+    from rich.console import Console
+    from rich.progress import track
+
+    yield from track(items, description, total, console=Console(stderr=True))
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Index the shards named on the command line; the exit code is 1 if a sample cannot be used, 2 for a wrong list."""
+    parser = argparse.ArgumentParser(prog="python -m mimo_gemma4.data.index", description=__doc__.partition("\n")[0])
+    parser.add_argument("shards", nargs="+", metavar="SHARDS", help="tar files, brace lists or globs")
+    try:
+        paths = expand_shards(parser.parse_args(arguments).shards)
+    except DataError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    samples, bad, media = 0, 0, Counter[str]()
+    for path in progress(paths, len(paths), "indexing"):
+        index = ShardIndex.open(path)
+        counts = Counter(MEDIA_TYPES[number] for number in index.media_type)
+        print(f"{path}: {len(index)} samples, {_count(counts)}, {len(index.bad_keys)} unusable")
+        for key, reason in zip(index.bad_keys, index.bad_reasons, strict=True):
+            print(f"  __key__ {str(key)!r}: {reason}")
+        samples, bad, media = samples + len(index), bad + len(index.bad_keys), media + counts
+    print(f"{len(paths)} shards: {samples} samples, {_count(media)}, {bad} unusable")
+    return 1 if bad else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

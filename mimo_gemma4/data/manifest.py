@@ -1,0 +1,112 @@
+"""The plan of one global step: who reads, encodes and trains on what. Integers only, equal on every rank."""
+
+from dataclasses import dataclass
+from functools import cached_property
+
+
+@dataclass(frozen=True)
+class SampleSlot:
+    """Where one sample of the global batch is trained on."""
+
+    sample: int
+    """Position in the global batch, 0 … global_batch_size - 1."""
+    index: int
+    """Number of the sample in the dataset index."""
+    lane: int
+    """Language data-parallel lane."""
+    microbatch: int
+    """Microbatch of that lane; all lanes and encoders count them alike ("round")."""
+    row: int
+    """Row of the microbatch, 0 … rows - 1 (always 0 when packed)."""
+    start: int
+    """First position of the sample in its row."""
+    length: int
+    """Tokens of the sample, media rows included, padding excluded."""
+    padded_length: int
+    """Positions the sample occupies in its row: `length`, plus the padding that the layout needs when packed."""
+
+
+@dataclass(frozen=True)
+class MediaSlot:
+    """Where one media item is encoded and where its rows go."""
+
+    modality: str
+    """Module of the layout that encodes it."""
+    sample: int
+    """Position of its sample in the global batch."""
+    index: int
+    """Number of its sample in the dataset index."""
+    ordinal: int
+    """Which media item of the sample it is, counted over all modalities in message order."""
+    rows: int
+    """Soft tokens, which are encoder output rows."""
+    lane: int
+    """Language lane of its sample."""
+    microbatch: int
+    """Microbatch of that lane, and the encoder's round."""
+    row: int
+    """Row of the microbatch."""
+    start: int
+    """Position in that row of its first soft token."""
+    encoder_lane: int
+    """Encoder data-parallel lane."""
+    encoder_offset: int
+    """First of its rows in that lane's output of the round."""
+
+
+@dataclass(frozen=True)
+class Microbatch:
+    """One language microbatch: `rows` sequences of `seq_length` positions; zero of both when a lane idles."""
+
+    lane: int
+    number: int
+    rows: int
+    seq_length: int
+    samples: tuple[SampleSlot, ...]
+    """In order of (row, start)."""
+    packed: bool = False
+    """Whether its one row is a THD pack, in which samples follow one another and never attend to each other."""
+
+    @property
+    def segment_starts(self) -> tuple[int, ...] | None:
+        """Cumulative padded lengths of a pack's segments, from 0 to its length; None for padded rows.
+
+        Positions beyond the last sample are a segment of their own, which nothing attends to.
+        """
+        if not self.packed:
+            return None
+        starts = (0, *(slot.start + slot.padded_length for slot in self.samples))
+        return starts if starts[-1] == self.seq_length else (*starts, self.seq_length)
+
+
+@dataclass(frozen=True)
+class StepManifest:
+    """The whole plan of one global step."""
+
+    step: int
+    rounds: int
+    """Microbatches of every language lane; short lanes have empty ones."""
+    microbatches: tuple[Microbatch, ...]
+    """All lanes' microbatches, ordered by (lane, number)."""
+    media: tuple[MediaSlot, ...]
+    """All media items, ordered by (modality, microbatch, encoder_lane, encoder_offset)."""
+
+    @cached_property
+    def samples(self) -> tuple[SampleSlot, ...]:
+        """Every sample of the global batch, in global batch order."""
+        return tuple(sorted((s for m in self.microbatches for s in m.samples), key=lambda s: s.sample))
+
+    @cached_property
+    def _media_by_lane(self) -> dict[tuple[str, int, int], tuple[MediaSlot, ...]]:
+        grouped: dict[tuple[str, int, int], list[MediaSlot]] = {}
+        for slot in self.media:
+            grouped.setdefault((slot.modality, slot.microbatch, slot.encoder_lane), []).append(slot)
+        return {key: tuple(slots) for key, slots in grouped.items()}
+
+    def microbatch(self, lane: int, number: int) -> Microbatch:
+        """Microbatch `number` of language lane `lane`."""
+        return self.microbatches[lane * self.rounds + number]
+
+    def encoded(self, modality: str, round_: int, encoder_lane: int) -> tuple[MediaSlot, ...]:
+        """The items that an encoder lane encodes in a round, in the order of their output rows."""
+        return self._media_by_lane.get((modality, round_, encoder_lane), ())

@@ -1,0 +1,244 @@
+"""Plans global steps: which sample is trained on where, and which media item is encoded where.
+
+A plan is a pure function of (dataset, seed, step, lanes), computed alike on every rank. The samples of a step depend on
+(seed, epoch, global index) only; where they go depends on the layout.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from mimo_gemma4.data.dataset import ShardDataset
+from mimo_gemma4.data.manifest import MediaSlot, Microbatch, SampleSlot, StepManifest
+from mimo_gemma4.errors import ConfigError, DataError
+
+
+@dataclass(frozen=True)
+class _Row:
+    """Samples that share a row of a microbatch: one when padded, a pack when packed."""
+
+    samples: tuple[int, ...]
+    """Positions in the global batch."""
+    cost: int
+    """Positions that the row takes."""
+
+
+class StepPlanner:
+    """Gives the manifest of any global step, in any order, at a cost that does not grow with the step."""
+
+    def __init__(
+        self,
+        dataset: ShardDataset,
+        *,
+        global_batch_size: int,
+        microbatch_size: int,
+        seed: int,
+        language_lanes: int,
+        encoder_lanes: Mapping[str, int],
+        packing: bool,
+        row_multiple: int = 1,
+        total_multiple: int = 1,
+        shuffle: bool = True,
+        repeat: bool = True,
+        limit: int | None = None,
+    ) -> None:
+        """Plan for `language_lanes` data-parallel lanes of the language model and `encoder_lanes` per modality.
+
+        `row_multiple`: padded, what the length of a microbatch is rounded up to; packed, what every sample of a pack is
+        padded to. `total_multiple`: packed, what the length of a microbatch is rounded up to by padding at its end.
+        `shuffle`: a new order every epoch, instead of shard order. `repeat=False`: one epoch, the last batch as long as
+        the samples reach; otherwise the last batch of an epoch continues into the next one. `limit`: use only so many
+        samples, the first of the dataset.
+
+        Raises `ConfigError` for sizes below 1, `DataError` for media that no module of the layout encodes.
+        """
+        for key, value in (
+            ("train.global_batch_size", global_batch_size),
+            ("train.microbatch_size", microbatch_size),
+            ("language data-parallel size", language_lanes),
+            *((f"{modality} data-parallel size", lanes) for modality, lanes in encoder_lanes.items()),
+        ):
+            if value < 1:
+                raise ConfigError(f"{key} is {value}; it must be at least 1")
+        absent = sorted({p.modality for p in dataset.encoder.processors.values()} - set(encoder_lanes))
+        if absent:
+            raise DataError(f"the data may hold media for the module {absent[0]!r}; add it to layout")
+        self.dataset = dataset
+        self.count = len(dataset) if limit is None else min(limit, len(dataset))
+        """Samples of one epoch."""
+        self.global_batch_size = global_batch_size
+        self._microbatch_size, self._seed, self._shuffle, self._repeat = microbatch_size, seed, shuffle, repeat
+        self._lanes, self._encoder_lanes = language_lanes, dict(encoder_lanes)
+        self._packing, self._row_multiple, self._total_multiple = packing, row_multiple, total_multiple
+        self._processors = {processor.modality: processor for processor in dataset.encoder.processors.values()}
+        self._order: tuple[int, np.ndarray] | None = None
+
+    @property
+    def steps(self) -> int | None:
+        """Number of steps without `repeat`; None with it."""
+        return None if self._repeat else -(-self.count // self.global_batch_size)
+
+    def samples(self, step: int) -> list[int]:
+        """Dataset numbers of the samples of a step (counted from 0), in global batch order."""
+        first = step * self.global_batch_size
+        last = first + self.global_batch_size
+        if not self._repeat:
+            last = min(last, self.count)
+        return [self._sample(position) for position in range(first, last)]
+
+    def plan(self, step: int) -> StepManifest:
+        """The manifest of a step, counted from 0."""
+        indexes = self.samples(step)
+        lengths = [int(self.dataset.lengths[index]) for index in indexes]
+        rows = self._pack(lengths) if self._packing else [_Row((s,), length) for s, length in enumerate(lengths)]
+        assigned = _assign(rows, self._lanes, self._microbatch_size)
+        place = self._place_packed if self._packing else self._place_padded
+        microbatches = [
+            place(indexes, lengths, lane, number, group)
+            for lane, groups in enumerate(assigned)
+            for number, group in enumerate(groups)
+        ]
+        media = self._place_media([slot for microbatch in microbatches for slot in microbatch.samples])
+        return StepManifest(step, len(assigned[0]), tuple(microbatches), tuple(media))
+
+    def _sample(self, position: int) -> int:
+        """Dataset number of the sample at a global position, counted over all epochs."""
+        epoch, place = divmod(position, self.count)
+        if not self._shuffle:
+            return place
+        # Held in one attribute, read and set once: planning may run in the training and in the loading thread.
+        order = self._order
+        if order is None or order[0] != epoch:
+            generator = np.random.Generator(np.random.PCG64([self._seed, epoch]))
+            self._order = order = (epoch, generator.permutation(self.count))
+        return int(order[1][place])
+
+    def _pack(self, lengths: Sequence[int]) -> list[_Row]:
+        """Packs of at most `data.seq_length` positions; a sample whose padding exceeds that has a pack to itself."""
+        sizes = [_round_up(length, self._row_multiple) for length in lengths]
+        capacity = self.dataset.seq_length
+        order = sorted(range(len(lengths)), key=lambda sample: (-sizes[sample], sample))
+        packs = _first_fit(order, sizes, capacity)
+        # As many packs for every lane, if there are samples enough, and all packs about as full: the same number of
+        # microbatches, but no lane that waits for another.
+        even = _even_fit(order, sizes, capacity, min(_round_up(len(packs), self._lanes), len(lengths)))
+        return [_Row(tuple(sorted(pack)), sum(sizes[sample] for sample in pack)) for pack in even or packs]
+
+    def _place_padded(
+        self, indexes: Sequence[int], lengths: Sequence[int], lane: int, number: int, rows: Sequence[_Row]
+    ) -> Microbatch:
+        slots = []
+        for row, (sample,) in enumerate(row.samples for row in rows):
+            length = lengths[sample]
+            slots.append(SampleSlot(sample, indexes[sample], lane, number, row, 0, length, length))
+        longest = max((slot.length for slot in slots), default=0)
+        return Microbatch(lane, number, len(rows), _round_up(longest, self._row_multiple), tuple(slots))
+
+    def _place_packed(
+        self, indexes: Sequence[int], lengths: Sequence[int], lane: int, number: int, rows: Sequence[_Row]
+    ) -> Microbatch:
+        slots, start = [], 0
+        for sample in (sample for row in rows for sample in row.samples):
+            size = _round_up(lengths[sample], self._row_multiple)
+            slots.append(SampleSlot(sample, indexes[sample], lane, number, 0, start, lengths[sample], size))
+            start += size
+        total = _round_up(start, self._total_multiple)
+        return Microbatch(lane, number, min(1, len(rows)), total, tuple(slots), packed=True)
+
+    def _place_media(self, slots: Sequence[SampleSlot]) -> list[MediaSlot]:
+        """Media of the step, ordered by (modality, microbatch, encoder lane, offset)."""
+        rounds: dict[tuple[str, int], list[tuple[SampleSlot, int]]] = {}
+        items = {slot.sample: self.dataset.media(slot.index) for slot in slots}
+        for slot in slots:
+            for ordinal, item in enumerate(items[slot.sample]):
+                rounds.setdefault((item.modality, slot.microbatch), []).append((slot, ordinal))
+        media = []
+        for modality, number in sorted(rounds):
+            entries = rounds[modality, number]
+            costs = [self._processors[modality].cost(items[slot.sample][ordinal].header) for slot, ordinal in entries]
+            for encoder_lane, chosen in enumerate(_balance(costs, self._encoder_lanes[modality])):
+                offset = 0
+                for slot, ordinal in (entries[entry] for entry in chosen):
+                    item = items[slot.sample][ordinal]
+                    media.append(
+                        MediaSlot(
+                            modality=modality, sample=slot.sample, index=slot.index, ordinal=ordinal, rows=item.rows,
+                            lane=slot.lane, microbatch=number, row=slot.row, start=slot.start + item.start,
+                            encoder_lane=encoder_lane, encoder_offset=offset,
+                        )
+                    )  # fmt: skip
+                    offset += item.rows
+        return media
+
+
+def _assign(rows: Sequence[_Row], lanes: int, microbatch_size: int) -> list[list[list[_Row]]]:
+    """Rows of every lane's microbatches, [lane][microbatch][row]; all lanes have equally many, some may be empty.
+
+    Rows of like cost meet in one round, so that lanes take as long as each other in it and padding is short; within a
+    round the costliest microbatch goes to the lane with the least so far.
+    """
+    ordered = sorted(rows, key=lambda row: (-row.cost, row.samples))
+    rounds = -(-len(ordered) // (lanes * microbatch_size))
+    assigned: list[list[list[_Row]]] = [[] for _ in range(lanes)]
+    load = [0] * lanes
+    for number in range(rounds):
+        pool = ordered[number * lanes * microbatch_size : (number + 1) * lanes * microbatch_size]
+        groups = _split(pool, lanes)
+        costs = [len(group) * max((row.cost for row in group), default=0) for group in groups]
+        by_cost = sorted(range(lanes), key=lambda group: (-costs[group], group))
+        by_load = sorted(range(lanes), key=lambda lane: (load[lane], lane))
+        for lane, group in zip(by_load, by_cost, strict=True):
+            assigned[lane].append(groups[group])
+            load[lane] += costs[group]
+    return assigned
+
+
+def _split(rows: Sequence[_Row], parts: int) -> list[Sequence[_Row]]:
+    """Consecutive parts whose sizes differ by one at most, the smaller ones first: there the longer rows are."""
+    size, larger = divmod(len(rows), parts)
+    bounds = [part * size + max(0, part - (parts - larger)) for part in range(parts + 1)]
+    return [rows[begin:end] for begin, end in zip(bounds, bounds[1:], strict=False)]
+
+
+def _first_fit(order: Sequence[int], sizes: Sequence[int], capacity: int) -> list[list[int]]:
+    """Packs by first fit in the given (decreasing) order."""
+    packs: list[list[int]] = []
+    free: list[int] = []
+    for sample in order:
+        pack = next((number for number, left in enumerate(free) if left >= sizes[sample]), None)
+        if pack is None:
+            packs.append([])
+            free.append(capacity)
+            pack = len(packs) - 1
+        packs[pack].append(sample)
+        free[pack] -= sizes[sample]
+    return packs
+
+
+def _even_fit(order: Sequence[int], sizes: Sequence[int], capacity: int, count: int) -> list[list[int]] | None:
+    """`count` packs, each sample into the emptiest one; None where that overflows a pack."""
+    packs: list[list[int]] = [[] for _ in range(count)]
+    filled = [0] * count
+    for sample in order:
+        pack = min(range(count), key=filled.__getitem__)
+        if packs[pack] and filled[pack] + sizes[sample] > capacity:
+            return None
+        packs[pack].append(sample)
+        filled[pack] += sizes[sample]
+    return packs
+
+
+def _balance(costs: Sequence[float], lanes: int) -> list[list[int]]:
+    """Entries of every lane, in entry order: longest processing time first, each to the lane with the least so far."""
+    chosen: list[list[int]] = [[] for _ in range(lanes)]
+    load = [0.0] * lanes
+    for entry in sorted(range(len(costs)), key=lambda entry: (-costs[entry], entry)):
+        lane = min(range(lanes), key=load.__getitem__)
+        chosen[lane].append(entry)
+        load[lane] += costs[entry]
+    return [sorted(entries) for entries in chosen]
+
+
+def _round_up(value: int, multiple: int) -> int:
+    return -(-value // multiple) * multiple

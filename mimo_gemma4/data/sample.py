@@ -1,0 +1,140 @@
+"""What one sample holds: its messages, the media types they name, and the headers of media files."""
+
+import io
+import json
+import wave
+from typing import Any, BinaryIO
+
+from PIL import Image
+
+from mimo_gemma4.errors import DataError
+from mimo_gemma4.media import MediaHeader
+
+MEDIA_TYPES = ("image", "audio")
+"""Types of chat content that stand for a media file."""
+
+_TYPE_OF_EXTENSION = {
+    "jpg": "image", "jpeg": "image", "png": "image", "webp": "image", "bmp": "image", "gif": "image",
+    "wav": "audio", "flac": "audio",
+}  # fmt: skip
+_EXIF_ORIENTATION = 0x0112
+_EXIF_QUARTER_TURNS = (5, 6, 7, 8)
+
+
+def parse_messages(data: bytes) -> list[dict[str, Any]]:
+    """The messages of a sample's JSON. Raises `DataError` where it is not `{"messages": [{"role", "content"}, …]}`."""
+    try:
+        document = json.loads(data)
+    except ValueError as error:
+        raise DataError(f"its JSON cannot be read: {error}") from error
+    messages = document.get("messages") if isinstance(document, dict) else None
+    if not isinstance(messages, list) or not messages:
+        raise DataError('its JSON is not {"messages": [...]} with at least one message')
+    for number, message in enumerate(messages):
+        if not isinstance(message, dict) or not isinstance(message.get("role"), str):
+            raise DataError(f"message {number} has no role: {message!r:.200}")
+        content = message.get("content")
+        if isinstance(content, str):
+            continue
+        if not isinstance(content, list) or not all(_is_part(part) for part in content):
+            raise DataError(f"the content of message {number} is neither text nor typed parts: {content!r:.200}")
+    return messages
+
+
+def _is_part(part: Any) -> bool:
+    if not isinstance(part, dict) or not isinstance(part.get("type"), str):
+        return False
+    return part["type"] != "text" or isinstance(part.get("text"), str)
+
+
+def media_types(messages: list[dict[str, Any]]) -> list[str]:
+    """Types of the media that the messages name, in order. Raises `DataError` for content of another type."""
+    parts = [part for message in messages if isinstance(message["content"], list) for part in message["content"]]
+    types = [part["type"] for part in parts if part["type"] != "text"]
+    unknown = sorted(set(types) - set(MEDIA_TYPES))
+    if unknown:
+        raise DataError(f"content type {unknown[0]!r} is not supported; known: text, {', '.join(MEDIA_TYPES)}")
+    return types
+
+
+def text_of(message: dict[str, Any]) -> str:
+    """The text of a message, its text parts joined."""
+    content = message["content"]
+    if isinstance(content, str):
+        return content
+    return "".join(part["text"] for part in content if part["type"] == "text")
+
+
+def media_type_of(extension: str) -> str | None:
+    """Type of a media file from its last extension in lower case; None if it is no media file."""
+    return _TYPE_OF_EXTENSION.get(extension)
+
+
+def read_header(media_type: str, extension: str, file: BinaryIO, offset: int, size: int) -> MediaHeader:
+    """What a media file, `size` bytes at `offset` of `file`, says of itself. Raises `DataError` if it is unreadable."""
+    window = _Window(file, offset, size)
+    try:
+        if media_type == "image":
+            return _image_header(window)
+        return _wave_header(window, size) if extension == "wav" else _flac_header(window)
+    except DataError:
+        raise
+    except Exception as error:  # Pillow and wave raise a dozen types for damaged files, SyntaxError among them
+        raise DataError(f"not a readable .{extension} file: {error}") from error
+
+
+def _image_header(file: BinaryIO) -> MediaHeader:
+    with Image.open(file) as image:
+        width, height = image.size
+        # Asked for EXIF data that is not in its header, Pillow decodes the whole file.
+        if "exif" in image.info and image.getexif().get(_EXIF_ORIENTATION) in _EXIF_QUARTER_TURNS:
+            width, height = height, width
+    return MediaHeader(width=width, height=height)
+
+
+def _wave_header(file: BinaryIO, size: int) -> MediaHeader:
+    with wave.open(file, "rb") as sound:
+        samples, rate = sound.getnframes(), sound.getframerate()
+        if samples * sound.getnchannels() * sound.getsampwidth() > size:
+            raise DataError(f"its header promises {samples} samples, more than its {size} bytes hold")
+    return MediaHeader(samples=samples, sample_rate=rate)
+
+
+def _flac_header(file: BinaryIO) -> MediaHeader:
+    try:
+        import soundfile
+    except ImportError as error:
+        raise DataError("reading .flac needs the package `soundfile` (pip install soundfile); or store .wav") from error
+    information = soundfile.info(file)
+    return MediaHeader(samples=information.frames, sample_rate=information.samplerate)
+
+
+class _Window(io.RawIOBase):
+    """A byte range of an open file as a file of its own, so that a header is read without the rest."""
+
+    def __init__(self, file: BinaryIO, offset: int, size: int) -> None:
+        self._file, self._offset, self._size, self._position = file, offset, size, 0
+
+    def seekable(self) -> bool:
+        return True
+
+    def readable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._position
+
+    def seek(self, position: int, whence: int = io.SEEK_SET) -> int:
+        base = {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self._size}[whence]
+        if base + position < 0:
+            raise ValueError(f"seek to {base + position}")
+        self._position = base + position
+        return self._position
+
+    def read(self, size: int | None = -1) -> bytes:
+        left = max(0, self._size - self._position)
+        count = left if size is None or size < 0 else min(size, left)
+        self._file.seek(self._offset + self._position)
+        data = self._file.read(count)
+        self._position += len(data)
+        return data

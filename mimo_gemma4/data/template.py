@@ -1,0 +1,122 @@
+"""Rendering by a tokenizer's chat template, and where in the rendered text the answers are.
+
+Role names belong to the template and are not known here. A template either marks answers with `{% generation %}`, or
+they are found by comparing renderings: a turn is an answer if it opens as the template's generation prompt does.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from typing import TYPE_CHECKING, Any
+
+from mimo_gemma4.errors import DataError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+_GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
+_ADVICE = "mark the answers in the chat template with {% generation %} … {% endgeneration %}"
+
+Messages = list[dict[str, Any]]
+Span = tuple[int, int]
+
+
+class ChatTemplate:
+    """The chat template of a tokenizer."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerFast) -> None:
+        """Take the tokenizer's template. Raises `DataError` if it has none."""
+        try:
+            self.source: str = tokenizer.get_chat_template()
+        except ValueError as error:
+            raise DataError(
+                f"the tokenizer {tokenizer.name_or_path!r} has no chat template; put a chat_template.jinja beside it"
+            ) from error
+        self.marks_answers = _GENERATION.search(self.source) is not None
+        self._special_tokens = tokenizer.special_tokens_map
+        contents = (token.content for token in tokenizer.added_tokens_decoder.values())
+        self._added_tokens = frozenset(content for content in contents if content.strip())
+        self._added_lengths = sorted({len(content) for content in self._added_tokens}, reverse=True)
+
+    def render(self, messages: Messages, *, add_generation_prompt: bool = False) -> str:
+        """The conversation as text. Raises `DataError` if the template rejects it."""
+        return self._render(messages, add_generation_prompt)[0]
+
+    def answers(self, messages: Messages) -> tuple[str, list[Span]]:
+        """The rendered conversation and the character spans of it that a model learns to write, in order.
+
+        A span ends with the end-of-turn token. Raises `DataError` if there is no answer or its place cannot be told.
+        """
+        if self.marks_answers:
+            text, spans = self._render(messages, False)
+        else:
+            text, spans = self._compare(messages)
+        if not spans:
+            raise DataError(f"the conversation has no answer to learn from; if it should have one, {_ADVICE}")
+        return text, spans
+
+    def _render(self, messages: Messages, add_generation_prompt: bool) -> tuple[str, list[Span]]:
+        from jinja2 import TemplateError
+        from transformers.utils.chat_template_utils import render_jinja_template
+
+        try:
+            texts, spans = render_jinja_template(
+                [messages],
+                chat_template=self.source,
+                return_assistant_tokens_mask=self.marks_answers,
+                add_generation_prompt=add_generation_prompt,
+                **self._special_tokens,
+            )
+        except (TemplateError, TypeError, KeyError, ValueError) as error:
+            raise DataError(f"the chat template rejects the conversation: {error}") from error
+        return texts[0], [tuple(span) for span in spans[0]] if spans else []
+
+    def _compare(self, messages: Messages) -> tuple[str, list[Span]]:
+        """Spans by comparing renderings of the conversation's beginnings."""
+        text = self.render(messages)
+        spans: list[Span] = []
+        answering_roles, other_roles = set(), set()
+        for number in range(1, len(messages)):
+            span = self._answer(messages[: number + 1])
+            role = messages[number]["role"]
+            if span is None:
+                other_roles.add(role)
+                continue
+            answering_roles.add(role)
+            if text[: span[1]] != self.render(messages[: number + 1])[: span[1]]:
+                raise DataError(f"the chat template rewrites message {number} once others follow it; {_ADVICE}")
+            spans.append(span)
+        if answering_roles & other_roles:
+            raise DataError(f"the chat template opens turns of {sorted(answering_roles)} in several ways; {_ADVICE}")
+        return text, spans
+
+    def _answer(self, messages: Messages) -> Span | None:
+        """Span of the last message in the rendering of `messages`, if the template would generate such a turn."""
+        try:
+            before = self.render(messages[:-1])
+            prompt = self.render(messages[:-1], add_generation_prompt=True)
+            text = self.render(messages)
+            opening = prompt if text.startswith(prompt) else self._opening(messages)
+        except DataError:  # many templates refuse a conversation that ends, say, after the system message
+            return None
+        has_prompt = len(prompt) > len(before) and prompt.startswith(before)
+        if not has_prompt or len(opening) <= len(before) or not prompt.startswith(opening):
+            return None
+        return len(opening), len(opening) + self._turn_length(text[len(opening) :])
+
+    def _opening(self, messages: Messages) -> str:
+        """The rendering of `messages` up to the content of the last one: what two contents have in common."""
+        *context, last = messages
+        texts = []
+        for probe in ("0", "1"):
+            content = probe if isinstance(last["content"], str) else [{"type": "text", "text": probe}]
+            texts.append(self.render([*context, {**last, "content": content}]))
+        return os.path.commonprefix(texts)
+
+    def _turn_length(self, turn: str) -> int:
+        """Characters of a turn up to and with its end-of-turn token, which is the last thing in it but white space."""
+        length = len(turn.rstrip())
+        if any(turn[length - size : length] in self._added_tokens for size in self._added_lengths if size <= length):
+            return length
+        raise DataError(f"the chat template closes an answer without a special token ({turn[-40:]!r}); {_ADVICE}")

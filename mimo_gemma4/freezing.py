@@ -1,0 +1,46 @@
+"""Which parameters of a module train: the option `modules.<name>.freeze`."""
+
+from fnmatch import fnmatchcase
+from typing import Literal
+
+from torch import nn
+
+from mimo_gemma4.errors import ConfigError
+from mimo_gemma4.weights import Binding
+
+FreezeRule = bool | Literal["tower"] | list[str]
+
+
+def freeze(name: str, module: nn.Module, rule: FreezeRule) -> None:
+    """Stop training what `rule` names: everything (True), nothing (False), all but the projector (`tower`), or the
+    parameters of which a Hugging Face name matches one of the patterns (a list; `*` wildcards).
+
+    Args:
+        name: the module's name in the layout.
+        module: has `bindings()`, and `projector_parameters()` where `tower` has a meaning.
+        rule: the option.
+
+    Raises `ConfigError` for a pattern that matches no parameter, and for `tower` of a module without a projector.
+    """
+    if isinstance(rule, bool):
+        frozen = list(module.parameters()) if rule else []
+    elif rule == "tower":
+        if not hasattr(module, "projector_parameters"):
+            raise ConfigError(f"modules.{name}.freeze is tower, but {name} has no projector; use true, false or patterns")
+        trainable = {id(parameter) for parameter in module.projector_parameters()}
+        frozen = [parameter for parameter in module.parameters() if id(parameter) not in trainable]
+    else:
+        frozen = _matching(name, module.bindings(), list(rule))
+    for parameter in frozen:
+        parameter.requires_grad_(False)
+
+
+def _matching(name: str, bindings: list[Binding], patterns: list[str]) -> list[nn.Parameter]:
+    """Parameters any of whose Hugging Face names matches a pattern."""
+    named = [(binding.name, binding.tensor) for binding in bindings if isinstance(binding.tensor, nn.Parameter)]
+    for pattern in patterns:
+        if not any(fnmatchcase(found, pattern) for found, _ in named):
+            raise ConfigError(
+                f"modules.{name}.freeze: no parameter matches {pattern!r}; names look like {named[0][0]!r}"
+            )
+    return [tensor for found, tensor in named if any(fnmatchcase(found, pattern) for pattern in patterns)]

@@ -1,0 +1,105 @@
+"""Greedy answers: the language lanes extend their own prompts, token by token, with media rows already in place."""
+
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+from mimo_gemma4.data.collate import LanguageBatch
+from mimo_gemma4.data.manifest import Microbatch
+from mimo_gemma4.model import Media, MimoModel
+
+IGNORED = -100
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One sample's first assistant turn, as generated and as written in the data; token ids, end-of-turn excluded."""
+
+    sample: int
+    """Position in the batch that was planned."""
+    index: int
+    """Number of the sample in the dataset index."""
+    predicted: list[int]
+    true: list[int]
+
+
+@torch.no_grad()
+def greedy_answers(
+    model: MimoModel,
+    batch: LanguageBatch,
+    microbatch: Microbatch,
+    media: Media,
+    *,
+    max_new_tokens: int,
+    stop_ids: frozenset[int],
+) -> list[Answer]:
+    """Answer the first assistant turn of every sample of a padded microbatch. Collective over the language lane.
+
+    A prompt ends at the first position that has a label; everything behind it is blanked, so nothing of the true answer
+    is seen. Every round runs the whole microbatch again: exact under any layout, and evaluation answers are short.
+
+    Args:
+        model: the composed model, on a language rank.
+        batch: the lane's microbatch, host tensors [B, S].
+        microbatch: its place in the manifest.
+        media: positions and rows of the media, as the bridges delivered them.
+        max_new_tokens: longest answer; an answer also ends at the end of its row.
+        stop_ids: token ids that end an answer.
+    """
+    last_prompt = (batch.labels != IGNORED).int().argmax(dim=1)  # [B]
+    columns = torch.arange(microbatch.seq_length)
+    open_batch = LanguageBatch(
+        input_ids=batch.input_ids.masked_fill(columns > last_prompt[:, None], 0),
+        labels=torch.full_like(batch.labels, IGNORED),
+        positions=columns.expand_as(batch.positions),
+        segments=torch.ones_like(batch.segments),
+        groups=batch.groups,
+    )
+    rows = torch.arange(microbatch.rows)
+    done = torch.zeros(microbatch.rows, dtype=torch.bool)
+    for offset in range(max_new_tokens):
+        at = last_prompt + offset
+        done |= at + 1 >= microbatch.seq_length
+        if done.all():
+            break
+        tokens = _next_tokens(model, open_batch, microbatch, media, at.clamp(max=microbatch.seq_length - 1))
+        tokens = tokens.masked_fill(done, 0)
+        open_batch.input_ids[rows[~done], at[~done] + 1] = tokens[~done]
+        done |= torch.isin(tokens, torch.tensor(sorted(stop_ids)))
+    return [
+        Answer(
+            slot.sample,
+            slot.index,
+            _until_stop(open_batch.input_ids[slot.row, last_prompt[slot.row] + 1 :].tolist()[:max_new_tokens], stop_ids),
+            _until_stop(_first_turn(batch.labels[slot.row, last_prompt[slot.row] :].tolist()), stop_ids),
+        )
+        for slot in microbatch.samples
+    ]
+
+
+def _next_tokens(
+    model: MimoModel, batch: LanguageBatch, microbatch: Microbatch, media: Media, at: torch.Tensor
+) -> torch.Tensor:
+    """The most likely token after position `at[b]` of each row: [B] on the host, equal on the whole lane."""
+    assert model.language is not None and model.adapter is not None
+    tokens = model.local_tokens(batch, microbatch)
+    predicted = model.language.greedy_tokens(model.hidden(tokens, media)).cpu()  # [B, S/cp] (local)
+    index = model.adapter.token_index(microbatch.seq_length)
+    here = index[None, :] == at[:, None]
+    chosen = torch.where(here, predicted, -1).amax(dim=1).to(model.platform.device)
+    dist.all_reduce(chosen, op=dist.ReduceOp.MAX, group=model.groups.modules["language"].cp)
+    return chosen.cpu()
+
+
+def _first_turn(labels: list[int]) -> list[int]:
+    """The leading run of labels."""
+    end = labels.index(IGNORED) if IGNORED in labels else len(labels)
+    return labels[:end]
+
+
+def _until_stop(ids: list[int], stop_ids: frozenset[int]) -> list[int]:
+    for position, token in enumerate(ids):
+        if token in stop_ids:
+            return ids[:position]
+    return ids

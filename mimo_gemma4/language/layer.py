@@ -1,0 +1,85 @@
+"""One decoder layer of Gemma 4."""
+
+from functools import partial
+
+import torch
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import nn
+
+from mimo_gemma4.language.attention import KeyValues, SelfAttention
+from mimo_gemma4.language.config import Gemma4TextConfig, LayerConfig
+from mimo_gemma4.language.mlp import GatedMLP
+from mimo_gemma4.language.norm import RMSNorm
+from mimo_gemma4.language.per_layer import PerLayerInput
+from mimo_gemma4.language.reference_attention import ReferenceAttention
+from mimo_gemma4.language.slices import bind_replicated
+from mimo_gemma4.weights import Binding
+
+
+class DecoderLayer(nn.Module):
+    """Attention, feed-forward network and per-layer input, each normalised before and after, then a fixed scalar.
+
+    Keys and values come in and go out as arguments, never through state, so recomputing the layer is exact.
+    """
+
+    def __init__(
+        self,
+        text: Gemma4TextConfig,
+        layer: LayerConfig,
+        config: TransformerConfig,
+        groups: ProcessGroupCollection,
+        backend: ReferenceAttention,
+        device: torch.device,
+    ) -> None:
+        """Allocate this rank's weights, uninitialised but for the norms and the scalar."""
+        super().__init__()
+        self.self_attention = SelfAttention(text, layer, config, groups, backend, device)
+        self.mlp = GatedMLP(layer.intermediate_size, config, groups.tp)
+        norm = partial(
+            RMSNorm,
+            text.hidden_size,
+            text.rms_norm_eps,
+            dtype=config.params_dtype,
+            device=device,
+            partial_gradient=config.sequence_parallel,
+        )
+        self.input_layernorm = norm()
+        self.post_attention_layernorm = norm()
+        self.pre_feedforward_layernorm = norm()
+        self.post_feedforward_layernorm = norm()
+        self.per_layer_input = PerLayerInput(text, config, device) if text.hidden_size_per_layer_input else None
+        self.layer_scalar: torch.Tensor
+        self.register_buffer("layer_scalar", torch.ones(1, dtype=config.params_dtype, device=device))
+
+    def forward(
+        self,
+        hidden: torch.Tensor,
+        per_layer_input: torch.Tensor | None,
+        rotary: tuple[torch.Tensor, torch.Tensor],
+        plan: torch.Tensor,
+        shared: KeyValues | None,
+    ) -> tuple[torch.Tensor, KeyValues]:
+        """Hidden states [S/(cp*tp), B, H] (local) of the next layer, and the keys and values attended to."""
+        attended, key_values = self.self_attention(self.input_layernorm(hidden), rotary, plan, shared)
+        hidden = hidden + self.post_attention_layernorm(attended)
+        hidden = hidden + self.post_feedforward_layernorm(self.mlp(self.pre_feedforward_layernorm(hidden)))
+        if self.per_layer_input is not None:
+            hidden = hidden + self.per_layer_input(hidden, per_layer_input)
+        return hidden * self.layer_scalar, key_values
+
+    def bindings(self, prefix: str) -> list[Binding]:
+        """Weights under the names of transformers' decoder layer."""
+        norms = {
+            "input_layernorm": self.input_layernorm,
+            "post_attention_layernorm": self.post_attention_layernorm,
+            "pre_feedforward_layernorm": self.pre_feedforward_layernorm,
+            "post_feedforward_layernorm": self.post_feedforward_layernorm,
+        }
+        return [
+            *self.self_attention.bindings(f"{prefix}self_attn."),
+            *self.mlp.bindings(f"{prefix}mlp."),
+            *(bind_replicated(f"{prefix}{name}.weight", norm.weight, init="ones") for name, norm in norms.items()),
+            *(self.per_layer_input.bindings(prefix) if self.per_layer_input is not None else ()),
+            bind_replicated(f"{prefix}layer_scalar", self.layer_scalar, init="ones"),
+        ]

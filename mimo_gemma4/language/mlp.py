@@ -1,0 +1,41 @@
+"""Gated feed-forward network: down(gelu(gate(x)) * up(x)), with gate and up fused."""
+
+import torch
+import torch.nn.functional as F
+from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import nn
+from torch.distributed import ProcessGroup
+
+from mimo_gemma4.language.slices import bind_columns, bind_rows
+from mimo_gemma4.weights import Binding
+
+
+class GatedMLP(nn.Module):
+    """Feed-forward network of width `intermediate_size`; each rank's fused weight is [its gate rows; its up rows]."""
+
+    def __init__(self, intermediate_size: int, config: TransformerConfig, tp_group: ProcessGroup) -> None:
+        """Allocate this rank's weights, uninitialised."""
+        super().__init__()
+        self.config, self.tp_group = config, tp_group
+        self.size = intermediate_size // tp_group.size()
+        shared = {"config": config, "init_method": config.init_method, "bias": False, "tp_group": tp_group}
+        self.linear_fc1 = ColumnParallelLinear(config.hidden_size, 2 * intermediate_size, **shared)
+        self.linear_fc2 = RowParallelLinear(
+            intermediate_size, config.hidden_size, input_is_parallel=True, skip_bias_add=False, **shared
+        )
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        """[S/(cp*tp), B, H] (local) → the same shape."""
+        gate, up = self.linear_fc1(hidden)[0].chunk(2, dim=-1)
+        return self.linear_fc2(F.gelu(gate, approximate="tanh") * up)[0]
+
+    def bindings(self, prefix: str) -> list[Binding]:
+        """Weights under `prefix` + `gate_proj.weight`, `up_proj.weight` and `down_proj.weight`."""
+        part = {"rank": self.tp_group.rank(), "ranks": self.tp_group.size(), "std": self.config.init_method_std}
+        fused = self.linear_fc1.weight
+        return [
+            bind_rows(f"{prefix}gate_proj.weight", fused, at=0, size=self.size, **part),
+            bind_rows(f"{prefix}up_proj.weight", fused, at=self.size, size=self.size, **part),
+            bind_columns(f"{prefix}down_proj.weight", self.linear_fc2.weight, **part),
+        ]

@@ -1,0 +1,179 @@
+"""The Gemma 4 language model of one rank: tensor, sequence and context parallel over explicit process groups."""
+
+from typing import cast
+
+import torch
+import torch.nn.functional as F
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel.mappings import (
+    copy_to_tensor_model_parallel_region,
+    gather_from_sequence_parallel_region,
+)
+from megatron.core.transformer.module import MegatronModule
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from mimo_gemma4.errors import ConfigError
+from mimo_gemma4.language.attention import KeyValues
+from mimo_gemma4.language.attention_context import AttentionContext
+from mimo_gemma4.language.config import Gemma4TextConfig
+from mimo_gemma4.language.embedding import TokenEmbedding
+from mimo_gemma4.language.layer import DecoderLayer
+from mimo_gemma4.language.loss import most_likely, softcapped, summed_cross_entropy
+from mimo_gemma4.language.norm import RMSNorm
+from mimo_gemma4.language.per_layer import PerLayerEmbedding
+from mimo_gemma4.language.reference_attention import ReferenceAttention
+from mimo_gemma4.language.rotary import inverse_frequencies, rotary_tables
+from mimo_gemma4.language.slices import bind_replicated
+from mimo_gemma4.weights import Binding
+
+
+class Gemma4LanguageModel(MegatronModule):
+    """Embedding, decoder layers, final norm and tied head.
+
+    Weights are uninitialised until `weights.initialise` or `weights.load` has filled `bindings()`. Parameters that are
+    replicated over tensor parallel ranks but see only a part of the tokens or heads carry `tp_gradient_partial = True`:
+    their gradients are to be summed over the tensor parallel group.
+    """
+
+    def __init__(
+        self,
+        text: Gemma4TextConfig,
+        groups: ProcessGroupCollection,
+        *,
+        sequence_parallel: bool,
+        dtype: torch.dtype,
+        device: torch.device,
+        activation_checkpointing: str = "none",
+        prefix: str = "model.language_model.",
+    ) -> None:
+        """Build this rank's part.
+
+        Args:
+            text: hyperparameters.
+            groups: process groups of the language grid; `tp` and `cp` are read.
+            sequence_parallel: cut hidden states over the tensor parallel ranks along the sequence.
+            dtype: of parameters and activations.
+            device: where parameters live.
+            activation_checkpointing: what backward computes again: `none`, `selective` (attention) or `full` (layers).
+            prefix: what Hugging Face names start with: `model.language_model.`, or `model.` in a text-only checkpoint.
+
+        Raises:
+            LayoutError: the tensor parallel size does not fit the model.
+            ConfigError: unknown `activation_checkpointing`.
+        """
+        if activation_checkpointing not in ("none", "selective", "full"):
+            mode = activation_checkpointing
+            raise ConfigError(f"train.activation_checkpointing = {mode!r}; known: none, selective, full")
+        config = text.transformer_config(
+            tp=groups.tp.size(), cp=groups.cp.size(), sequence_parallel=sequence_parallel, dtype=dtype, device=device
+        )
+        super().__init__(config)
+        self.text, self.prefix, self.tp_group = text, prefix, groups.tp
+        self.recompute_layers = activation_checkpointing == "full"
+        self.backend = ReferenceAttention(text, recompute=activation_checkpointing == "selective")
+        self.embedding = TokenEmbedding(
+            text.vocab_size,
+            text.hidden_size,
+            scaled_by=text.hidden_size,
+            padding_id=text.pad_token_id,
+            config=config,
+            tp_group=groups.tp,
+        )
+        self.per_layer_embedding = (
+            PerLayerEmbedding(text, config, groups.tp, device) if text.hidden_size_per_layer_input else None
+        )
+        self.layers = nn.ModuleList(
+            DecoderLayer(text, layer, config, groups, self.backend, device) for layer in text.layers
+        )
+        self.norm = RMSNorm(
+            text.hidden_size,
+            text.rms_norm_eps,
+            dtype=dtype,
+            device=device,
+            partial_gradient=config.sequence_parallel,
+        )
+        # Plain attributes: a buffer would be rounded by a cast of the module.
+        self.frequencies = {
+            layer.attention: inverse_frequencies(text.rope_parameters[layer.attention], layer.head_dim).to(device)
+            for layer in text.layers
+        }
+
+    def embed(self, input_ids: torch.Tensor) -> torch.Tensor:
+        """Scaled embeddings of ids [B, S/cp] (local) → [S/(cp*tp), B, H] (local); placeholders embed as padding."""
+        return self.embedding(self._without_placeholders(input_ids))
+
+    def forward(self, embeddings: torch.Tensor, input_ids: torch.Tensor, context: AttentionContext) -> torch.Tensor:
+        """Final-norm hidden states [S/(cp*tp), B, H] (local).
+
+        `embeddings` [S/(cp*tp), B, H] (local) are those of `embed` with the media rows put in; `input_ids` [B, S/cp]
+        (local) still hold the placeholders. Without sequence parallelism the first dimension is S/cp throughout.
+        """
+        inputs: tuple[torch.Tensor | None, ...] = (None,) * len(self.layers)
+        if self.per_layer_embedding is not None:
+            inputs = self.per_layer_embedding(embeddings, self._without_placeholders(input_ids))
+        rotary = {
+            attention: rotary_tables(context.positions, frequencies, embeddings.dtype)
+            for attention, frequencies in self.frequencies.items()
+        }
+        plans = {attention: self.backend.plan(context, attention) for attention in self.frequencies}
+        sources = {layer.key_value_source for layer in self.text.layers if not layer.owns_key_values}
+        shared: dict[int, KeyValues] = {}
+        hidden = embeddings
+        for layer, decode, layer_input in zip(self.text.layers, self.layers, inputs, strict=True):
+            name = layer.attention
+            arguments = (hidden, layer_input, rotary[name], plans[name], shared.get(layer.key_value_source))
+            if self.recompute_layers and torch.is_grad_enabled():
+                hidden, key_values = checkpoint(decode, *arguments, use_reentrant=False, preserve_rng_state=False)
+            else:
+                hidden, key_values = decode(*arguments)
+            if layer.index in sources:
+                shared[layer.index] = key_values
+        return self.norm(hidden)
+
+    def loss(self, hidden: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        """Cross entropy in nats summed over this context parallel rank's tokens with labels [B, S/cp] (local) != -100.
+
+        The fp32 scalar is equal on all tensor parallel ranks; `hidden` is what `forward` gave.
+        """
+        return summed_cross_entropy(
+            self._for_head(hidden).flatten(0, 1),
+            self.embedding.weight,
+            labels.t().flatten(),
+            cap=self.text.final_logit_softcapping,
+            tp_group=self.tp_group,
+        )
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Softcapped fp32 logits [B, S/cp, vocabulary/tp] (local) of what `forward` gave."""
+        logits = F.linear(self._for_head(hidden), self.embedding.weight)
+        return softcapped(logits, self.text.final_logit_softcapping).transpose(0, 1)
+
+    @torch.no_grad()
+    def greedy_tokens(self, hidden: torch.Tensor) -> torch.Tensor:
+        """The most likely next token of every local position: ids [B, S/cp] (local), equal on all tensor parallel ranks.
+
+        `hidden` is what `forward` gave; logits are held for a few positions at a time.
+        """
+        rows = self._for_head(hidden)
+        return torch.stack([most_likely(part, self.embedding.weight, self.tp_group) for part in rows.unbind(1)])
+
+    def bindings(self) -> list[Binding]:
+        """What this rank holds of each Hugging Face tensor; the tied head is the embedding under another use."""
+        bound = self.embedding.bindings(f"{self.prefix}embed_tokens.weight")
+        if self.per_layer_embedding is not None:
+            bound += self.per_layer_embedding.bindings(self.prefix)
+        for number, layer in enumerate(self.layers):
+            bound += cast(DecoderLayer, layer).bindings(f"{self.prefix}layers.{number}.")
+        return [*bound, bind_replicated(f"{self.prefix}norm.weight", self.norm.weight, init="ones")]
+
+    def _without_placeholders(self, input_ids: torch.Tensor) -> torch.Tensor:
+        for placeholder in self.text.placeholder_ids:
+            input_ids = input_ids.masked_fill(input_ids == placeholder, self.text.pad_token_id)
+        return input_ids
+
+    def _for_head(self, hidden: torch.Tensor) -> torch.Tensor:
+        """[S/cp, B, H] on every tensor parallel rank; in backward the ranks' parts of the gradient are summed."""
+        if self.config.sequence_parallel:
+            return gather_from_sequence_parallel_region(hidden, group=self.tp_group)
+        return copy_to_tensor_model_parallel_region(hidden, group=self.tp_group)

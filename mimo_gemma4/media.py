@@ -1,0 +1,58 @@
+"""What the data pipeline and the encoders agree on about one media item, so that neither imports the other."""
+
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+
+
+@dataclass(frozen=True)
+class MediaHeader:
+    """What is known of a media file without decoding it.
+
+    `width`/`height` are pixels (images); `samples`/`sample_rate` are audio samples and Hz (audio). Unused fields are 0.
+    """
+
+    width: int = 0
+    height: int = 0
+    samples: int = 0
+    sample_rate: int = 0
+
+
+@dataclass(frozen=True)
+class MediaTokens:
+    """The token ids that stand for one media item: `begin`, then one `soft` per encoder row, then `end`."""
+
+    begin: int
+    soft: int
+    end: int
+
+
+class MediaProcessor(Protocol):
+    """The host side of an encoder: from a media file's header and bytes to the encoder's inputs."""
+
+    modality: str
+    """Name of the module in `layout` that encodes these items, for example `vision`."""
+
+    content_type: str
+    """The `type` of the chat content parts it serves, for example `image`."""
+
+    def rows(self, header: MediaHeader) -> int:
+        """Number of soft tokens (encoder output rows) of an item, from its header alone."""
+        ...
+
+    def cost(self, header: MediaHeader) -> float:
+        """Relative cost of encoding the item, used to balance encoder lanes."""
+        ...
+
+    def decode(self, data: bytes) -> dict[str, torch.Tensor]:
+        """Decode one file into the item's tensors (host). Raises `ValueError` or `OSError` for a corrupt file."""
+        ...
+
+    def placeholder(self, header: MediaHeader) -> dict[str, torch.Tensor]:
+        """Tensors of the shapes `decode` would give for this header, all zeros: stands in for a skipped corrupt item."""
+        ...
+
+    def collate(self, items: list[dict[str, torch.Tensor]]) -> dict[str, Any]:
+        """Join items (one or more) into the keyword arguments of the encoder's `forward`: tensors and host ints/lists."""
+        ...

@@ -1,0 +1,165 @@
+"""What this rank holds of the composed model, and what each role computes.
+
+A `MimoModel` is built on every rank and holds only the modules whose grids contain the rank. Encoders turn media into
+rows; bridges move the rows; the language role embeds its local tokens, splices the rows over the placeholders, and runs
+Gemma 4. No rank ever builds a whole `[S, B, H]`.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from megatron.core.packed_seq_params import PackedSeqParams
+from torch import nn
+
+from encoders.base import Encoder
+from encoders.registry import build_encoder
+from mimo_gemma4.bridge import Bridge
+from mimo_gemma4.config import Config
+from mimo_gemma4.data.collate import LanguageBatch
+from mimo_gemma4.data.manifest import Microbatch
+from mimo_gemma4.language.attention_context import AttentionContext
+from mimo_gemma4.language.config import Gemma4TextConfig
+from mimo_gemma4.language.model import Gemma4LanguageModel
+from mimo_gemma4.layout import Layout
+from mimo_gemma4.partition import PartitionAdapter, PartitionConfig, cp_token_index
+from mimo_gemma4.platform import Platform
+from mimo_gemma4.process_groups import ProcessGroups
+
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
+Media = Sequence[tuple[torch.Tensor, torch.Tensor]]
+"""Per encoder: flat positions [n] on the host and rows [n, H], as its bridge delivered them."""
+
+
+@dataclass(frozen=True)
+class LocalTokens:
+    """One microbatch as this language rank sees it: everything cut to the CP-local sequence, on the device."""
+
+    input_ids: torch.Tensor
+    """[B, S/cp] (local)."""
+    labels: torch.Tensor
+    """[B, S/cp] (local), -100 where there is no loss."""
+    context: AttentionContext
+    """Positions, segments and groups of local queries and of all keys."""
+
+
+class MimoModel:
+    """The modules, bridges and partition adapter of one rank."""
+
+    def __init__(self, config: Config, hf_config: dict[str, Any], layout: Layout, groups: ProcessGroups, platform: Platform):
+        """Build the modules that this rank holds; weights are uninitialised until `weights.initialise` or `load`.
+
+        Args:
+            config: the run's options.
+            hf_config: model configuration in the shape of a Hugging Face `config.json`.
+            layout: all grids.
+            groups: process groups of this rank.
+            platform: device and backend.
+        """
+        self.config, self.layout, self.groups, self.platform = config, layout, groups, platform
+        self.rank = platform.rank
+        self.dtype = PRECISIONS[config.model.precision]
+        self.text = Gemma4TextConfig.from_hf(hf_config)
+        self.language: Gemma4LanguageModel | None = None
+        self.encoders: dict[str, Encoder] = {}
+        self.adapter: PartitionAdapter | None = None
+        if "language" in groups.modules:
+            self._build_language()
+        for name in layout.encoders:
+            if name in groups.modules:
+                self.encoders[name] = build_encoder(
+                    name,
+                    hf_config,
+                    groups.modules[name],
+                    language_hidden=self.text.hidden_size,
+                    dtype=self.dtype,
+                    device=platform.device,
+                )
+        self.bridges = {name: self._bridge(name) for name in layout.encoders if self._touches(name)}
+
+    @property
+    def modules(self) -> dict[str, nn.Module]:
+        """This rank's modules by name, in the layout's order."""
+        held: dict[str, nn.Module] = dict(self.encoders)
+        if self.language is not None:
+            held["language"] = self.language
+        return {name: held[name] for name in self.layout.grids if name in held}
+
+    def _build_language(self) -> None:
+        grid, groups = self.layout.language, self.groups.modules["language"]
+        sequence_parallel = grid.sequence_parallel and grid.tp > 1
+        self.language = Gemma4LanguageModel(
+            self.text,
+            groups,
+            sequence_parallel=sequence_parallel,
+            dtype=self.dtype,
+            device=self.platform.device,
+            activation_checkpointing=self.config.train.activation_checkpointing,
+        )
+        self.adapter = PartitionAdapter(
+            PartitionConfig(
+                sequence_parallel=sequence_parallel,
+                tp_group=groups.tp,
+                cp_group=groups.cp,
+                max_seq_len=self.config.data.seq_length,
+            )
+        )
+
+    def _touches(self, encoder: str) -> bool:
+        return self.language is not None or encoder in self.encoders
+
+    def _bridge(self, encoder: str) -> Bridge:
+        groups = self.groups.modules.get(encoder)
+        return Bridge(
+            self.layout,
+            encoder,
+            self.rank,
+            forward_group=self.groups.bridge_forward[encoder],
+            backward_group=self.groups.bridge_backward[encoder],
+            encoder_tp_group=None if groups is None else groups.tp,
+            hidden_size=self.text.hidden_size,
+            dtype=self.dtype,
+            device=self.platform.device,
+        )
+
+    def local_tokens(self, batch: LanguageBatch, microbatch: Microbatch) -> LocalTokens:
+        """Cut a lane's microbatch (host tensors [B, S]) to this rank's CP part and move it to the device."""
+        assert self.adapter is not None
+        packed, starts = None, microbatch.segment_starts
+        if starts is not None:
+            packed = PackedSeqParams(qkv_format="thd", cu_seqlens_q_padded=torch.tensor(starts, dtype=torch.int32))
+        index = self.adapter.token_index(microbatch.seq_length, packed)
+        cp = self.layout.language.cp
+        keys = torch.cat([cp_token_index(microbatch.seq_length, cp, r, starts) for r in range(cp)])
+        grouped = self.text.use_bidirectional_attention == "vision"
+
+        def cut(whole: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
+            return whole.index_select(1, order).to(self.platform.device, non_blocking=True)
+
+        context = AttentionContext(
+            positions=cut(batch.positions, index),
+            segments=cut(batch.segments, index),
+            key_positions=cut(batch.positions, keys),
+            key_segments=cut(batch.segments, keys),
+            groups=cut(batch.groups, index) if grouped else None,
+            key_groups=cut(batch.groups, keys) if grouped else None,
+        )
+        return LocalTokens(cut(batch.input_ids, index), cut(batch.labels, index), context)
+
+    def hidden(self, tokens: LocalTokens, media: Media) -> torch.Tensor:
+        """Final hidden states of a microbatch.
+
+        Args:
+            tokens: the local tokens.
+            media: rows to put over the placeholders.
+
+        Returns:
+            [S/(cp*tp), B, H] (local).
+        """
+        assert self.language is not None
+        embeddings = self.language.embed(tokens.input_ids)
+        flat = embeddings.view(-1, embeddings.shape[-1])
+        for positions, rows in media:
+            flat = flat.index_copy(0, positions.to(flat.device, non_blocking=True), rows)
+        return self.language(flat.view_as(embeddings), tokens.input_ids, tokens.context)

@@ -1,0 +1,225 @@
+"""The one place that knows how a sequence is cut over context parallel and sequence parallel ranks.
+
+Context parallelism (CP) cuts every tensor along the sequence in zigzag order: the sequence, or each padded segment of a
+THD pack, is cut into `2 * cp` chunks and rank `r` holds chunks `r` and `2 * cp - 1 - r`, in that order, so that causal
+attention costs every rank the same. Sequence parallelism (SP) then scatters the embeddings' local sequence contiguously
+over the tensor parallel ranks; labels and loss masks are never SP-scattered, because the loss runs after the gather.
+
+The bridge, the data pipeline and the splice ask `token_index` (or, for another rank, `cp_token_index`) instead of
+cutting anything themselves.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+from megatron.core.packed_seq_params import PackedSeqParams
+
+from mimo_gemma4.errors import LayoutError
+
+
+@dataclass(frozen=True)
+class PartitionConfig:
+    """What the adapter must know of the language module's grid."""
+
+    sequence_parallel: bool
+    """Whether the embeddings are also scattered over `tp_group`."""
+    tp_group: dist.ProcessGroup | None
+    """Tensor parallel group; None stands for a single rank."""
+    cp_group: dist.ProcessGroup | None
+    """Context parallel group; None stands for a single rank."""
+    max_seq_len: int
+    """`data.seq_length`: the only sequence length that `tp_comm_overlap` buffers are sized for."""
+    tp_comm_overlap: bool = False
+    """Whether Transformer Engine's userbuffers overlap tensor parallel communication."""
+    kv_format: Literal["sbhd", "thd"] = "sbhd"
+    """`sbhd` for padded `[S, B, H]` batches, `thd` for packs with one row and `PackedSeqParams`."""
+
+    @property
+    def cp_size(self) -> int:
+        """Number of context parallel ranks."""
+        return 1 if self.cp_group is None else self.cp_group.size()
+
+    @property
+    def tp_size(self) -> int:
+        """Number of ranks over which embeddings are scattered: 1 without sequence parallelism."""
+        return self.tp_group.size() if self.sequence_parallel and self.tp_group is not None else 1
+
+
+def sequence_multiple(cp_size: int, tp_size: int) -> int:
+    """What a padded sequence's length must be a multiple of; `tp_size` is 1 without sequence parallelism."""
+    return (2 * cp_size if cp_size > 1 else 1) * tp_size
+
+
+def segment_multiple(cp_size: int) -> int:
+    """What the padded length of each segment of a THD pack must be a multiple of."""
+    return 2 * cp_size if cp_size > 1 else 1
+
+
+def pack_multiple(cp_size: int, tp_size: int) -> int:
+    """What the total length of a THD pack must be a multiple of; `tp_size` is 1 without sequence parallelism."""
+    return cp_size * math.lcm(2, tp_size) if cp_size > 1 else tp_size
+
+
+def cp_token_index(
+    seq_len: int, cp_size: int, cp_rank: int, segment_starts: Sequence[int] | None = None
+) -> torch.Tensor:
+    """Global positions that a context parallel rank holds, in its local order.
+
+    Args:
+        seq_len: length S of the whole sequence, or of the whole pack.
+        cp_size: number of context parallel ranks.
+        cp_rank: the rank asked for.
+        segment_starts: cumulative padded segment lengths of a THD pack, from 0 to S; None for one sequence.
+
+    Returns:
+        LongTensor [S / cp] on the host.
+    """
+    if cp_size == 1:
+        return torch.arange(seq_len)
+    starts = torch.tensor([0, seq_len] if segment_starts is None else list(segment_starts))
+    chunks = (starts[1:] - starts[:-1]) // (2 * cp_size)
+    local_starts = starts // cp_size
+    local = torch.arange(seq_len // cp_size)
+    segment = torch.searchsorted(local_starts, local, right=True) - 1
+    offset, chunk = local - local_starts[segment], chunks[segment]
+    chunk_number = torch.where(offset < chunk, cp_rank, 2 * cp_size - 1 - cp_rank)
+    return starts[segment] + chunk_number * chunk + offset % chunk.clamp(min=1)
+
+
+class PartitionAdapter:
+    """Cuts the language module's inputs for this rank's context and sequence parallel coordinates."""
+
+    def __init__(self, config: PartitionConfig):
+        """Keep the configuration; groups are used as given and never looked up elsewhere."""
+        self.config = config
+
+    def token_index(self, seq_len: int, packed_seq_params: PackedSeqParams | None = None) -> torch.Tensor:
+        """The global positions that this CP rank holds, in its local order: LongTensor [S / cp] on the host.
+
+        Raises:
+            LayoutError: the sequence, or a segment of the pack, cannot be cut evenly.
+        """
+        starts = self._segment_starts(packed_seq_params)
+        if starts is None:
+            self._check_sequence(seq_len)
+        else:
+            self._check_pack(seq_len, starts)
+        rank = 0 if self.config.cp_group is None else self.config.cp_group.rank()
+        return cp_token_index(seq_len, self.config.cp_size, rank, starts)
+
+    def shard(
+        self,
+        embeddings: torch.Tensor | None,
+        labels: torch.Tensor | None,
+        loss_mask: torch.Tensor | None,
+        packed_seq_params: PackedSeqParams | None = None,
+    ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None, PackedSeqParams | None]:
+        """Cut whole tensors to this rank's part; differentiable and bit-exact in backward.
+
+        Args:
+            embeddings: [S, B, H], or None on pipeline stages other than the first.
+            labels: [B, S] or None.
+            loss_mask: [B, S] or None.
+            packed_seq_params: segment boundaries of a THD pack (then B is 1), or None.
+
+        Returns:
+            embeddings [S/(cp*tp), B, H] (local), labels and loss_mask [B, S/cp] (local), and `packed_seq_params` as
+            given, with its global boundaries. Without CP and SP everything is returned unchanged, uncopied.
+
+        Raises:
+            LayoutError: a length cannot be cut evenly, or does not fit `tp_comm_overlap`.
+        """
+        if self.config.cp_size > 1 or self.config.tp_size > 1:
+            seq_len = self._common_length(embeddings, labels, loss_mask)
+            if seq_len is not None:
+                index = self.token_index(seq_len, packed_seq_params)
+                embeddings, labels, loss_mask = self._cut(embeddings, labels, loss_mask, index)
+        return embeddings, labels, loss_mask, packed_seq_params
+
+    def _cut(
+        self,
+        embeddings: torch.Tensor | None,
+        labels: torch.Tensor | None,
+        loss_mask: torch.Tensor | None,
+        index: torch.Tensor,
+    ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
+        if self.config.cp_size > 1:
+            present = next(t for t in (embeddings, labels, loss_mask) if t is not None)
+            index = index.to(present.device, non_blocking=True)
+            embeddings = None if embeddings is None else embeddings.index_select(0, index)
+            labels = None if labels is None else labels.index_select(1, index)
+            loss_mask = None if loss_mask is None else loss_mask.index_select(1, index)
+        if self.config.tp_size > 1 and embeddings is not None:
+            embeddings = _ScatterRows.apply(embeddings, self.config.tp_group)
+        return embeddings, labels, loss_mask
+
+    def _common_length(self, *tensors: torch.Tensor | None) -> int | None:
+        embeddings, *rows = tensors
+        lengths = ([] if embeddings is None else [embeddings.shape[0]]) + [t.shape[1] for t in rows if t is not None]
+        if len(set(lengths)) > 1:
+            raise LayoutError(f"embeddings [S, B, H], labels and loss_mask [B, S] disagree on S: {lengths}")
+        return lengths[0] if lengths else None
+
+    def _segment_starts(self, packed_seq_params: PackedSeqParams | None) -> list[int] | None:
+        if packed_seq_params is None or packed_seq_params.qkv_format in (None, "sbhd"):
+            if self.config.kv_format == "thd":
+                raise LayoutError("kv_format is thd, but packed_seq_params with qkv_format thd is missing")
+            return None
+        starts = packed_seq_params.cu_seqlens_q_padded
+        if starts is None:
+            starts = packed_seq_params.cu_seqlens_q
+        if starts is None:
+            raise LayoutError("packed_seq_params has neither cu_seqlens_q_padded nor cu_seqlens_q")
+        return [int(start) for start in starts.tolist()]
+
+    def _check_sequence(self, seq_len: int) -> None:
+        cp, tp = self.config.cp_size, self.config.tp_size
+        multiple = sequence_multiple(cp, tp)
+        if seq_len % multiple:
+            factor = "2*cp*tp" if cp > 1 and tp > 1 else "2*cp" if cp > 1 else "tp"
+            raise LayoutError(
+                f"sequence length {seq_len} is not a multiple of {factor} = {multiple} (cp={cp}, tp={tp}); "
+                f"the next length that is: {math.ceil(seq_len / multiple) * multiple}"
+            )
+        if self.config.tp_comm_overlap and tp > 1 and seq_len != self.config.max_seq_len:
+            raise LayoutError(
+                f"tp_comm_overlap needs sequences of exactly max_seq_len = {self.config.max_seq_len} tokens, got {seq_len}"
+            )
+
+    def _check_pack(self, seq_len: int, starts: list[int]) -> None:
+        cp, tp = self.config.cp_size, self.config.tp_size
+        if starts[0] != 0 or starts[-1] != seq_len:
+            raise LayoutError(f"cu_seqlens spans {starts[0]} to {starts[-1]}, but the pack holds {seq_len} tokens")
+        multiple = segment_multiple(cp)
+        for number, (start, end) in enumerate(zip(starts, starts[1:], strict=False)):
+            if (end - start) % multiple:
+                raise LayoutError(
+                    f"segment {number} of the pack has {end - start} positions, not a multiple of 2*cp = {multiple} "
+                    f"(cp={cp}); pad it to {math.ceil((end - start) / multiple) * multiple}"
+                )
+        multiple = pack_multiple(cp, tp)
+        if seq_len % multiple:
+            raise LayoutError(
+                f"the pack has {seq_len} positions, not a multiple of {multiple} (cp={cp}, tp={tp}, sequence_parallel="
+                f"{self.config.sequence_parallel}); add a masked tail segment up to {math.ceil(seq_len / multiple) * multiple}"
+            )
+
+
+class _ScatterRows(torch.autograd.Function):
+    """Keep this rank's contiguous share of dim 0; the backward gathers all ranks' gradients, moving bits only."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
+        ctx.group = group
+        return rows.chunk(group.size())[group.rank()].clone()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None]:
+        local = gradients[0].contiguous()
+        whole = local.new_empty(local.shape[0] * ctx.group.size(), *local.shape[1:])
+        dist.all_gather_into_tensor(whole, local, group=ctx.group)
+        return whole, None

@@ -1,0 +1,199 @@
+"""The training loop: step, agree, update, tell; evaluate and save when due. The same code on every rank of every grid."""
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mimo_gemma4 import checkpoint
+from mimo_gemma4.agreement import Agreement, StepAgreement, StepReport, sample_hash
+from mimo_gemma4.config import Config
+from mimo_gemma4.data.loader import StepData, StepLoader
+from mimo_gemma4.data.manifest import StepManifest
+from mimo_gemma4.errors import DataError, NumericsError
+from mimo_gemma4.evaluate import Evaluator
+from mimo_gemma4.flops import peak_flops
+from mimo_gemma4.metrics import MetricsLog
+from mimo_gemma4.model import MimoModel
+from mimo_gemma4.optim import ModuleOptimizer, learning_rate
+from mimo_gemma4.step import StepRunner, StepTotals
+from mimo_gemma4.usage import UsageMeter
+
+
+@dataclass(frozen=True)
+class _Pending:
+    """A finished step whose results are still on the device."""
+
+    step: int
+    report: StepReport
+    lr: float
+    seconds: float
+    manifest: StepManifest
+
+
+class Trainer:
+    """Trains the modules of this rank in step with all other ranks."""
+
+    def __init__(
+        self,
+        config: Config,
+        model: MimoModel,
+        optimizers: Mapping[str, ModuleOptimizer],
+        loader: StepLoader,
+        evaluator: Evaluator | None,
+        finished_steps: int = 0,
+    ):
+        """Take over built parts; training goes on after `finished_steps`."""
+        self.config, self.model, self.optimizers = config, model, dict(optimizers)
+        self.loader, self.evaluator, self.step = loader, evaluator, finished_steps
+        self.runner = StepRunner(model)
+        self.agreement = StepAgreement(model.layout, config.optim.clip_grad, model.platform.device)
+        self.meter = UsageMeter(model, loader.planner.dataset)
+        self.log = MetricsLog(config, finished_steps + 1) if model.rank == 0 else None
+        self._pending: _Pending | None = None
+        device = model.platform.device
+        self._peak = peak_flops(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
+
+    def fit(self) -> None:
+        """Run until `train.steps`; evaluate and save on the way and at the end."""
+        while self.step < self.config.train.steps:
+            self.train_step()
+            if self._due(self.config.checkpoint.every):
+                self.save()
+            if self._due(self.config.eval.every):
+                self.evaluate()
+        self._tell_pending()
+        self.loader.close()
+        if self.log is not None:
+            self.log.close()
+
+    def train_step(self) -> Agreement:
+        """One optimizer step on every module of this rank."""
+        started = time.perf_counter()
+        step = self.step + 1
+        data = self.loader.load(self.step)
+        for optimizer in self.optimizers.values():
+            optimizer.zero_gradients()
+        totals = self.runner.run(data)
+        for optimizer in self.optimizers.values():
+            optimizer.finish_gradients()
+        # What the device found in the last step is read now, while it works on this one, when it costs no wait.
+        previous = self._tell_pending()
+        agreement = self.agree(totals, data, previous)
+        rates = {name: self._learning_rate(name, step) for name in self.model.layout.grids}
+        for name, optimizer in self.optimizers.items():
+            optimizer.apply(agreement, rates[name])
+        self.step = step
+        seconds = time.perf_counter() - started
+        self._pending = _Pending(step, StepReport(agreement), rates["language"], seconds, data.manifest)
+        return agreement
+
+    def agree(self, totals: StepTotals, data: StepData, previous: StepManifest | None = None) -> Agreement:
+        """The fused reduction of this step's totals, and of the usage of the `previous` step, over all ranks."""
+        usage = None
+        if previous is not None:
+            usage = self.meter.usage(previous, self.runner.finished_seconds())
+        return self.agreement.reduce(
+            self.optimizers,
+            loss_sum=totals.loss_sum,
+            loss_tokens=totals.loss_tokens,
+            tokens=totals.tokens,
+            hash_difference=self._hash_difference(data),
+            usage=usage,
+        )
+
+    def _hash_difference(self, data: StepData) -> torch.Tensor:
+        """Hash of the items that this rank's encoders were given less that of the items it waits for, per lane."""
+        layout, rank = self.model.layout, self.model.rank
+        difference = torch.zeros(layout.language.dp, dtype=torch.float64)
+        for name, items in data.encoded.items():
+            if layout.grids[name].coordinate(rank).tp == 0:
+                for lane, identity in items:
+                    difference[lane] += sample_hash([identity])
+        if self.agreement.tells_tokens:
+            difference[layout.language.coordinate(rank).dp] -= sample_hash(data.expected)
+        return difference
+
+    def evaluate(self) -> dict[str, Any] | None:
+        """Evaluate now; rank 0 records and returns the result."""
+        if self.evaluator is None:
+            return None
+        self._tell_pending()
+        record = self.evaluator.run(self.step)
+        if self.log is not None and record is not None:
+            self.log.evaluation(record)
+        return record
+
+    def save(self) -> None:
+        """Write a checkpoint now."""
+        self._tell_pending()
+        checkpoint.save(
+            Path(self.config.run.dir) / "checkpoints",
+            self.step,
+            self.optimizers,
+            {"step": self.step},
+            host=self.model.groups.host,
+            keep=self.config.checkpoint.keep,
+        )
+
+    def _due(self, every: int | None) -> bool:
+        return self.step == self.config.train.steps or (every is not None and self.step % every == 0)
+
+    def _learning_rate(self, module: str, step: int) -> float:
+        options = self.config.modules.get(module)
+        return learning_rate(self.config.optim, step, self.config.train.steps, None if options is None else options.lr)
+
+    def _tell_pending(self) -> StepManifest | None:
+        """Read, check and record the last step's results; its manifest, None where nothing was pending."""
+        pending, self._pending = self._pending, None
+        if pending is None:
+            return None
+        result = pending.report.read()
+        self._check(pending, result)
+        if self.log is not None:
+            self.log.step(self._record(pending, result))
+        return pending.manifest
+
+    def _check(self, pending: _Pending, result: Mapping[str, Any]) -> None:
+        """Stop at the first step that did not happen as planned; equal on every rank, so all of them stop."""
+        lanes = [lane for lane, difference in enumerate(result["hash_difference"]) if difference]
+        if lanes:
+            keys = [f"{self.loader.planner.dataset.key(s.index)}" for s in pending.manifest.samples if s.lane in lanes]
+            raise DataError(
+                f"step {pending.step}: encoders and language lanes {lanes} worked on different media items; this rank "
+                f"planned the samples {keys}. Every host must see the same shards under data.train.shards"
+            )
+        if result["nonfinite"]:
+            names = list(self.model.layout.grids)
+            blamed = [name for name, ranks in zip(names, result["nonfinite_ranks"], strict=True) if ranks]
+            where = f"gradients of {', '.join(blamed)}" if blamed else "loss"
+            raise NumericsError(
+                f"step {pending.step}: {where} not finite (loss {result['loss']:.4g}); the weights were left as they were. "
+                "Lower optim.lr, look at the batch, or resume from the last checkpoint"
+            )
+
+    def _record(self, pending: _Pending, result: Mapping[str, Any]) -> dict[str, Any]:
+        modules = {}
+        for row, grid in enumerate(self.model.layout.grids.values()):
+            busy, wait, flops = (value / pending.seconds for value in result["usage"][row])
+            ranks = len(grid.ranks)
+            modules[grid.name] = {
+                "mfu": flops / (self._peak * ranks) if self._peak else None,
+                "busy": busy / ranks,
+                "wait": wait / ranks,
+                "memory_gib": max(result["memory_gib"][rank] for rank in grid.ranks),
+            }
+        return {
+            "step": pending.step,
+            "loss": result["loss"],
+            "grad_norm": result["grad_norm"],
+            "lr": pending.lr,
+            "tokens": int(result["tokens"]),
+            "loss_tokens": int(result["loss_tokens"]),
+            "tokens_per_second": result["tokens"] / pending.seconds,
+            "step_seconds": pending.seconds,
+            "modules": modules,
+        }

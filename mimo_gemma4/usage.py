@@ -1,0 +1,103 @@
+"""How each module spends the step: seconds at work and waiting, floating point operations, memory."""
+
+import time
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+
+from mimo_gemma4.data.dataset import ShardDataset
+from mimo_gemma4.data.manifest import StepManifest
+from mimo_gemma4.flops import text_flops
+from mimo_gemma4.model import MimoModel
+
+COLUMNS = ("busy", "wait", "flops")
+"""What a rank tells per module: seconds computing, seconds in transfers over bridges, operations of the step."""
+
+
+class Stopwatch:
+    """Time per (module, kind) of one step: CUDA events where there is a GPU, so that measuring never waits for it."""
+
+    def __init__(self, device: torch.device):
+        """Measure what is enqueued on `device`."""
+        self._on_gpu = device.type == "cuda"
+        self._spans: list[tuple[str, str, float | torch.cuda.Event, float | torch.cuda.Event]] = []
+
+    @contextmanager
+    def measure(self, module: str, kind: str) -> Iterator[None]:
+        """Add the time of the block to (module, kind)."""
+        start = self._now()
+        yield
+        self._spans.append((module, kind, start, self._now()))
+
+    def collect(self) -> dict[tuple[str, str], float]:
+        """Seconds per (module, kind) since the last call. On a GPU the measured work must be finished."""
+        seconds: dict[tuple[str, str], float] = defaultdict(float)
+        for module, kind, start, end in self._spans:
+            if isinstance(start, torch.cuda.Event) and isinstance(end, torch.cuda.Event):
+                seconds[module, kind] += start.elapsed_time(end) / 1e3
+            else:
+                seconds[module, kind] += end - start  # type: ignore[operator]
+        self._spans.clear()
+        return seconds
+
+    def _now(self) -> float | torch.cuda.Event:
+        if not self._on_gpu:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+
+@dataclass(frozen=True)
+class Usage:
+    """What one rank tells of one step."""
+
+    modules: torch.Tensor
+    """fp64 [modules, 3] on the host: `COLUMNS` per module of the layout; zero where this rank does not hold it."""
+    memory_gib: float
+    """Largest device memory in use so far, in GiB; on the CPU, of the process."""
+
+
+class UsageMeter:
+    """Counts this rank's operations and turns a stopwatch's times into a `Usage`."""
+
+    def __init__(self, model: MimoModel, dataset: ShardDataset):
+        """Operations follow from the manifest and the media headers of `dataset`."""
+        self.model, self.dataset = model, dataset
+        self.frozen = {
+            name: not any(parameter.requires_grad for parameter in module.parameters())
+            for name, module in model.modules.items()
+        }
+
+    def usage(self, manifest: StepManifest, seconds: dict[tuple[str, str], float]) -> Usage:
+        """What this rank did in the step that `manifest` planned."""
+        table = torch.zeros(len(self.model.layout.grids), len(COLUMNS), dtype=torch.float64)
+        for row, name in enumerate(self.model.layout.grids):
+            if name in self.model.modules:
+                table[row, 0], table[row, 1] = seconds.get((name, "busy"), 0.0), seconds.get((name, "wait"), 0.0)
+                table[row, 2] = self._flops(name, manifest)
+        return Usage(table, _peak_memory_gib(self.model.platform.device))
+
+    def _flops(self, name: str, manifest: StepManifest) -> float:
+        """Operations of this rank's data-parallel lane, told by one rank of the lane."""
+        grid = self.model.layout.grids[name]
+        at = grid.coordinate(self.model.rank)
+        if (at.tp, at.cp) != (0, 0):
+            return 0.0
+        if name == "language":
+            lengths = [slot.length for slot in manifest.samples if slot.lane == at.dp]
+            return text_flops(self.model.text, lengths).training(self.frozen[name])
+        slots = [slot for slot in manifest.media if slot.modality == name and slot.encoder_lane == at.dp]
+        headers = [self.dataset.media(slot.index)[slot.ordinal].header for slot in slots]
+        return self.model.encoders[name].flops(headers) * (1 if self.frozen[name] else 3)
+
+
+def _peak_memory_gib(device: torch.device) -> float:
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # Linux counts in KiB

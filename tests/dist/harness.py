@@ -1,0 +1,90 @@
+"""Run a function on real ranks: forked from the test process (torch is imported once), joined by a file store.
+
+`run_ranks(world_size, function, *args)` calls `function(rank, *args)` on every rank with torch.distributed initialised
+(gloo on the CPU, NCCL with one GPU a rank where `backend="nccl"`), and returns the results in rank order. A rank that
+fails or hangs fails the test with that rank's traceback.
+"""
+
+import faulthandler
+import multiprocessing
+import os
+import pickle  # noqa: S403 - only between a test and its own ranks
+import tempfile
+import time
+import traceback
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+
+def run_ranks(
+    world_size: int, function: Callable[..., Any], *args: Any, backend: str = "gloo", timeout: float = 120.0
+) -> list[Any]:
+    """Results of `function(rank, *args)` on `world_size` ranks. Raises `AssertionError` with the failing ranks' tracebacks."""
+    # CUDA cannot be used in a fork of a process that has initialised it; NCCL ranks are spawned.
+    context = multiprocessing.get_context("fork" if backend == "gloo" else "spawn")
+    with tempfile.TemporaryDirectory() as folder:
+        ranks = [
+            context.Process(target=_run_rank, args=(rank, world_size, backend, folder, timeout, function, args))
+            for rank in range(world_size)
+        ]
+        for process in ranks:
+            process.start()
+        _join(ranks, timeout)
+        failures, results = [], []
+        for rank in range(world_size):
+            path = Path(folder) / f"result.{rank}"
+            if not path.exists():
+                failures.append(f"rank {rank} ended with exit code {ranks[rank].exitcode} and no result")
+                continue
+            ok, value = pickle.loads(path.read_bytes())  # noqa: S301
+            if ok:
+                results.append(value)
+            else:
+                failures.append(f"rank {rank}:\n{value}")
+        if failures:
+            raise AssertionError("\n\n".join(failures))
+        return results
+
+
+def _join(ranks: list[Any], timeout: float) -> None:
+    deadline = time.monotonic() + timeout + 20
+    while any(process.is_alive() for process in ranks):
+        failed = any(process.exitcode not in (0, None) for process in ranks)
+        if failed:  # give the others a moment to report, then stop them: they wait for a rank that is gone
+            deadline = min(deadline, time.monotonic() + 5)
+        if time.monotonic() > deadline:
+            for process in ranks:
+                if process.is_alive():
+                    process.kill()
+        time.sleep(0.01)
+
+
+def _run_rank(
+    rank: int, world_size: int, backend: str, folder: str, timeout: float, function: Callable[..., Any], args: tuple
+) -> None:
+    faulthandler.enable()
+    faulthandler.dump_traceback_later(timeout + 10, exit=True)
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_WORLD_SIZE=str(world_size))
+    torch.set_num_threads(1)
+    if backend == "nccl":
+        torch.cuda.set_device(rank)
+    try:
+        store = dist.FileStore(f"{folder}/store", world_size)
+        dist.init_process_group(
+            backend, store=store, rank=rank, world_size=world_size, timeout=timedelta(seconds=timeout)
+        )
+        result = (True, function(rank, *args))
+    except BaseException:
+        result = (False, traceback.format_exc())
+    partial = Path(folder) / f"partial.{rank}"
+    partial.write_bytes(pickle.dumps(result))
+    partial.rename(Path(folder) / f"result.{rank}")
+    if result[0]:
+        dist.barrier()  # no rank leaves while another still sends to it
+        dist.destroy_process_group()
+    os._exit(0 if result[0] else 1)

@@ -1,0 +1,182 @@
+"""Bridge: every row reaches exactly the ranks that hold its token, and its gradient comes back exactly once."""
+
+import random
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from mimo_gemma4.bridge import Bridge
+from mimo_gemma4.data.manifest import MediaSlot, Microbatch, SampleSlot, StepManifest
+from mimo_gemma4.layout import ModuleLayout, build_layout
+from mimo_gemma4.partition import cp_token_index, pack_multiple, segment_multiple, sequence_multiple
+from mimo_gemma4.platform import Platform
+from mimo_gemma4.process_groups import create_process_groups
+from tests.dist.harness import run_ranks
+
+WIDTH = 4
+
+# (vision ranks, vision tp, language ranks, tp, cp, sequence parallel, packed)
+CASES = [
+    (1, 1, 1, 1, 1, False, False),
+    (3, 1, 2, 1, 1, False, False),
+    (1, 1, 3, 1, 1, False, True),
+    (2, 1, 4, 2, 1, True, False),
+    (3, 1, 4, 2, 2, True, True),
+    (2, 2, 4, 2, 1, False, False),
+    (4, 2, 4, 1, 4, False, True),
+    (2, 2, 6, 2, 1, True, False),
+    (4, 4, 4, 2, 2, False, False),
+]
+
+
+def random_manifest(seed: int, source_dp: int, target_dp: int, rounds: int, multiples: tuple, packed: bool) -> StepManifest:
+    """Ragged samples with zero to three media items; lanes and rounds without any media or samples occur."""
+    generator = random.Random(seed)
+    microbatches, pending = [], []
+    sample = 0
+    for lane in range(target_dp):
+        for number in range(rounds):
+            count = generator.choice([0, 1, 3])
+            slots, row, start = [], 0, 0
+            for _ in range(count):
+                media = [generator.randint(1, 9) for _ in range(generator.choice([0, 1, 1, 3]))]
+                length = sum(media) + 3 + len(media)
+                padded = -(-length // multiples[1]) * multiples[1] if packed else length
+                slots.append(SampleSlot(sample, sample, lane, number, row, start, length, padded))
+                position = start + 1
+                for ordinal, rows in enumerate(media):
+                    pending.append((sample, ordinal, rows, lane, number, row, position))
+                    position += rows + 1
+                sample += 1
+                row, start = (0, start + padded) if packed else (row + 1, 0)
+            longest = start if packed else max((s.length for s in slots), default=0)
+            multiple = multiples[2] if packed else multiples[0]
+            seq_length = -(-longest // multiple) * multiple
+            rows = min(count, 1) if packed else count
+            microbatches.append(Microbatch(lane, number, rows, seq_length, tuple(slots), packed))
+    media_slots, filled = [], {}
+    for sample_, ordinal, rows, lane, number, row, position in pending:
+        encoder_lane = generator.randrange(source_dp)
+        offset = filled.get((number, encoder_lane), 0)
+        filled[number, encoder_lane] = offset + rows
+        media_slots.append(
+            MediaSlot("vision", sample_, sample_, ordinal, rows, lane, number, row, position, encoder_lane, offset)
+        )
+    return StepManifest(seed, rounds, tuple(microbatches), tuple(media_slots))
+
+
+def row_value(slot: MediaSlot, i: int) -> float:
+    return slot.sample * 1000 + slot.ordinal * 100 + i + 1.0
+
+
+def gradient_value(slot: MediaSlot, i: int) -> float:
+    return -row_value(slot, i) - 0.5
+
+
+def bridge_rank(rank: int, case: tuple, seeds: list[int]) -> None:
+    vision_ranks, vision_tp, language_ranks, tp, cp, sequence_parallel, packed = case
+    layout = build_layout(
+        {
+            "vision": ModuleLayout(ranks=vision_ranks, tp=vision_tp),
+            "language": ModuleLayout(ranks=language_ranks, tp=tp, cp=cp, sequence_parallel=sequence_parallel),
+        },
+        world_size=vision_ranks + language_ranks,
+    )
+    groups = create_process_groups(layout, Platform.detect())
+    vision, language = layout.grids["vision"], layout.language
+    bridge = Bridge(
+        layout,
+        "vision",
+        rank,
+        forward_group=groups.bridge_forward["vision"],
+        backward_group=groups.bridge_backward["vision"],
+        encoder_tp_group=groups.modules["vision"].tp if rank in vision else None,
+        hidden_size=WIDTH,
+        dtype=torch.float32,
+        device=torch.device("cpu"),
+    )
+    sp = tp if sequence_parallel else 1
+    multiples = (sequence_multiple(cp, sp), segment_multiple(cp), pack_multiple(cp, sp))
+    for seed in seeds:
+        manifest = random_manifest(seed, vision.dp, language.dp, 3, multiples, packed)
+        for round_ in range(manifest.rounds):
+            check_round(bridge, manifest, round_, rank, sp)
+    groups.destroy()
+
+
+def check_round(bridge: Bridge, manifest: StepManifest, round_: int, rank: int, sp: int) -> None:
+    vision, language = bridge.source, bridge.target
+    rows, expected_gradient = None, None
+    if rank in vision:
+        slots = manifest.encoded("vision", round_, vision.coordinate(rank).dp)
+        values = [row_value(slot, i) for slot in slots for i in range(slot.rows)]
+        if values:
+            rows = torch.tensor(values)[:, None].expand(-1, WIDTH).contiguous()
+            expected_gradient = torch.tensor([gradient_value(s, i) for s in slots for i in range(s.rows)])
+    route = bridge.route(manifest, round_)
+    received = bridge.forward(route, rows)
+    gradients = None
+    if rank in language:
+        at = language.coordinate(rank)
+        expected, gradient_at = oracle(manifest, round_, language, at, sp)
+        assert sorted(route.positions.tolist()) == sorted(expected)
+        if expected:
+            assert torch.equal(received[:, 0], torch.tensor([expected[p] for p in route.positions.tolist()]))
+            gradients = torch.tensor([gradient_at[p] for p in route.positions.tolist()])[:, None].expand(-1, WIDTH)
+        else:
+            assert received is None
+    else:
+        assert received is None
+    returned = bridge.backward(route, gradients, 0 if rows is None else len(rows))
+    bridge.drain()
+    if expected_gradient is None:
+        assert returned is None
+    else:  # exact: each gradient is moved, and added only to zeros
+        assert torch.equal(returned[:, 0], expected_gradient)
+        assert torch.equal(returned, returned[:, :1].expand_as(returned))
+
+
+def oracle(manifest: StepManifest, round_: int, language, at, sp: int) -> tuple[dict, dict]:  # noqa: ANN001
+    """What this language rank must receive, by flat position, computed from whole sequences."""
+    microbatch = manifest.microbatch(at.dp, round_)
+    if not microbatch.rows:
+        return {}, {}
+    whole = torch.zeros(microbatch.seq_length, microbatch.rows)
+    gradient = torch.zeros_like(whole)
+    for slot in manifest.media:
+        if (slot.lane, slot.microbatch) == (at.dp, round_):
+            for i in range(slot.rows):
+                whole[slot.start + i, slot.row] = row_value(slot, i)
+                gradient[slot.start + i, slot.row] = gradient_value(slot, i)
+    index = cp_token_index(microbatch.seq_length, language.cp, at.cp, microbatch.segment_starts)
+    if sp > 1:
+        index = index.chunk(sp)[at.tp]
+    local, local_gradient = whole[index].flatten(), gradient[index].flatten()
+    held = local.nonzero().flatten().tolist()
+    return {p: local[p].item() for p in held}, {p: local_gradient[p].item() for p in held}
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_rows_arrive_and_gradients_return_once(case: tuple) -> None:
+    run_ranks(case[0] + case[2], bridge_rank, case, list(range(6)))
+
+
+def test_lost_and_doubled_gradients_are_caught() -> None:
+    """The comparison above can fail: a route that drops or repeats one returned row does not pass it."""
+    for mutation in ("drop", "double"):
+        with pytest.raises(AssertionError):
+            run_ranks(4, mutated_rank, mutation)
+
+
+def mutated_rank(rank: int, mutation: str) -> None:
+    original = Bridge.backward
+
+    def backward(self: Bridge, route, gradients, rows):  # noqa: ANN001, ANN202
+        if gradients is not None and dist.get_rank() == 3 and len(gradients) > 1:
+            gradients = gradients.clone()
+            gradients[0] *= 0 if mutation == "drop" else 2
+        return original(self, route, gradients, rows)
+
+    Bridge.backward = backward
+    bridge_rank(rank, (2, 1, 2, 1, 1, False, False), [0, 1, 2])

@@ -1,0 +1,100 @@
+"""Every mistake in a configuration is a `ConfigError` that names the key, the nearest valid key and its origin."""
+
+from pathlib import Path
+
+import pytest
+
+from mimo_gemma4.config import load_config
+from mimo_gemma4.errors import ConfigError
+
+BASE = """
+layout:
+  vision: {ranks: 2}
+  language: {ranks: 2, tp: 2, sequence_parallel: true}
+data:
+  train: {shards: train.tar}
+"""
+
+
+@pytest.fixture
+def base(tmp_path: Path) -> Path:
+    path = tmp_path / "base.yaml"
+    path.write_text(BASE)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("argument", "parts"),
+    [
+        ("train.stepz=3", ["`train.stepz`", "did you mean `steps`?"]),
+        ("trian.steps=3", ["`trian`", "did you mean `train`?"]),
+        ("layout.vision.tpp=2", ["`layout.vision.tpp`", "did you mean `tp`?"]),
+        ("layout.placment=colocated", ["`layout.placment`", "did you mean `placement`?"]),
+        ("layout.placement=disjoined", ["`layout.placement`", "did you mean `disjoint`?"]),
+        ("modules.vison.lr=1", ["`modules.vison`", "did you mean `vision`?"]),
+        ("model.precision=bf61", ["fp32 | bf16 | fp8", "did you mean `bf16`?"]),
+        ("train.steps=many", ["`train.steps` must be int", "'many'"]),
+        ("train.steps=1.5", ["`train.steps` must be int", "1.5"]),
+        ("train.steps=true", ["`train.steps` must be int", "True"]),
+        ("optim.lr=true", ["`optim.lr` must be float", "True"]),
+        ("run.dir=[a]", ["`run.dir` must be str"]),
+        ("data.train.shards=[a.tar,3]", ["`data.train.shards[1]` must be str", "3"]),
+        ("modules.vision.freeze=towr", ["`modules.vision.freeze`", "bool | tower | list of str"]),
+        ("layout.vision.ranks=[0,a]", ["`layout.vision.ranks[1]` must be int"]),
+        ("layout=null", ["`layout` must be mapping, not null"]),
+        ("data.train=null", ["`data.train` must be mapping, not null"]),
+        ("train.microbatch_size=0", ["`train.microbatch_size` must be greater than 0, not 0"]),
+        ("optim.lr=-1", ["`optim.lr` must not be negative", "-1"]),
+        ("optim.beta2=1.0", ["`optim.beta2` must be in [0, 1)", "1.0"]),
+        ("optim.lr=.nan", ["`optim.lr`", "nan"]),
+        ("modules.vision.lr=-1", ["`modules.vision.lr` must not be negative"]),
+        ("model.precision=fp8", ["`model.precision` fp8 needs `model.backend` te"]),
+        ("train.steps=${nothing}", ["nothing"]),
+        ("run.dir.name=[", ["cannot be applied"]),
+    ],
+)
+def test_a_wrong_argument_is_named(base: Path, argument: str, parts: list[str]):
+    with pytest.raises(ConfigError) as caught:
+        load_config([f"config={base}", "train.global_batch_size=8", argument])
+    for part in [*parts, argument if "${" not in argument else str(base)]:
+        assert part in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "parts"),
+    [
+        (BASE + "train: {step: 3}", ["`train.step`", "did you mean `steps`?"]),
+        ("data: {train: {shards: a}}", ["`layout` is missing"]),
+        ("layout: {language: {ranks: 1}}", ["`data` is missing"]),
+        ("layout: {language: {ranks: 1}}\ndata: {packing: true}", ["`data.train` is missing"]),
+        ("layout: {language: {ranks: 1}}\ndata: {train: {}}", ["`data.train.shards` is missing"]),
+        ("layout: {vision: {ranks: 1}}\ndata: {train: {shards: a}}", ["`layout` lacks `language`", "vision"]),
+        ("layout: {}\ndata: {train: {shards: a}}", ["`layout` names no module"]),
+        ("layout: [", ["not valid YAML"]),
+        ("- 1", ["must hold a mapping"]),
+    ],
+)
+def test_a_wrong_file_is_named(tmp_path: Path, text: str, parts: list[str]):
+    path = tmp_path / "wrong.yaml"
+    path.write_text(text)
+    with pytest.raises(ConfigError) as caught:
+        load_config([f"config={path}"])
+    for part in [*parts, str(path)]:
+        assert part in str(caught.value)
+
+
+def test_the_file_is_blamed_when_another_argument_is_innocent(base: Path):
+    base.write_text(BASE + "train: {microbatch_size: 0}\n")
+    with pytest.raises(ConfigError, match="base.yaml"):
+        load_config([f"config={base}", "train.steps=3"])
+
+
+def test_a_missing_file_is_named_with_the_nearest():
+    with pytest.raises(ConfigError, match="`quikstart.yaml` not found.*did you mean `quickstart.yaml`"):
+        load_config(["config=quikstart.yaml"])
+
+
+@pytest.mark.parametrize("arguments", [[], ["steps"], ["=3"]])
+def test_a_command_line_without_key_and_value(arguments: list[str]):
+    with pytest.raises(ConfigError):
+        load_config(arguments)

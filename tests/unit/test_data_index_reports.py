@@ -1,0 +1,179 @@
+"""Every fault of a shard is found by the index and reported with shard, key and counts."""
+
+import os
+
+import numpy as np
+import pytest
+
+from mimo_gemma4.data.index import ShardIndex, main
+from mimo_gemma4.data.shards import expand_shards
+from mimo_gemma4.data.token_index import TokenIndex
+from mimo_gemma4.errors import DataError
+from tests.shard_maker import (
+    SoundProcessor,
+    TileProcessor,
+    byte_encoder,
+    chat,
+    jpeg,
+    mixed_shard,
+    open_dataset,
+    png,
+    wav,
+    write_shard,
+)
+
+GOOD = {"good.json": chat("q", "a", "image"), "good.0.png": png(16, 16, 1)}
+FAULTS = {
+    "wrong json": ({"bad.json": b"{not json"}, "JSON cannot be read"),
+    "json of another form": ({"bad.json": b'{"text": "hello"}'}, "messages"),
+    "message without role": ({"bad.json": b'{"messages": [{"content": "x"}]}'}, "no role"),
+    "no json": ({"bad.0.png": png(8, 8, 1)}, "no .json member"),
+    "missing media": ({"bad.json": chat("q", "a", "image", "image"), "bad.0.png": png(8, 8, 1)}, "2 image.*hold 1 im"),
+    "surplus media": ({"bad.json": chat("q", "a"), "bad.0.png": png(8, 8, 1)}, "0 image.*hold 1 image"),
+    "media of another type": ({"bad.json": chat("q", "a", "image"), "bad.0.wav": wav(200)}, "1 image.*hold.*1 audio"),
+    "not an image": ({"bad.json": chat("q", "a", "image"), "bad.0.jpg": b"no jpeg"}, "0.jpg: not a readable"),
+    "sound cut short": ({"bad.json": chat("q", "a", "audio"), "bad.0.wav": wav(900)[:500]}, "900 samples"),
+    "unknown content": ({"bad.json": chat("q", "a", "smell")}, "'smell' is not supported"),
+    "placeholder in the text": ({"bad.json": chat("<|image|>", "a")}, "1 placeholder tokens"),
+    "no answer": ({"bad.json": b'{"messages": [{"role": "user", "content": "x"}]}'}, "no answer"),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_bad_sample_fails_or_is_left_out_as_asked(tmp_path, caplog, fault):
+    members, reason = FAULTS[fault]
+    shard = write_shard(tmp_path / "a.tar", {**members, **GOOD})
+    processors = (TileProcessor(), SoundProcessor())
+    with pytest.raises(DataError, match=f"{shard}: __key__ 'bad': .*{reason}"):
+        open_dataset(shard, *processors)
+    dataset = open_dataset(shard, *processors, on_bad_sample="skip")
+    assert [dataset.key(index) for index in range(len(dataset))] == ["good"]
+    assert f"{shard}: __key__ 'bad'" in caplog.text and "1 of 2 samples" in caplog.text
+
+
+def test_a_missing_shard_an_empty_glob_and_a_repeated_shard_are_data_errors(tmp_path):
+    write_shard(tmp_path / "a-0.tar", GOOD)
+    for shards, message in (
+        (f"{tmp_path}/a-{{0..2}}.tar", r"2 of 3 files do not exist, the first is .*a-1\.tar"),
+        (f"{tmp_path}/b-*.tar", "matches no file"),
+        ([], "names no file"),
+        ([f"{tmp_path}/a-0.tar", f"{tmp_path}/a-*.tar"], "more than once"),
+    ):
+        with pytest.raises(DataError, match=message):
+            expand_shards(shards)
+
+
+@pytest.mark.parametrize("content", [b"", b"garbage" * 200], ids=["zero bytes", "no tar"])
+def test_a_broken_shard_is_reported_or_left_out(tmp_path, content):
+    shard = tmp_path / "broken.tar"
+    shard.write_bytes(content)
+    good = write_shard(tmp_path / "good.tar", GOOD)
+    with pytest.raises(DataError, match=r"broken\.tar: not a whole uncompressed tar"):
+        open_dataset([shard, good])
+    assert len(open_dataset([shard, good], on_bad_sample="skip")) == 1
+
+
+def test_a_shard_cut_in_the_middle_keeps_its_whole_samples(tmp_path):
+    whole = mixed_shard(tmp_path / "whole.tar", 0, 12).read_bytes()
+    shard = tmp_path / "cut.tar"
+    shard.write_bytes(whole[: whole.index(b"s7.0.png") + 520])  # into the data of that member
+    index = ShardIndex.build(shard)
+    assert index.keys.tolist() == [f"s{number}".encode() for number in range(7)]
+    assert "not a whole" in str(index.bad_reasons[-1])
+
+
+def test_too_many_bad_samples_are_an_error_even_when_skipping(tmp_path):
+    bad = {f"bad{number}.json": b"?" for number in range(3)}
+    shard = write_shard(tmp_path / "a.tar", {**GOOD, **bad})
+    with pytest.raises(DataError, match="3 of 4 samples.*max_bad_fraction=0.5"):
+        open_dataset(shard, on_bad_sample="skip", max_bad_fraction=0.5)
+    assert len(open_dataset(shard, on_bad_sample="skip", max_bad_fraction=0.75)) == 1
+
+
+def test_long_samples_name_their_length_and_the_key_to_change(tmp_path):
+    shard = write_shard(tmp_path / "a.tar", {**GOOD, "long.json": chat("q" * 300, "a")})
+    with pytest.raises(DataError, match="'long': 3[0-9][0-9] tokens, more than data.seq_length=256"):
+        open_dataset(shard)
+    dataset = open_dataset(shard, on_bad_sample="skip")
+    assert len(dataset) == 1 and len(dataset.too_long) == 1 and not dataset.unusable
+
+
+def test_media_without_a_module_in_the_layout_are_an_error_under_any_policy(tmp_path):
+    shard = write_shard(tmp_path / "a.tar", {**GOOD, "b.json": chat("q", "a", "audio"), "b.0.wav": wav(400)})
+    with pytest.raises(DataError, match="holds audio files, but the modules of `layout` encode image"):
+        open_dataset(shard, TileProcessor(), on_bad_sample="skip")
+
+
+def test_media_are_matched_in_message_order_numbered_together_or_apart(tmp_path):
+    mixed = chat("q", "a", "image", "audio", "image")
+    shard = write_shard(
+        tmp_path / "a.tar",
+        {
+            **{"x.json": mixed, "x.2.png": png(24, 8, 1), "x.0.png": png(8, 8, 1), "x.1.wav": wav(500)},
+            **{"y/y.json": mixed, "y/y.1.png": png(24, 8, 1), "y/y.0.jpg": jpeg(8, 8), "y/y.0.wav": wav(500)},
+            **{"z.json": chat("q", "a", "image"), "z.png": png(16, 8, 1), "z.txt": b"ignored"},
+        },
+    )
+    dataset = open_dataset(shard, TileProcessor(), SoundProcessor())
+    assert [dataset.key(index) for index in range(3)] == ["x", "y/y", "z"]
+    assert [[item.rows for item in dataset.media(index)] for index in range(3)] == [[1, 5, 3], [1, 5, 3], [2]]
+    assert [item.modality for item in dataset.media(0)] == ["vision", "audio", "vision"]
+
+
+def test_header_is_the_size_of_the_upright_image(tmp_path):
+    from PIL import Image
+
+    exif = Image.Exif()
+    exif[0x0112] = 6  # a quarter turn
+    shard = write_shard(tmp_path / "a.tar", {"a.json": chat("q", "a", "image"), "a.0.jpg": jpeg(32, 8, exif=exif)})
+    header = ShardIndex.build(shard).header(0)
+    assert (header.width, header.height) == (8, 32)
+
+
+def test_sidecars_are_read_back_and_follow_the_shard(tmp_path, monkeypatch):
+    shard = mixed_shard(tmp_path / "a.tar", 0, 9)
+    first = open_dataset(shard)
+    monkeypatch.setattr(ShardIndex, "build", None)  # reading the shard again would fail
+    monkeypatch.setattr(TokenIndex, "build", None)
+    again = open_dataset(shard)
+    assert again.fingerprint == first.fingerprint and again.media(4) == first.media(4)
+    assert [again.key(index) for index in range(9)] == [first.key(index) for index in range(9)]
+    monkeypatch.undo()
+    mixed_shard(shard, 0, 10)
+    os.utime(shard, ns=(1, 1))
+    assert len(open_dataset(shard)) == 10
+
+
+def test_another_processor_or_template_is_indexed_anew(tmp_path):
+    class Doubled(TileProcessor):
+        def rows(self, header):
+            return 2 * super().rows(header)
+
+    shard = mixed_shard(tmp_path / "a.tar", 1, 1)
+    rows = [open_dataset(shard, processor).media(0)[0].rows for processor in (TileProcessor(), Doubled())]
+    assert rows[1] == 2 * rows[0]
+    assert byte_encoder().fingerprint != byte_encoder(Doubled()).fingerprint
+
+
+def test_an_unwritable_folder_uses_the_cache_and_a_damaged_sidecar_is_replaced(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    (tmp_path / "data").mkdir()
+    shard = mixed_shard(tmp_path / "data" / "a.tar", 0, 4)
+    beside = tmp_path / "data" / "a.tar.index.npz"
+    beside.mkdir()  # as root may write anywhere, a folder in the way stands for a read-only one
+    ShardIndex.open(shard)
+    [cached] = (tmp_path / "cache").rglob("*.npz")
+    cached.write_bytes(b"damaged")
+    assert len(ShardIndex.open(shard)) == 4
+    with np.load(cached, allow_pickle=False) as file:
+        assert len(file["keys"]) == 4
+    assert not list(tmp_path.rglob(".a.tar*")), "no partial files stay"
+
+
+def test_the_command_reports_counts_and_faults(tmp_path, capsys):
+    shard = write_shard(tmp_path / "a.tar", {**GOOD, "bad.json": b"?"})
+    assert main([str(shard)]) == 1
+    output = capsys.readouterr().out
+    assert "1 samples, 1 image, 0 audio, 1 unusable" in output and "__key__ 'bad'" in output
+    assert main([str(tmp_path / "none.tar")]) == 2
+    assert main([str(write_shard(tmp_path / "b.tar", GOOD))]) == 0

@@ -1,0 +1,138 @@
+"""Which samples a step trains on depends on (seed, epoch, global index) alone; every sample goes to one place."""
+
+from collections import Counter
+from itertools import pairwise
+
+import pytest
+
+from mimo_gemma4.data.planner import StepPlanner
+from mimo_gemma4.errors import ConfigError, DataError
+from tests.shard_maker import chat, mixed_shard, open_dataset, write_shard
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("shards")
+    mixed_shard(folder / "train-0.tar", 0, 14)
+    mixed_shard(folder / "train-1.tar", 14, 9)
+    return open_dataset(f"{folder}/train-{{0..1}}.tar", seq_length=120)
+
+
+def planner(dataset, lanes=2, encoders=3, **options):
+    options = {"global_batch_size": 7, "microbatch_size": 2, "seed": 5, "packing": False, **options}
+    return StepPlanner(dataset, language_lanes=lanes, encoder_lanes={"vision": encoders}, **options)
+
+
+LAYOUTS = [(*lanes, packing) for lanes in ((1, 1), (2, 3), (3, 2), (4, 1)) for packing in (False, True)]
+
+
+@pytest.mark.parametrize("lanes, encoders, packing", LAYOUTS)
+def test_samples_of_a_step_are_the_same_in_every_layout_and_epochs_are_permutations(dataset, lanes, encoders, packing):
+    reference = planner(dataset, 1, 1)
+    plan = planner(dataset, lanes, encoders, packing=packing, row_multiple=4, total_multiple=16)
+    seen = []
+    for step in range(7):
+        chosen = [slot.index for slot in plan.plan(step).samples]
+        assert chosen == reference.samples(step)
+        seen += chosen
+    size = len(dataset)
+    assert sorted(seen[:size]) == sorted(seen[size : 2 * size]) == list(range(size))
+    assert seen[:size] != seen[size : 2 * size] != list(range(size))
+
+
+def test_a_plan_does_not_depend_on_the_plans_before_it(dataset):
+    plan = planner(dataset)
+    straight = [plan.plan(step) for step in range(8)]
+    for step in (6, 1, 3):  # 3 is the step in which an epoch ends
+        assert planner(dataset).plan(step) == straight[step] == plan.plan(step)
+    assert planner(dataset, seed=6).samples(0) != plan.samples(0)
+
+
+@pytest.mark.parametrize("global_batch_size", [1, 2, 5, 11, 23])
+@pytest.mark.parametrize("lanes, encoders, packing", LAYOUTS)
+def test_every_sample_and_media_item_has_one_place(dataset, lanes, encoders, packing, global_batch_size):
+    sizes = {"global_batch_size": global_batch_size, "row_multiple": 4, "total_multiple": 16}
+    plan = planner(dataset, lanes, encoders, packing=packing, **sizes)
+    manifest = plan.plan(2)
+    assert [slot.sample for slot in manifest.samples] == list(range(global_batch_size))
+    assert len(manifest.microbatches) == lanes * manifest.rounds
+    for lane in range(lanes):
+        for number in range(manifest.rounds):
+            microbatch = manifest.microbatch(lane, number)
+            assert (microbatch.lane, microbatch.number) == (lane, number)
+            check_rows(microbatch, packing)
+    check_media(dataset, manifest, encoders)
+
+
+def check_rows(microbatch, packing):
+    slots = microbatch.samples
+    assert list(slots) == sorted(slots, key=lambda slot: (slot.row, slot.start))
+    assert bool(slots) == bool(microbatch.rows) == bool(microbatch.seq_length)
+    if packing:
+        assert microbatch.rows <= 1 and microbatch.seq_length % 16 == 0
+        assert all(slot.padded_length == -(-slot.length // 4) * 4 for slot in slots)
+        assert all(after.start == slot.start + slot.padded_length for slot, after in pairwise(slots))
+        assert sum(slot.padded_length for slot in slots) <= 2 * 120, "two packs of data.seq_length"
+        assert microbatch.seq_length - sum(slot.padded_length for slot in slots) < 16
+    else:
+        assert [slot.row for slot in slots] == list(range(microbatch.rows)) and microbatch.rows <= 2
+        assert all(slot.start == 0 and slot.padded_length == slot.length for slot in slots)
+        assert microbatch.seq_length == -(-max((slot.length for slot in slots), default=0) // 4) * 4
+
+
+def check_media(dataset, manifest, encoders):
+    expected = [(s.sample, n) for s in manifest.samples for n in range(len(dataset.media(s.index)))]
+    assert sorted((slot.sample, slot.ordinal) for slot in manifest.media) == sorted(expected)
+    samples = {slot.sample: slot for slot in manifest.samples}
+    for slot in manifest.media:
+        sample, item = samples[slot.sample], dataset.media(slot.index)[slot.ordinal]
+        assert (slot.lane, slot.microbatch, slot.row) == (sample.lane, sample.microbatch, sample.row)
+        assert (slot.start, slot.rows) == (sample.start + item.start, item.rows)
+    by_lane = [manifest.encoded("vision", r, lane) for r in range(manifest.rounds) for lane in range(encoders)]
+    assert tuple(slot for slots in by_lane for slot in slots) == manifest.media
+    for slots in by_lane:
+        assert [slot.encoder_offset for slot in slots] == [sum(s.rows for s in slots[:n]) for n in range(len(slots))]
+
+
+def test_lanes_and_encoders_are_balanced(dataset):
+    manifest = planner(dataset, 4, 3, global_batch_size=23, packing=True).plan(0)
+    tokens, rows = Counter(), Counter()
+    for slot in manifest.samples:
+        tokens[slot.lane] += slot.padded_length
+    for slot in manifest.media:
+        rows[slot.microbatch, slot.encoder_lane] += slot.rows
+    longest = max(slot.length for slot in manifest.samples)
+    assert max(tokens.values()) - min(tokens.values()) <= longest
+    for number in range(manifest.rounds):
+        lanes = [rows[number, lane] for lane in range(3)]
+        assert max(lanes) - min(lanes) <= max(slot.rows for slot in manifest.media), lanes
+
+
+def test_few_samples_are_spread_over_the_lanes(dataset):
+    for packing in (False, True):
+        manifest = planner(dataset, 4, 1, global_batch_size=5, microbatch_size=4, packing=packing).plan(0)
+        assert manifest.rounds == 1 and {slot.lane for slot in manifest.samples} == {0, 1, 2, 3}
+
+
+def test_a_sample_as_long_as_the_limit_is_packed_alone_whatever_its_padding(tmp_path):
+    text = chat("q" * 65, "a")
+    dataset = open_dataset(write_shard(tmp_path / "a.tar", {f"s{n}.json": text for n in range(3)}), seq_length=84)
+    assert dataset.lengths.tolist() == [84] * 3
+    plan = planner(dataset, 1, 1, global_batch_size=3, microbatch_size=1, packing=True, row_multiple=16)
+    assert [m.seq_length for m in plan.plan(0).microbatches] == [96] * 3
+
+
+def test_one_epoch_in_shard_order_for_evaluation(dataset):
+    plan = planner(dataset, global_batch_size=10, shuffle=False, repeat=False)
+    assert plan.steps == 3
+    assert [plan.samples(step) for step in range(3)] == [list(range(10)), list(range(10, 20)), [20, 21, 22]]
+    assert planner(dataset).steps is None
+
+
+def test_sizes_and_modules_are_checked(dataset):
+    with pytest.raises(ConfigError, match="train.global_batch_size is 0"):
+        planner(dataset, global_batch_size=0)
+    with pytest.raises(DataError, match="'vision'; add it to layout"):
+        StepPlanner(
+            dataset, global_batch_size=1, microbatch_size=1, seed=0, language_lanes=1, encoder_lanes={}, packing=False
+        )

@@ -1,0 +1,178 @@
+"""The tensors of a step hold every sample at the place that its manifest names, in every layout."""
+
+import pytest
+import torch
+
+from mimo_gemma4.data.loader import StepLoader
+from mimo_gemma4.data.planner import StepPlanner
+from mimo_gemma4.errors import DataError
+from tests.shard_maker import (
+    SoundProcessor,
+    TileProcessor,
+    chat,
+    jpeg,
+    mixed_shard,
+    open_dataset,
+    png,
+    wav,
+    write_shard,
+)
+
+
+def loaders(dataset, lanes, encoders, *, step_options=None, **options):
+    """One loader per language lane, each also the encoder lane of its number where there is one."""
+    options = {"global_batch_size": 6, "microbatch_size": 2, "seed": 3, "packing": False, **options}
+    modalities = [processor.modality for processor in dataset.encoder.processors.values()]
+    plan = StepPlanner(
+        dataset, language_lanes=lanes, encoder_lanes=dict.fromkeys(modalities, encoders), row_multiple=4, **options
+    )
+    return [
+        StepLoader(
+            plan,
+            language_lane=rank if rank < lanes else None,
+            encoder_lanes={name: rank for name in modalities if rank < encoders},
+            **(step_options or {}),
+        )
+        for rank in range(max(lanes, encoders))
+    ]
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory):
+    return open_dataset(mixed_shard(tmp_path_factory.mktemp("shards") / "a.tar", 0, 17), seq_length=120)
+
+
+@pytest.mark.parametrize("packing", [False, True])
+@pytest.mark.parametrize("lanes, encoders", [(1, 1), (2, 1), (3, 4)])
+def test_every_sample_and_every_row_is_where_the_manifest_says(dataset, lanes, encoders, packing):
+    ranks = loaders(dataset, lanes, encoders, packing=packing)
+    for step in (0, 1, 2):
+        data = [loader.load(step) for loader in ranks]
+        manifest = data[0].manifest
+        assert all(other.manifest == manifest and not other.skipped for other in data)
+        for microbatch in manifest.microbatches:
+            batch = data[microbatch.lane].language[microbatch.number]
+            assert batch.input_ids.shape == (microbatch.rows, microbatch.seq_length)
+            covered = torch.zeros_like(batch.segments, dtype=torch.bool)
+            for slot in microbatch.samples:
+                where = (slot.row, slice(slot.start, slot.start + slot.length))
+                encoded = dataset.encode(slot.index)
+                assert batch.input_ids[where].tolist() == encoded.input_ids.tolist()
+                assert batch.labels[where].tolist() == encoded.labels.tolist()
+                assert batch.positions[where].tolist() == list(range(slot.length))
+                assert len(batch.segments[where].unique()) == 1 and batch.segments[where][0] > 0
+                covered[where] = True
+            assert (batch.labels[~covered] == -100).all()
+            for tensor in (batch.input_ids, batch.positions, batch.segments, batch.groups):
+                assert not tensor[~covered].any()
+            for row in range(microbatch.rows):
+                numbers = [s for s in microbatch.samples if s.row == row]
+                assert batch.segments[row].unique().tolist()[-len(numbers) :] == list(range(1, len(numbers) + 1))
+        check_groups_and_tiles(dataset, data)
+    for loader in ranks:
+        loader.close()
+
+
+def check_groups_and_tiles(dataset, data):
+    manifest = data[0].manifest
+    expected_groups = {key: torch.zeros_like(batch.groups) for key, batch in all_batches(data).items()}
+    for slot in sorted(manifest.media, key=lambda slot: (slot.lane, slot.microbatch, slot.row, slot.start)):
+        groups = expected_groups[slot.lane, slot.microbatch]
+        groups[slot.row, slot.start : slot.start + slot.rows] = groups[slot.row].max() + 1
+        ids = data[slot.lane].language[slot.microbatch].input_ids[slot.row, slot.start : slot.start + slot.rows]
+        assert (ids == 6).all()
+        tiles = data[slot.encoder_lane].media["vision", slot.microbatch]["tiles"]
+        item = dataset.media(slot.index)[slot.ordinal]
+        with open(item.shard, "rb") as file:
+            file.seek(item.offset)
+            alone = TileProcessor().decode(file.read(item.size))["tiles"]
+        torch.testing.assert_close(tiles[slot.encoder_offset : slot.encoder_offset + slot.rows], alone, rtol=0, atol=0)
+    for key, batch in all_batches(data).items():
+        assert batch.groups.tolist() == expected_groups[key].tolist()
+
+
+def all_batches(data):
+    return {(lane, number): b for lane, rank in enumerate(data) for number, b in rank.language.items()}
+
+
+def test_a_resumed_loader_continues_with_the_same_tensors(dataset):
+    [straight] = loaders(dataset, 1, 1, packing=True)
+    expected = [straight.load(step) for step in range(6)]
+    [resumed] = loaders(dataset, 1, 1, packing=True, step_options={"prefetch": 3})
+    for step in (4, 5, 2):
+        data = resumed.load(step)
+        assert data.manifest == expected[step].manifest
+        for number, batch in data.language.items():
+            assert batch.labels.tolist() == expected[step].language[number].labels.tolist()
+        for key, inputs in data.media.items():
+            assert torch.equal(inputs["tiles"], expected[step].media[key]["tiles"])
+    straight.close(), resumed.close()
+
+
+def test_steps_without_media_and_idle_lanes_are_empty(tmp_path):
+    dataset = open_dataset(write_shard(tmp_path / "a.tar", {"a.json": chat("q", "a"), "b.json": chat("r", "b")}))
+    ranks = loaders(dataset, 3, 2, global_batch_size=2)
+    data = [loader.load(0) for loader in ranks]
+    assert all(not rank.media for rank in data)
+    shapes = [tuple(rank.language[0].input_ids.shape) for rank in data]
+    assert sorted(rows for rows, _ in shapes) == [0, 1, 1] and (0, 0) in shapes
+
+
+def test_sound_stays_causal(tmp_path):
+    members = {"a.json": chat("q", "a", "audio", "image"), "a.0.wav": wav(500), "a.1.png": png(16, 16, 9)}
+    dataset = open_dataset(write_shard(tmp_path / "a.tar", members), TileProcessor(), SoundProcessor())
+    [loader] = loaders(dataset, 1, 1, global_batch_size=1)
+    data = loader.load(0)
+    sound, image = dataset.media(0)
+    groups = data.language[0].groups[0]
+    assert groups[sound.start : sound.start + 5].tolist() == [0] * 5
+    assert groups[image.start : image.start + 4].tolist() == [1] * 4 and groups.sum() == 4
+    assert data.media["audio", 0]["samples"].tolist() == list(range(500))
+
+
+def corrupt_shard(path, bad):
+    members = {}
+    for number in range(6):
+        picture = jpeg(64, 64, number)
+        members[f"s{number}.json"] = chat("q", "a", "image")
+        members[f"s{number}.0.jpg"] = picture[: len(picture) // 3] if number in bad else picture
+    return write_shard(path, members)
+
+
+def test_a_truncated_image_masks_its_sample_and_nothing_else(tmp_path, caplog):
+    dataset = open_dataset(corrupt_shard(tmp_path / "a.tar", {4}))
+    [loader] = loaders(dataset, 1, 1, shuffle=False, step_options={"on_bad_sample": "skip"})
+    data = loader.load(0)
+    assert data.skipped == {4} and loader.skipped_samples == 1
+    assert f"masked {tmp_path / 'a.tar'}: __key__ 's4': media 0 (image)" in caplog.text
+    for slot in data.manifest.samples:
+        labels = data.language[slot.microbatch].labels[slot.row]
+        assert (labels != -100).any() == (slot.sample != 4)
+    for slot in data.manifest.media:
+        tiles = data.media["vision", slot.microbatch]["tiles"][slot.encoder_offset : slot.encoder_offset + slot.rows]
+        assert tiles.any() == (slot.sample != 4)
+    loader.close()
+
+
+def test_corrupt_media_fail_or_exceed_the_allowed_share(tmp_path):
+    dataset = open_dataset(corrupt_shard(tmp_path / "a.tar", {1, 4}))
+    [loader] = loaders(dataset, 1, 1, shuffle=False)
+    with pytest.raises(DataError, match=r"a\.tar: __key__ 's1': media 0 .*on_bad_sample=skip"):
+        loader.load(0)
+    [strict] = loaders(dataset, 1, 1, shuffle=False, step_options={"on_bad_sample": "skip", "max_bad_fraction": 0.3})
+    with pytest.raises(DataError, match="2 samples met so far .*max_bad_fraction=0.3 of 6"):
+        strict.load(0)
+    [tolerant] = loaders(dataset, 1, 1, shuffle=False, step_options={"on_bad_sample": "skip", "max_bad_fraction": 0.4})
+    assert [len(tolerant.load(step).skipped) for step in range(3)] == [2, 2, 2]
+    for each in (loader, strict, tolerant):
+        each.close()
+
+
+def test_a_shard_that_changed_under_its_index_is_an_error(tmp_path):
+    members = {"a.json": chat("qq", "a"), "b.json": chat("r", "b")}
+    dataset = open_dataset(write_shard(tmp_path / "a.tar", members))
+    write_shard(tmp_path / "a.tar", {**members, "a.json": chat("é", "a")})  # as many bytes of JSON, other tokens
+    [loader] = loaders(dataset, 1, 1, global_batch_size=2)
+    with pytest.raises(DataError, match="__key__ 'a'"):
+        loader.load(0)
+    loader.close()

@@ -1,0 +1,114 @@
+"""A third party's encoder is found from one file, and wrong modalities, architectures and freeze patterns are named."""
+
+import io
+import re
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from megatron.core.process_groups_config import ProcessGroupCollection
+from PIL import Image
+
+import encoders
+from encoders.base import Encoder
+from encoders.registry import build_encoder, build_processor
+from mimo_gemma4.errors import ConfigError
+from mimo_gemma4.media import MediaHeader
+from mimo_gemma4.weights import initialise
+
+GUIDE = Path(__file__).parents[2] / "docs" / "add_an_encoder.md"
+THUMBNAIL = {"vision_config": {"model_type": "thumbnail", "size": 16}}
+GEMMA4 = {
+    "vision_config": dict(
+        model_type="gemma4_vision",
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        head_dim=8,
+        position_embedding_size=840,
+    )
+}
+
+
+@pytest.fixture(autouse=True)
+def one_rank():
+    """A world of one, in this process: encoders take a tensor parallel group."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+def build(hf_config: dict) -> Encoder:
+    encoder = build_encoder(
+        "vision",
+        hf_config,
+        ProcessGroupCollection(tp=dist.group.WORLD),
+        language_hidden=8,
+        dtype=torch.float32,
+        device=torch.device("cpu"),
+    )
+    initialise(encoder.bindings(), seed=0)
+    return encoder
+
+
+def test_the_encoder_of_the_guide_registers_and_trains(tmp_path, monkeypatch):
+    code = re.search(r"```python\n(.*?)```", GUIDE.read_text(), flags=re.DOTALL).group(1)
+    (tmp_path / "thumbnail.py").write_text(code)
+    monkeypatch.setattr(encoders, "__path__", [*encoders.__path__, str(tmp_path)])
+
+    processor, encoder = build_processor("vision", THUMBNAIL), build(THUMBNAIL)
+    buffer = io.BytesIO()
+    Image.new("RGB", (40, 30), (255, 255, 255)).save(buffer, "PNG")
+    header = MediaHeader(width=40, height=30)
+    items = [processor.decode(buffer.getvalue()), processor.placeholder(header)]
+    rows = encoder(**processor.collate(items))
+    assert rows.shape == (2 * processor.rows(header), 8)
+    torch.testing.assert_close(rows[0], encoder.projector.weight.sum(dim=1))
+    assert not rows[1].any()
+    rows.sum().backward()
+    assert torch.equal(encoder.projector.weight.grad, torch.ones(8, 256))
+
+
+def test_unknown_modalities_and_architectures_name_the_known_ones():
+    with pytest.raises(ConfigError, match=r"no encoder for modality 'smell'; known: .*vision"):
+        build_processor("smell", {})
+    with pytest.raises(ConfigError, match=r"the model configuration has no vision_config"):
+        build_processor("vision", {"text_config": {}})
+    with pytest.raises(ConfigError, match=r"vision_config.model_type is 'clip'; known for vision: .*gemma4_vision"):
+        build_processor("vision", {"vision_config": {"model_type": "clip"}})
+    with pytest.raises(ConfigError, match="vision_config lacks hidden_size, intermediate_size"):
+        build_processor("vision", {"vision_config": {"model_type": "gemma4_vision"}})
+
+
+@pytest.mark.parametrize(
+    ("what", "trained"),
+    [
+        (False, lambda name: True),
+        (True, lambda name: False),
+        ("tower", lambda name: name == "model.embed_vision.embedding_projection.weight"),
+        (["*.layers.0.*", "*.patch_embedder.*"], lambda name: ".layers.0." not in name and "embedder" not in name),
+    ],
+    ids=["false", "true", "tower", "patterns"],
+)
+def test_freeze_stops_exactly_what_is_asked(what, trained):
+    encoder = build(GEMMA4)
+    encoder.freeze(what)
+    for binding in encoder.bindings():
+        assert binding.tensor.requires_grad == trained(binding.name), binding.name
+
+
+@pytest.mark.parametrize(
+    ("what", "message"),
+    [
+        (
+            ["*.layer.0.*"],
+            r"modules.vision.freeze: no parameter matches '\*.layer.0.\*'; names look like 'model.vision",
+        ),
+        ("towers", "modules.vision.freeze is 'towers'; it takes true, false, tower or a list"),
+    ],
+)
+def test_freeze_refuses_what_matches_nothing(what, message):
+    with pytest.raises(ConfigError, match=message):
+        build(GEMMA4).freeze(what)
