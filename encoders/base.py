@@ -5,16 +5,14 @@ A third party writes one file in this package with a subclass of `Encoder` and a
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
-from fnmatch import fnmatchcase
-from typing import Any, ClassVar, Literal, Protocol, Self
+from collections.abc import Iterable
+from typing import Any, ClassVar, Protocol, Self
 
 import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
-from mimo_gemma4.errors import ConfigError
 from mimo_gemma4.media import MediaHeader, MediaProcessor
 from mimo_gemma4.weights import Binding, Index, Init
 
@@ -86,36 +84,6 @@ class Encoder(nn.Module, ABC):
     @abstractmethod
     def projector_parameters(self) -> list[nn.Parameter]:
         """The parameters that `freeze: tower` leaves trainable."""
-
-    def freeze(self, what: bool | Literal["tower"] | Sequence[str]) -> None:
-        """Stop training some parameters: `modules.<name>.freeze` of the run's configuration.
-
-        Everything (True), nothing (False), all but the projector ("tower"), or the parameters whose Hugging Face name
-        matches one of the shell-style patterns. Raises `ConfigError` for a pattern that matches no parameter.
-        """
-        if isinstance(what, bool):
-            frozen = list(self.parameters()) if what else []
-        elif what == "tower":
-            trainable = {id(parameter) for parameter in self.projector_parameters()}
-            frozen = [parameter for parameter in self.parameters() if id(parameter) not in trainable]
-        elif isinstance(what, str):
-            raise ConfigError(
-                f"modules.{self.modality}.freeze is {what!r}; it takes true, false, tower or a list of name patterns"
-            )
-        else:
-            frozen = self._matching(what)
-        for parameter in frozen:
-            parameter.requires_grad_(False)
-
-    def _matching(self, patterns: Sequence[str]) -> list[nn.Parameter]:
-        """Parameters any of whose Hugging Face names matches a pattern."""
-        named = [(b.name, b.tensor) for b in self.bindings() if isinstance(b.tensor, nn.Parameter)]
-        for pattern in patterns:
-            if not any(fnmatchcase(name, pattern) for name, _ in named):
-                raise ConfigError(
-                    f"modules.{self.modality}.freeze: no parameter matches {pattern!r}; names look like {named[0][0]!r}"
-                )
-        return [tensor for name, tensor in named if any(fnmatchcase(name, pattern) for pattern in patterns)]
 
 
 def replicated_binding(name: str, tensor: Tensor, init: Init = "normal", std: float = 0.02) -> Binding:

@@ -116,7 +116,7 @@ class Bridge:
         return max(self.target.ranks) + 1
 
     def _rows_of(self, manifest: StepManifest, slots: tuple[MediaSlot, ...]) -> torch.Tensor:
-        """One line per (row, destination): source tp, target rank, row, flat position, whether it returns the gradient."""
+        """A line per (row, destination): source tp, target rank, row, flat position, whether it returns the gradient."""
         total = sum(slot.rows for slot in slots)
         sequence_parallel = self.target.sequence_parallel and self.target.tp > 1
         lines = []
@@ -129,7 +129,11 @@ class Bridge:
             share = rows * self.target.tp // total
             cp, local = cp_of[span], local_of[span]
             local_length = microbatch.seq_length // self.target.cp // (self.target.tp if sequence_parallel else 1)
-            targets = [local // local_length] if sequence_parallel else [torch.full_like(rows, t) for t in range(self.target.tp)]
+            targets = (
+                [local // local_length]
+                if sequence_parallel
+                else [torch.full_like(rows, t) for t in range(self.target.tp)]
+            )
             for tp in targets:
                 rank = self._target_ranks(slot.lane)[cp, tp]
                 position = (local % local_length) * microbatch.rows + slot.row
@@ -171,7 +175,9 @@ class Bridge:
         Returns:
             Gradient [rows, H] of the encoder lane's output, equal on its tensor parallel ranks; None where rows is 0.
         """
-        arrived = self._exchange(route.gradient_sends, gradients, _lengths(route.gradient_receives), self.backward_group)
+        arrived = self._exchange(
+            route.gradient_sends, gradients, _lengths(route.gradient_receives), self.backward_group
+        )
         if rows == 0:
             return None
         gradient = torch.zeros(rows, self.hidden_size, dtype=self.dtype, device=self.device)
@@ -197,8 +203,11 @@ class Bridge:
     ) -> list[torch.Tensor]:
         """One batch of sends and receives; sends stay pending until `drain`, receives are complete on return."""
         operations, buffers, incoming, local = [], [], [], {}
-        assert rows is None or rows.dtype == self.dtype, f"{self.encoder} rows are {rows.dtype}, the bridge {self.dtype}"
+        assert rows is None or rows.dtype == self.dtype, (
+            f"{self.encoder} rows are {rows.dtype}, the bridge {self.dtype}"
+        )
         for peer, index in sends:
+            assert rows is not None, "a route sends rows that this rank did not compute"
             payload = rows.detach().index_select(0, index.to(self.device, non_blocking=True))
             if peer == self.rank:
                 local[peer] = payload

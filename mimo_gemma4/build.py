@@ -14,8 +14,8 @@ from mimo_gemma4.data.loader import StepLoader
 from mimo_gemma4.data.planner import StepPlanner
 from mimo_gemma4.data.tokenizer import load_tokenizer, media_tokens
 from mimo_gemma4.evaluate import Evaluator
-from mimo_gemma4.health import together
 from mimo_gemma4.freezing import freeze
+from mimo_gemma4.health import together
 from mimo_gemma4.huggingface import HuggingFaceSource
 from mimo_gemma4.layout import Layout
 from mimo_gemma4.model import MimoModel
@@ -46,7 +46,9 @@ def build_trainer(foundation: Foundation) -> Trainer:
     train_data = open_dataset(foundation, config.data.train, encoder)
     valid_data = open_dataset(foundation, config.data.valid, encoder) if config.data.valid else None
     model = build_model(foundation)
-    optimizers = {name: ModuleOptimizer(module, groups.modules[name], config.optim) for name, module in model.modules.items()}
+    optimizers = {
+        name: ModuleOptimizer(module, groups.modules[name], config.optim) for name, module in model.modules.items()
+    }
     finished = resume(foundation, optimizers)
     evaluator = None
     if valid_data is not None:
@@ -110,7 +112,9 @@ def build_loader(foundation: Foundation, dataset: ShardDataset, *, train: bool) 
     return StepLoader(
         planner,
         language_lane=language.coordinate(rank).dp if rank in language else None,
-        encoder_lanes={name: layout.grids[name].coordinate(rank).dp for name in layout.encoders if rank in layout.grids[name]},
+        encoder_lanes={
+            name: layout.grids[name].coordinate(rank).dp for name in layout.encoders if rank in layout.grids[name]
+        },
         group=foundation.groups.host,
         on_bad_sample=config.data.on_bad_sample,
         max_bad_fraction=config.data.max_bad_fraction,
@@ -131,7 +135,9 @@ def build_model(foundation: Foundation) -> MimoModel:
             if config.model.hf_path is None:
                 initialise(module.bindings(), config.run.seed)
             else:
-                load(module.bindings(), HuggingFaceSource(config.model.hf_path), f"model.hf_path {config.model.hf_path}")
+                load(
+                    module.bindings(), HuggingFaceSource(config.model.hf_path), f"model.hf_path {config.model.hf_path}"
+                )
             freeze(name, module, config.module(name).freeze)
 
     together(foundation.groups.host, fill)

@@ -6,14 +6,16 @@ from typing import Literal
 from torch import nn
 
 from mimo_gemma4.errors import ConfigError
-from mimo_gemma4.weights import Binding
+from mimo_gemma4.weights import Binding, BoundModule
 
 FreezeRule = bool | Literal["tower"] | list[str]
 
 
-def freeze(name: str, module: nn.Module, rule: FreezeRule) -> None:
-    """Stop training what `rule` names: everything (True), nothing (False), all but the projector (`tower`), or the
-    parameters of which a Hugging Face name matches one of the patterns (a list; `*` wildcards).
+def freeze(name: str, module: BoundModule, rule: FreezeRule) -> None:
+    """Stop training what `rule` names.
+
+    True is everything, False nothing, `tower` all but the projector, and a list of patterns (`*` wildcards) the
+    parameters of which a Hugging Face name matches one.
 
     Args:
         name: the module's name in the layout.
@@ -25,12 +27,17 @@ def freeze(name: str, module: nn.Module, rule: FreezeRule) -> None:
     if isinstance(rule, bool):
         frozen = list(module.parameters()) if rule else []
     elif rule == "tower":
-        if not hasattr(module, "projector_parameters"):
-            raise ConfigError(f"modules.{name}.freeze is tower, but {name} has no projector; use true, false or patterns")
-        trainable = {id(parameter) for parameter in module.projector_parameters()}
+        projector = getattr(module, "projector_parameters", None)
+        if projector is None:
+            raise ConfigError(
+                f"modules.{name}.freeze is tower, but {name} has no projector; use true, false or patterns"
+            )
+        trainable = {id(parameter) for parameter in projector()}
         frozen = [parameter for parameter in module.parameters() if id(parameter) not in trainable]
+    elif isinstance(rule, str):
+        raise ConfigError(f"modules.{name}.freeze is {rule!r}; it takes true, false, tower or a list of name patterns")
     else:
-        frozen = _matching(name, module.bindings(), list(rule))
+        frozen = _matching(name, module.bindings(), rule)
     for parameter in frozen:
         parameter.requires_grad_(False)
 

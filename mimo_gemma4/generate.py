@@ -71,7 +71,9 @@ def greedy_answers(
         Answer(
             slot.sample,
             slot.index,
-            _until_stop(open_batch.input_ids[slot.row, last_prompt[slot.row] + 1 :].tolist()[:max_new_tokens], stop_ids),
+            _until_stop(
+                open_batch.input_ids[slot.row, last_prompt[slot.row] + 1 :].tolist()[:max_new_tokens], stop_ids
+            ),
             _until_stop(_first_turn(batch.labels[slot.row, last_prompt[slot.row] :].tolist()), stop_ids),
         )
         for slot in microbatch.samples

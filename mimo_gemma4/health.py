@@ -1,4 +1,4 @@
-"""One rank's mistake is every rank's error, never a hang: collective steps outside the training step go through here."""
+"""One rank's mistake is every rank's error, never a hang: what ranks do together outside the step goes through here."""
 
 from collections.abc import Callable
 
@@ -29,7 +29,11 @@ def together[T](group: dist.ProcessGroup | None, action: Callable[[], T]) -> T:
         other = next((found for found in reports if found is not None), None)
         if error is None and other is not None:
             kind, text = other
-            error = kind(text) if issubclass(kind, MimoError) else MimoError(f"another rank failed: {kind.__name__}: {text}")
+            error = (
+                kind(text)
+                if issubclass(kind, MimoError)
+                else MimoError(f"another rank failed: {kind.__name__}: {text}")
+            )
     if error is not None:
         raise error
     return result  # type: ignore[return-value]

@@ -25,8 +25,8 @@ class HuggingFaceSource:
                 self._files = dict.fromkeys(tensors.keys(), single.name)
         else:
             raise CheckpointError(
-                f"model.hf_path {self.path} holds neither {listing.name} nor {single.name}: point it to a directory with "
-                "config.json and safetensors weights"
+                f"model.hf_path {self.path} holds neither {listing.name} nor {single.name}: point it to a directory "
+                "with config.json and safetensors weights"
             )
 
     def read(self, name: str, index: Index, shape: tuple[int, ...]) -> torch.Tensor | None:
@@ -40,6 +40,7 @@ class HuggingFaceSource:
             stored = tensors.get_slice(name)
             if tuple(stored.get_shape()) != shape:
                 raise CheckpointError(
-                    f"{name} in {self.path} has shape {list(stored.get_shape())}, but config.json asks for {list(shape)}"
+                    f"{name} in {self.path} has shape {list(stored.get_shape())}, but its config.json asks for "
+                    f"{list(shape)}"
                 )
             return stored[index] if shape else tensors.get_tensor(name)

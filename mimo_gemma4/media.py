@@ -50,9 +50,9 @@ class MediaProcessor(Protocol):
         ...
 
     def placeholder(self, header: MediaHeader) -> dict[str, torch.Tensor]:
-        """Tensors of the shapes `decode` would give for this header, all zeros: stands in for a skipped corrupt item."""
+        """Tensors of the shapes `decode` would give for this header: stands in for a corrupt item that is skipped."""
         ...
 
     def collate(self, items: list[dict[str, torch.Tensor]]) -> dict[str, Any]:
-        """Join items (one or more) into the keyword arguments of the encoder's `forward`: tensors and host ints/lists."""
+        """Join items (one or more) into keyword arguments of the encoder's `forward`: tensors and host ints or lists."""
         ...

@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from megatron.core.packed_seq_params import PackedSeqParams
-from torch import nn
 
 from encoders.base import Encoder
 from encoders.registry import build_encoder
@@ -26,6 +25,7 @@ from mimo_gemma4.layout import Layout
 from mimo_gemma4.partition import PartitionAdapter, PartitionConfig, cp_token_index
 from mimo_gemma4.platform import Platform
 from mimo_gemma4.process_groups import ProcessGroups
+from mimo_gemma4.weights import BoundModule
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 Media = Sequence[tuple[torch.Tensor, torch.Tensor]]
@@ -47,7 +47,9 @@ class LocalTokens:
 class MimoModel:
     """The modules, bridges and partition adapter of one rank."""
 
-    def __init__(self, config: Config, hf_config: dict[str, Any], layout: Layout, groups: ProcessGroups, platform: Platform):
+    def __init__(
+        self, config: Config, hf_config: dict[str, Any], layout: Layout, groups: ProcessGroups, platform: Platform
+    ):
         """Build the modules that this rank holds; weights are uninitialised until `weights.initialise` or `load`.
 
         Args:
@@ -75,13 +77,14 @@ class MimoModel:
                     language_hidden=self.text.hidden_size,
                     dtype=self.dtype,
                     device=platform.device,
+                    activation_checkpointing=config.train.activation_checkpointing,
                 )
         self.bridges = {name: self._bridge(name) for name in layout.encoders if self._touches(name)}
 
     @property
-    def modules(self) -> dict[str, nn.Module]:
+    def modules(self) -> dict[str, BoundModule]:
         """This rank's modules by name, in the layout's order."""
-        held: dict[str, nn.Module] = dict(self.encoders)
+        held: dict[str, BoundModule] = dict(self.encoders)
         if self.language is not None:
             held["language"] = self.language
         return {name: held[name] for name in self.layout.grids if name in held}
@@ -111,12 +114,14 @@ class MimoModel:
 
     def _bridge(self, encoder: str) -> Bridge:
         groups = self.groups.modules.get(encoder)
+        forward_group, backward_group = self.groups.bridge_forward[encoder], self.groups.bridge_backward[encoder]
+        assert forward_group is not None and backward_group is not None
         return Bridge(
             self.layout,
             encoder,
             self.rank,
-            forward_group=self.groups.bridge_forward[encoder],
-            backward_group=self.groups.bridge_backward[encoder],
+            forward_group=forward_group,
+            backward_group=backward_group,
             encoder_tp_group=None if groups is None else groups.tp,
             hidden_size=self.text.hidden_size,
             dtype=self.dtype,

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from mimo_gemma4.agreement import Agreement
 from mimo_gemma4.config import OptimConfig
-from mimo_gemma4.weights import Binding
+from mimo_gemma4.weights import Binding, BoundModule
 
 
 @dataclass(frozen=True)
@@ -34,8 +34,8 @@ class Shard:
     start: int
     end: int
     state: dict[str, Tensor] = field(default_factory=dict)
-    """`main_weight` (the memory of the weight where that is fp32), `exp_avg` and `exp_avg_sq` → [end - start] fp32, as the
-    optimizer keeps them; empty for frozen parameters and buffers."""
+    """`main_weight` (the memory of the weight where that is fp32), `exp_avg` and `exp_avg_sq` → [end - start] fp32, as
+    the optimizer keeps them; empty for frozen parameters and buffers."""
 
     @property
     def values(self) -> Tensor:
@@ -45,7 +45,8 @@ class Shard:
     @property
     def gradient(self) -> Tensor:
         """The shard's elements of the reduced gradient, [end - start] fp32, a view."""
-        return self.tensor.main_grad.view(-1)[self.start : self.end]
+        main_grad: Tensor = self.tensor.main_grad  # type: ignore[attr-defined]  # megatron-core's DDP sets it
+        return main_grad.view(-1)[self.start : self.end]  # type: ignore[attr-defined]
 
 
 class ModuleOptimizer:
@@ -55,7 +56,7 @@ class ModuleOptimizer:
     for `square_norm`), `apply`.
     """
 
-    def __init__(self, module: nn.Module, groups: ProcessGroupCollection, config: OptimConfig):
+    def __init__(self, module: BoundModule, groups: ProcessGroupCollection, config: OptimConfig):
         """Wrap `module`, whose weights are loaded and whose `requires_grad` flags are final. Collective over its grid.
 
         Args:
@@ -66,7 +67,7 @@ class ModuleOptimizer:
         """
         self.module = module
         self.groups = groups
-        self.bindings: list[Binding] = module.bindings()
+        self.bindings: list[Binding] = module.bindings()  # type: ignore[operator]
         self.owned = owned_bindings(self.bindings, groups)
         self.ddp: DistributedDataParallel | None = None
         self.optimizers: list[DistributedOptimizer] = []
@@ -169,7 +170,7 @@ class ModuleOptimizer:
         return self.bindings[0].tensor.device
 
     def shards(self) -> list[Shard]:
-        """What this rank answers for of each bound tensor: trainable ones as the optimizer cuts them, the rest evenly."""
+        """What this rank answers for of every bound tensor: trainable ones as ZeRO-1 cuts them, the rest evenly."""
         trained = {id(shard.tensor) for shard in self.trainable_shards}
         trained |= {id(p) for p in self.module.parameters() if p.requires_grad}
         rest = {id(b.tensor): b.tensor for b in self.bindings if id(b.tensor) not in trained}
@@ -265,11 +266,11 @@ def _even_shard(tensor: Tensor, group: dist.ProcessGroup) -> Shard:
 
 
 def _wrap(
-    module: nn.Module, groups: ProcessGroupCollection, trainable: Sequence[nn.Parameter]
+    module: BoundModule, groups: ProcessGroupCollection, trainable: Sequence[nn.Parameter]
 ) -> DistributedDataParallel:
     ddp_config = DistributedDataParallelConfig(use_distributed_optimizer=True, grad_reduce_in_fp32=True)
     config = copy.copy(module.config)
-    config.calculate_per_token_loss = True  # gradients are summed over dp_cp, never averaged
+    config.calculate_per_token_loss = True  # type: ignore[union-attr]  # gradients are summed, never averaged
     experts = getattr(groups, "expt_dp", None)
     layout = DistributedOptimizer.compute_full_param_layout(
         list(trainable), None, groups.dp_cp.size(), ddp_config, experts.size() if experts is not None else None

@@ -187,7 +187,8 @@ class PartitionAdapter:
             )
         if self.config.tp_comm_overlap and tp > 1 and seq_len != self.config.max_seq_len:
             raise LayoutError(
-                f"tp_comm_overlap needs sequences of exactly max_seq_len = {self.config.max_seq_len} tokens, got {seq_len}"
+                f"tp_comm_overlap needs sequences of exactly max_seq_len = {self.config.max_seq_len} tokens, "
+                f"got {seq_len}"
             )
 
     def _check_pack(self, seq_len: int, starts: list[int]) -> None:
@@ -205,7 +206,8 @@ class PartitionAdapter:
         if seq_len % multiple:
             raise LayoutError(
                 f"the pack has {seq_len} positions, not a multiple of {multiple} (cp={cp}, tp={tp}, sequence_parallel="
-                f"{self.config.sequence_parallel}); add a masked tail segment up to {math.ceil(seq_len / multiple) * multiple}"
+                f"{self.config.sequence_parallel}); add a masked tail segment up to "
+                f"{math.ceil(seq_len / multiple) * multiple}"
             )
 
 

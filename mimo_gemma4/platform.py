@@ -1,7 +1,7 @@
 """CPU with gloo and CUDA with NCCL behind one code path.
 
 megatron-core assumes CUDA in about a dozen places. On a machine without CUDA `install` serves those places from the
-CPU, so that the production modules, optimizer and checkpoints run everywhere; where CUDA is present it redirects
+CPU, so that the production modules and optimizer run everywhere; where CUDA is present it redirects
 nothing. Functions of torch are redirected inside the megatron-core modules of `MODULES` alone: user code and other
 libraries keep their torch. Only `Tensor.type`, which belongs to no module, is redirected for everybody.
 """
@@ -244,7 +244,7 @@ REDIRECTS: tuple[TorchRedirect | AttributeRedirect, ...] = (
     TorchRedirect("cuda.manual_seed", torch.manual_seed, "the RNG tracker seeds a state"),
     TorchRedirect("cuda.get_rng_state", _get_rng_state, "the RNG tracker keeps the state"),
     AttributeRedirect(_RANDOM, "_get_cuda_rng_state", _get_rng_state, "activation checkpointing saves the state"),
-    AttributeRedirect(_RANDOM, "_set_cuda_rng_state", _set_rng_state, "activation checkpointing restores the state"),
+    AttributeRedirect(_RANDOM, "_set_cuda_rng_state", _set_rng_state, "the RNG tracker restores the state"),
     AttributeRedirect("torch:Tensor", "type", _tensor_type, "optimizers compare it with 'torch.cuda.FloatTensor'"),
 )
 """Everything that is redirected where there is no CUDA."""

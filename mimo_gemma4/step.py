@@ -36,7 +36,7 @@ class StepRunner:
     """Runs forward, or forward and backward, of whole global steps; gradients accumulate in the parameters."""
 
     def __init__(self, model: MimoModel):
-        """Find out which edges carry gradients: those of encoders with a trainable parameter, told alike on every rank."""
+        """Find out which edges carry gradients: those of encoders that are not frozen, told alike on every rank."""
         self.model = model
         self.trainable_edges = frozenset(
             name for name in model.layout.encoders if model.config.module(name).freeze is not True
@@ -53,7 +53,8 @@ class StepRunner:
             observe: called on language ranks after each microbatch's forward, with its rows in place.
         """
         self._finished_stopwatch, self._stopwatch = self._stopwatch, Stopwatch(self.model.platform.device)
-        execution = _Execution(self.model, self._stopwatch, data, self.trainable_edges if train else frozenset(), train, observe)
+        edges = self.trainable_edges if train else frozenset()
+        execution = _Execution(self.model, self._stopwatch, data, edges, train, observe)
         actions = plan_step(
             data.manifest.rounds,
             self.model.layout.encoders,

@@ -1,4 +1,4 @@
-"""The training loop: step, agree, update, tell; evaluate and save when due. The same code on every rank of every grid."""
+"""The training loop: step, agree, update, tell; evaluate and save when due. The same code on every rank."""
 
 import time
 from collections.abc import Mapping
@@ -171,8 +171,8 @@ class Trainer:
             blamed = [name for name, ranks in zip(names, result["nonfinite_ranks"], strict=True) if ranks]
             where = f"gradients of {', '.join(blamed)}" if blamed else "loss"
             raise NumericsError(
-                f"step {pending.step}: {where} not finite (loss {result['loss']:.4g}); the weights were left as they were. "
-                "Lower optim.lr, look at the batch, or resume from the last checkpoint"
+                f"step {pending.step}: {where} not finite (loss {result['loss']:.4g}); the weights were left as they "
+                "were. Lower optim.lr, look at the batch, or resume from the last checkpoint"
             )
 
     def _record(self, pending: _Pending, result: Mapping[str, Any]) -> dict[str, Any]:

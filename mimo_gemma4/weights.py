@@ -5,11 +5,12 @@ parity tests all walk that one list, so no other code knows how a weight is fuse
 """
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
+from torch import nn
 
 from mimo_gemma4.errors import CheckpointError
 
@@ -38,6 +39,29 @@ class Binding:
     def view(self, like: torch.Tensor | None = None) -> torch.Tensor:
         """The region of the local tensor, or of `like`, a tensor of the same shape (a gradient, say)."""
         return (self.tensor if like is None else like)[self.region]
+
+
+class BoundModule(Protocol):
+    """What a module of the layout offers beside being an `nn.Module`."""
+
+    config: Any
+    """megatron-core's `TransformerConfig`."""
+
+    def bindings(self) -> list[Binding]:
+        """What this rank holds of each Hugging Face tensor."""
+        ...
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """As in `nn.Module`."""
+        ...
+
+    def train(self, mode: bool = True) -> Any:
+        """As in `nn.Module`."""
+        ...
+
+    def eval(self) -> Any:
+        """As in `nn.Module`."""
+        ...
 
 
 class TensorSource(Protocol):

@@ -108,7 +108,7 @@ class ConversationEncoder:
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of generated ids, without special tokens and outer white space."""
-        return self.tokenizer.decode(list(ids), skip_special_tokens=True).strip()
+        return str(self.tokenizer.decode(list(ids), skip_special_tokens=True)).strip()
 
     @cached_property
     def stop_ids(self) -> frozenset[int]:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 from torch import distributed as dist
@@ -107,14 +107,14 @@ class ShardDataset:
         on_bad_sample: BadSamplePolicy = "fail",
         max_bad_fraction: float = 0.01,
         group: dist.ProcessGroup | None = None,
-    ) -> Self:
+    ) -> "ShardDataset":
         """Find the shards, index those that are not indexed yet, and number their samples.
 
         With a host `group`, all of its ranks call this: each indexes a part of the shards, and all check that they see
         the same samples. Raises `DataError` (on every rank of the group) for missing shards or as `on_bad_sample` asks.
         """
 
-        def read() -> Self:
+        def read() -> ShardDataset:
             paths = expand_shards(shards)
             indexes = [ShardIndex.open(path) for path in progress(paths, len(paths), "reading index")]
             tokens = [TokenIndex.open(path, index, encoder) for path, index in zip(paths, indexes, strict=True)]

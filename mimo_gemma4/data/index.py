@@ -144,7 +144,7 @@ def _members(file: BinaryIO) -> Iterator[_Member]:
             stem, dot, field = base.partition(".")
             if info.isreg() and dot and stem:
                 yield _Member(f"{folder}{slash}{stem}", field, info.offset_data, info.size)
-            tar.members = []  # tarfile keeps every header otherwise
+            tar.members = []  # type: ignore[attr-defined]  # tarfile would keep every header
 
 
 def _samples(members: Iterator[_Member]) -> Iterator[list[_Member]]:

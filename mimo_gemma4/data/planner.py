@@ -194,7 +194,7 @@ def _assign(rows: Sequence[_Row], lanes: int, microbatch_size: int) -> list[list
     return assigned
 
 
-def _split(rows: Sequence[_Row], parts: int) -> list[Sequence[_Row]]:
+def _split(rows: list[_Row], parts: int) -> list[list[_Row]]:
     """Consecutive parts whose sizes differ by one at most, the smaller ones first: there the longer rows are."""
     size, larger = divmod(len(rows), parts)
     bounds = [part * size + max(0, part - (parts - larger)) for part in range(parts + 1)]

@@ -3,7 +3,7 @@
 import io
 import json
 import wave
-from typing import Any, BinaryIO
+from typing import IO, Any, BinaryIO, cast
 
 from PIL import Image
 
@@ -72,7 +72,7 @@ def media_type_of(extension: str) -> str | None:
 
 def read_header(media_type: str, extension: str, file: BinaryIO, offset: int, size: int) -> MediaHeader:
     """What a media file, `size` bytes at `offset` of `file`, says of itself. Raises `DataError` if it is unreadable."""
-    window = _Window(file, offset, size)
+    window = cast(IO[bytes], _Window(file, offset, size))
     try:
         if media_type == "image":
             return _image_header(window)
@@ -83,7 +83,7 @@ def read_header(media_type: str, extension: str, file: BinaryIO, offset: int, si
         raise DataError(f"not a readable .{extension} file: {error}") from error
 
 
-def _image_header(file: BinaryIO) -> MediaHeader:
+def _image_header(file: IO[bytes]) -> MediaHeader:
     with Image.open(file) as image:
         width, height = image.size
         # Asked for EXIF data that is not in its header, Pillow decodes the whole file.
@@ -92,7 +92,7 @@ def _image_header(file: BinaryIO) -> MediaHeader:
     return MediaHeader(width=width, height=height)
 
 
-def _wave_header(file: BinaryIO, size: int) -> MediaHeader:
+def _wave_header(file: IO[bytes], size: int) -> MediaHeader:
     with wave.open(file, "rb") as sound:
         samples, rate = sound.getnframes(), sound.getframerate()
         if samples * sound.getnchannels() * sound.getsampwidth() > size:
@@ -100,7 +100,7 @@ def _wave_header(file: BinaryIO, size: int) -> MediaHeader:
     return MediaHeader(samples=samples, sample_rate=rate)
 
 
-def _flac_header(file: BinaryIO) -> MediaHeader:
+def _flac_header(file: IO[bytes]) -> MediaHeader:
     try:
         import soundfile
     except ImportError as error:

@@ -5,7 +5,7 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from braceexpand import UnbalancedBracesError, braceexpand
+from braceexpand import braceexpand
 
 from mimo_gemma4.errors import DataError
 
@@ -21,7 +21,7 @@ def expand_shards(shards: str | Path | Sequence[str | Path]) -> tuple[Path, ...]
     for pattern in patterns:
         try:
             names = list(braceexpand(str(pattern)))
-        except UnbalancedBracesError as error:
+        except ValueError as error:
             raise DataError(f"shards: unbalanced braces in {str(pattern)!r}") from error
         for name in names:
             paths.extend(_files(name))

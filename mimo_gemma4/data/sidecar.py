@@ -35,7 +35,7 @@ def save_sidecar(shard: Path, name: str, arrays: dict[str, np.ndarray]) -> Path 
             handle, partial = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
             try:
                 with os.fdopen(handle, "wb") as file:
-                    np.savez(file, stamp=np.array(_stamp(shard)), **arrays)
+                    np.savez(file, stamp=np.array(_stamp(shard)), **arrays)  # type: ignore[arg-type]
                 os.chmod(partial, 0o644)
                 os.replace(partial, path)
             except BaseException:

@@ -60,17 +60,18 @@ class ChatTemplate:
         from jinja2 import TemplateError
         from transformers.utils.chat_template_utils import render_jinja_template
 
+        options: dict[str, Any] = {
+            **self._special_tokens,
+            "chat_template": self.source,
+            "return_assistant_tokens_mask": self.marks_answers,
+            "add_generation_prompt": add_generation_prompt,
+        }
         try:
-            texts, spans = render_jinja_template(
-                [messages],
-                chat_template=self.source,
-                return_assistant_tokens_mask=self.marks_answers,
-                add_generation_prompt=add_generation_prompt,
-                **self._special_tokens,
-            )
+            rendered: Any = render_jinja_template([messages], **options)
         except (TemplateError, TypeError, KeyError, ValueError) as error:
             raise DataError(f"the chat template rejects the conversation: {error}") from error
-        return texts[0], [tuple(span) for span in spans[0]] if spans else []
+        texts, spans = rendered
+        return texts[0], [(start, end) for start, end in spans[0]] if spans else []
 
     def _compare(self, messages: Messages) -> tuple[str, list[Span]]:
         """Spans by comparing renderings of the conversation's beginnings."""

@@ -57,13 +57,13 @@ def load_tokenizer(hf_path: str | Path | None) -> PreTrainedTokenizerFast:
         return byte_tokenizer()
     if not Path(hf_path).is_dir():
         raise ConfigError(f"model.hf_path is {str(hf_path)!r}, which is not a directory")
-    from transformers import AutoTokenizer
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(hf_path), local_files_only=True)
     except (OSError, ValueError) as error:
         raise ConfigError(f"model.hf_path is {str(hf_path)!r}, which holds no usable tokenizer: {error}") from error
-    if not tokenizer.is_fast:
+    if not isinstance(tokenizer, PreTrainedTokenizerFast):
         raise ConfigError(f"model.hf_path is {str(hf_path)!r}; it needs a fast tokenizer (tokenizer.json)")
     return tokenizer
 
@@ -103,7 +103,7 @@ def media_tokens(hf_config: Mapping[str, Any]) -> dict[str, MediaTokens]:
     """Begin, soft and end token of every media type that a model configuration (`config.json`) names."""
     found = {}
     for media_type, groups in _MEDIA_KEYS.items():
-        ids = [next((hf_config[key] for key in keys if hf_config.get(key) is not None), None) for keys in groups]
-        if None not in ids:
+        ids = [hf_config[key] for keys in groups for key in keys if hf_config.get(key) is not None]
+        if len(ids) == len(groups):
             found[media_type] = MediaTokens(*ids)
     return found

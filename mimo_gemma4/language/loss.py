@@ -40,7 +40,7 @@ def summed_cross_entropy(
 def most_likely(
     hidden: torch.Tensor, weight: torch.Tensor, tp_group: ProcessGroup, logits_at_once: int = LOGITS_AT_ONCE
 ) -> torch.Tensor:
-    """Vocabulary ids [tokens] of the largest logits of `hidden @ weight.T`; the softcap does not change their order.
+    """Vocabulary ids [tokens] of the largest logits of `hidden @ weight.T`; the softcap keeps their order.
 
     `hidden` [tokens, H] is equal on all tensor parallel ranks, `weight` is [vocabulary / tp (local), H]. Of equal logits
     the lowest id wins, so the result is equal on all ranks.

@@ -151,7 +151,7 @@ class Gemma4LanguageModel(MegatronModule):
 
     @torch.no_grad()
     def greedy_tokens(self, hidden: torch.Tensor) -> torch.Tensor:
-        """The most likely next token of every local position: ids [B, S/cp] (local), equal on all tensor parallel ranks.
+        """The most likely next token of every local position: ids [B, S/cp] (local), equal on all TP ranks.
 
         `hidden` is what `forward` gave; logits are held for a few positions at a time.
         """

@@ -1,6 +1,6 @@
 """Every redirect is needed on a CPU, is enough for the use it is listed for, and leaves users' torch alone.
 
-Each case runs in a fork of its own: with all redirects but one a small use of megatron-core fails, with that one it works.
+Each case runs in a fork of its own: with all redirects but one a small use of megatron-core fails, with all it works.
 """
 
 import math
@@ -98,7 +98,7 @@ USES: dict[str, Callable[[], None]] = {
     "cuda.manual_seed": track_random_states,
     "cuda.get_rng_state": track_random_states,
     "_get_cuda_rng_state": recompute_dropout,
-    "_set_cuda_rng_state": recompute_dropout,
+    "_set_cuda_rng_state": track_random_states,
     "type": clip,
 }
 

@@ -9,6 +9,7 @@ from torch import nn
 from encoders.base import Encoder
 from encoders.registry import build_encoder, build_processor
 from mimo_gemma4.errors import LayoutError
+from mimo_gemma4.freezing import freeze
 from mimo_gemma4.weights import initialise
 from tests.dist.harness import run_ranks
 
@@ -62,8 +63,8 @@ def compare_with_one_rank(rank: int, hf_config: dict, frozen: bool | str | list[
         {"pixel_values": torch.rand(9 * x * y, 48, generator=generator), "grid": torch.tensor([x, y])}
         for x, y in [(2, 1), (1, 1), (2, 2), (1, 2)]
     ]
-    whole.freeze(frozen)
-    cut.freeze(frozen)
+    freeze("vision", whole, frozen)
+    freeze("vision", cut, frozen)
     expected, actual = run(whole, processor.collate(items)), run(cut, processor.collate(items))
     # fp32: sums cut into `world` parts and added in another order.
     torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)

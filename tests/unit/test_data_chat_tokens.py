@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from mimo_gemma4.data.chat import ConversationEncoder
-from mimo_gemma4.data.tokenizer import BYTE_CHAT_TEMPLATE, byte_tokenizer
-from mimo_gemma4.errors import DataError
+from mimo_gemma4.data.tokenizer import BYTE_CHAT_TEMPLATE, byte_tokenizer, load_tokenizer, media_tokens
+from mimo_gemma4.errors import ConfigError, DataError
 from tests.shard_maker import MEDIA_TOKENS, TileProcessor
 
 MESSAGES = [
@@ -116,3 +116,23 @@ def test_bytes_stand_at_sixteen_and_after():
     assert tokenizer.decode(ids) == text
     assert [tokenizer.pad_token_id, tokenizer.eos_token_id, tokenizer.bos_token_id] == [0, 1, 2]
     assert max(tokenizer.get_vocab().values()) < 384
+
+
+def test_a_tokenizer_directory_gives_the_same_tokens(tmp_path):
+    byte_tokenizer().save_pretrained(tmp_path)
+    loaded = ConversationEncoder(load_tokenizer(tmp_path), [TileProcessor()], MEDIA_TOKENS)
+    np.testing.assert_array_equal(loaded.encode(MESSAGES, [3, 1]).labels, encoder().encode(MESSAGES, [3, 1]).labels)
+    assert loaded.template.source == encoder().template.source
+    (tmp_path / "chat_template.jinja").unlink()
+    with pytest.raises(DataError, match="no chat template"):
+        ConversationEncoder(load_tokenizer(tmp_path))
+    with pytest.raises(ConfigError, match="model.hf_path is .*not a directory"):
+        load_tokenizer(tmp_path / "none")
+
+
+def test_media_ids_come_from_the_model_configuration():
+    config = {"boi_token_id": 5, "image_token_id": 6, "eoi_token_id": 7, "audio_token_id": 9, "boa_token_id": 8}
+    assert media_tokens(config) == {"image": MEDIA_TOKENS["image"]}
+    assert media_tokens({**config, "eoa_token_index": 10}) == MEDIA_TOKENS  # as Hugging Face writes it
+    with pytest.raises(DataError, match="token ids for 'image'"):
+        ConversationEncoder(byte_tokenizer(), [TileProcessor()], {})

@@ -57,6 +57,7 @@ def test_a_missing_shard_an_empty_glob_and_a_repeated_shard_are_data_errors(tmp_
         (f"{tmp_path}/a-{{0..2}}.tar", r"2 of 3 files do not exist, the first is .*a-1\.tar"),
         (f"{tmp_path}/b-*.tar", "matches no file"),
         ([], "names no file"),
+        (f"{tmp_path}/a-{{0..2.tar", "unbalanced braces"),
         ([f"{tmp_path}/a-0.tar", f"{tmp_path}/a-*.tar"], "more than once"),
     ):
         with pytest.raises(DataError, match=message):

@@ -113,6 +113,8 @@ def test_steps_without_media_and_idle_lanes_are_empty(tmp_path):
     dataset = open_dataset(write_shard(tmp_path / "a.tar", {"a.json": chat("q", "a"), "b.json": chat("r", "b")}))
     ranks = loaders(dataset, 3, 2, global_batch_size=2)
     data = [loader.load(0) for loader in ranks]
+    for loader in ranks:
+        loader.close()
     assert all(not rank.media for rank in data)
     shapes = [tuple(rank.language[0].input_ids.shape) for rank in data]
     assert sorted(rows for rows, _ in shapes) == [0, 1, 1] and (0, 0) in shapes
@@ -123,6 +125,7 @@ def test_sound_stays_causal(tmp_path):
     dataset = open_dataset(write_shard(tmp_path / "a.tar", members), TileProcessor(), SoundProcessor())
     [loader] = loaders(dataset, 1, 1, global_batch_size=1)
     data = loader.load(0)
+    loader.close()
     sound, image = dataset.media(0)
     groups = data.language[0].groups[0]
     assert groups[sound.start : sound.start + 5].tolist() == [0] * 5

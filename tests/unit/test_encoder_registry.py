@@ -14,6 +14,7 @@ import encoders
 from encoders.base import Encoder
 from encoders.registry import build_encoder, build_processor
 from mimo_gemma4.errors import ConfigError
+from mimo_gemma4.freezing import freeze
 from mimo_gemma4.media import MediaHeader
 from mimo_gemma4.weights import initialise
 
@@ -94,7 +95,7 @@ def test_unknown_modalities_and_architectures_name_the_known_ones():
 )
 def test_freeze_stops_exactly_what_is_asked(what, trained):
     encoder = build(GEMMA4)
-    encoder.freeze(what)
+    freeze("vision", encoder, what)
     for binding in encoder.bindings():
         assert binding.tensor.requires_grad == trained(binding.name), binding.name
 
@@ -111,4 +112,4 @@ def test_freeze_stops_exactly_what_is_asked(what, trained):
 )
 def test_freeze_refuses_what_matches_nothing(what, message):
     with pytest.raises(ConfigError, match=message):
-        build(GEMMA4).freeze(what)
+        freeze("vision", build(GEMMA4), what)

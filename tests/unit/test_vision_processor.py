@@ -2,10 +2,12 @@
 
 import io
 import random
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import yaml
 from PIL import Image, ImageOps
 from transformers.models.gemma4.image_processing_pil_gemma4 import (
     Gemma4ImageProcessorPil,
@@ -140,8 +142,9 @@ def test_decompression_bombs_are_refused(monkeypatch):
         Gemma4ImageProcessor().decode(data)
 
 
-def test_native_size_is_kept_where_the_budget_is_one_token_a_digit():
-    processor = build_processor("vision", TINY | {"vision_processor": {"max_soft_tokens": 2}})
+def test_the_tiny_preset_keeps_the_native_size_of_one_and_two_digits():
+    preset = Path(__file__).parents[2] / "configs" / "model" / "gemma4_tiny.yaml"
+    processor = build_processor("vision", yaml.safe_load(preset.read_text()))
     assert [processor.grid(MediaHeader(width=w, height=h)) for w, h in [(48, 48), (96, 48)]] == [(1, 1), (2, 1)]
     image = picture(96, 48)
     pixels = processor.decode(encode(image))["pixel_values"] * 255
