@@ -1,4 +1,4 @@
-"""What an encoder is: the base class that every file of this package derives from, and helpers for its bindings.
+"""What an encoder is: the base class that every file of this package derives from.
 
 A third party writes one file in this package with a subclass of `Encoder` and a `mimo_gemma4.media.MediaProcessor`;
 `encoders.registry` finds it by its `modality` and `architecture`. `docs/add_an_encoder.md` walks through an example.
@@ -14,7 +14,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
 from mimo_gemma4.media import MediaHeader, MediaProcessor
-from mimo_gemma4.weights import Binding, Index, Init
+from mimo_gemma4.weights import Binding
 
 
 class ConfiguredProcessor(MediaProcessor, Protocol):
@@ -84,25 +84,3 @@ class Encoder(nn.Module, ABC):
     @abstractmethod
     def projector_parameters(self) -> list[nn.Parameter]:
         """The parameters that `freeze: tower` leaves trainable."""
-
-
-def replicated_binding(name: str, tensor: Tensor, init: Init = "normal", std: float = 0.02) -> Binding:
-    """Binding of a tensor that every rank holds whole."""
-    index = _whole(tensor)
-    return Binding(name, tuple(tensor.shape), index, tensor, index, init, std)
-
-
-def sharded_binding(
-    name: str, tensor: Tensor, dim: int, group: torch.distributed.ProcessGroup, init: Init = "normal", std: float = 0.02
-) -> Binding:
-    """Binding of a tensor of which each rank of `group` holds an equal, contiguous part along `dim`."""
-    part = tensor.shape[dim]
-    shape: list[int] = list(tensor.shape)
-    shape[dim] = part * group.size()
-    index: list[slice] = list(_whole(tensor))
-    index[dim] = slice(part * group.rank(), part * (group.rank() + 1))
-    return Binding(name, tuple(shape), tuple(index), tensor, _whole(tensor), init, std)
-
-
-def _whole(tensor: Tensor) -> Index:
-    return tuple(slice(0, size) for size in tensor.shape)

@@ -18,12 +18,12 @@ from torch.distributed import ProcessGroup
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from encoders.base import Encoder, replicated_binding, sharded_binding
+from encoders.base import Encoder
 from encoders.gemma4_image import Gemma4ImageProcessor
 from encoders.gemma4_vision_config import Gemma4VisionConfig
 from mimo_gemma4.errors import LayoutError
 from mimo_gemma4.media import MediaHeader
-from mimo_gemma4.weights import Binding
+from mimo_gemma4.weights import ONES, Binding, Constant, Normal, bind_replicated, bind_sharded, branch_norm
 
 
 class Gemma4VisionEncoder(Encoder):
@@ -91,13 +91,13 @@ class Gemma4VisionEncoder(Encoder):
 
     def bindings(self) -> list[Binding]:
         """Parameters and buffers under `model.vision_tower.` and `model.embed_vision.`."""
-        std = self.vision.initializer_range
-        bindings = self.patch_embedder.bindings("model.vision_tower.patch_embedder.", std)
+        drawn = Normal(self.vision.initializer_range)
+        bindings = self.patch_embedder.bindings("model.vision_tower.patch_embedder.", drawn)
         for number, layer in enumerate(cast(Iterable[VisionLayer], self.layers)):
-            bindings += layer.bindings(f"model.vision_tower.encoder.layers.{number}.", std)
+            bindings += layer.bindings(f"model.vision_tower.encoder.layers.{number}.", drawn)
         bindings += self.pooler.bindings("model.vision_tower.")
         name = "model.embed_vision.embedding_projection.weight"
-        return [*bindings, replicated_binding(name, self.projector.weight, std=std)]
+        return [*bindings, bind_replicated(name, self.projector.weight, drawn)]
 
 
 def _transformer_config(vision: Gemma4VisionConfig, tp: int, dtype: torch.dtype) -> TransformerConfig:
@@ -143,14 +143,14 @@ class PatchEmbedder(nn.Module):
         columns, rows = self.position_embedding_table
         return hidden + (F.embedding(positions[:, 0], columns) + F.embedding(positions[:, 1], rows))
 
-    def bindings(self, prefix: str, std: float) -> list[Binding]:
+    def bindings(self, prefix: str, drawn: Normal) -> list[Binding]:
         """Bindings under `prefix`.
 
         Random position tables are normal, not the ones of transformers' constructor: a constant would drown the pixels.
         """
         return [
-            replicated_binding(f"{prefix}input_proj.weight", self.input_proj.weight, std=std),
-            replicated_binding(f"{prefix}position_embedding_table", self.position_embedding_table, std=std),
+            bind_replicated(f"{prefix}input_proj.weight", self.input_proj.weight, drawn),
+            bind_replicated(f"{prefix}position_embedding_table", self.position_embedding_table, drawn),
         ]
 
 
@@ -202,18 +202,25 @@ class VisionLayer(nn.Module):
         hidden = copy_to_tensor_model_parallel_region(hidden, group=self.tp_group)
         return self.down_proj(F.gelu(self.gate_proj(hidden), approximate="tanh") * self.up_proj(hidden))
 
-    def bindings(self, prefix: str, std: float) -> list[Binding]:
+    def bindings(self, prefix: str, drawn: Normal) -> list[Binding]:
         """Bindings under `prefix`, a layer's name with a dot."""
         bindings = []
         for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
-            bindings += getattr(self, name).bindings(f"{prefix}self_attn.{name}.", std)
+            bindings += getattr(self, name).bindings(f"{prefix}self_attn.{name}.", drawn)
         for name in ("gate_proj", "up_proj", "down_proj"):
-            bindings += getattr(self, name).bindings(f"{prefix}mlp.{name}.", std)
+            bindings += getattr(self, name).bindings(f"{prefix}mlp.{name}.", drawn)
+        # Scores are not divided by sqrt(head_dim): with these norms, those of random heads start with unit variance.
+        calm, quiet = Constant(self.vision.head_dim**-0.25), branch_norm(self.vision.num_hidden_layers)
         for name in ("q_norm", "k_norm"):
-            bindings.append(replicated_binding(f"{prefix}self_attn.{name}.weight", getattr(self, name).weight, "ones"))
-        for place in ("input", "post_attention", "pre_feedforward", "post_feedforward"):
+            bindings.append(bind_replicated(f"{prefix}self_attn.{name}.weight", getattr(self, name).weight, calm))
+        for place, initial in (
+            ("input", ONES),
+            ("post_attention", quiet),
+            ("pre_feedforward", ONES),
+            ("post_feedforward", quiet),
+        ):
             name = f"{place}_layernorm"
-            bindings.append(replicated_binding(f"{prefix}{name}.weight", getattr(self, name).weight, "ones"))
+            bindings.append(bind_replicated(f"{prefix}{name}.weight", getattr(self, name).weight, initial))
         return bindings
 
 
@@ -254,12 +261,12 @@ class ClippableLinear(nn.Module):
         outputs = self.linear(inputs)[0]  # summed over the tensor parallel group if cut by row, so clamped as a whole
         return torch.clamp(outputs, self.output_min, self.output_max) if self.clipped else outputs
 
-    def bindings(self, prefix: str, std: float) -> list[Binding]:
+    def bindings(self, prefix: str, drawn: Normal) -> list[Binding]:
         """The weight and the bounds."""
         dim = 0 if self.cut == "column" else 1
-        bindings = [sharded_binding(f"{prefix}linear.weight", self.linear.weight, dim, self.tp_group, std=std)]
+        bindings = [bind_sharded(f"{prefix}linear.weight", self.linear.weight, dim, self.tp_group, drawn)]
         if self.clipped:
-            bindings += [replicated_binding(f"{prefix}{name}", getattr(self, name), "keep") for name in CLIP_BOUNDS]
+            bindings += [bind_replicated(f"{prefix}{name}", getattr(self, name), None) for name in CLIP_BOUNDS]
         return bindings
 
 
@@ -313,8 +320,8 @@ class Pooler(nn.Module):
         if not self.standardize:
             return []
         return [
-            replicated_binding(f"{prefix}std_bias", self.std_bias, "zeros"),
-            replicated_binding(f"{prefix}std_scale", self.std_scale, "ones"),
+            bind_replicated(f"{prefix}std_bias", self.std_bias, Constant(0.0)),
+            bind_replicated(f"{prefix}std_scale", self.std_scale, ONES),
         ]
 
 

@@ -116,7 +116,7 @@ class Bridge:
         return max(self.target.ranks) + 1
 
     def _rows_of(self, manifest: StepManifest, slots: tuple[MediaSlot, ...]) -> torch.Tensor:
-        """A line per (row, destination): source tp, target rank, row, flat position, whether it returns the gradient."""
+        """A line per (row, target): source tp, target rank, row, flat position, whether it returns the gradient."""
         total = sum(slot.rows for slot in slots)
         sequence_parallel = self.target.sequence_parallel and self.target.tp > 1
         lines = []

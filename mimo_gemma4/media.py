@@ -54,5 +54,5 @@ class MediaProcessor(Protocol):
         ...
 
     def collate(self, items: list[dict[str, torch.Tensor]]) -> dict[str, Any]:
-        """Join items (one or more) into keyword arguments of the encoder's `forward`: tensors and host ints or lists."""
+        """Join one or more items into keyword arguments of the encoder's `forward`: tensors and host ints or lists."""
         ...

@@ -5,17 +5,44 @@ parity tests all walk that one list, so no other code knows how a weight is fuse
 """
 
 import hashlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from mimo_gemma4.errors import CheckpointError
 
 Index = tuple[slice, ...]
-Init = Literal["normal", "ones", "zeros", "keep"]
+
+
+@dataclass(frozen=True)
+class Normal:
+    """Initial values drawn from a normal distribution around 0."""
+
+    std: float = 0.02
+
+
+@dataclass(frozen=True)
+class Constant:
+    """Initial values that are all equal."""
+
+    value: float
+
+
+ONES = Constant(1.0)
+Initial = Normal | Constant | None
+"""What a region holds without a checkpoint; None keeps what the module's constructor set."""
+
+
+def branch_norm(layers: int) -> Constant:
+    """First weight of the norm behind a residual branch: the sum of two branches a layer starts with unit variance.
+
+    With ones, as transformers has it, a fresh model adds so much noise to the embeddings that it learns far slower.
+    """
+    return Constant((2 * layers) ** -0.5)
 
 
 @dataclass(frozen=True)
@@ -32,13 +59,46 @@ class Binding:
     """The local parameter or buffer."""
     region: Index
     """Where in the local tensor that slice lies."""
-    init: Init = "normal"
-    """Initial value without a checkpoint: normal(0, `std`), ones, zeros, or keep what the module's constructor set."""
-    std: float = 0.02
+    initial: Initial = Normal()
+    """Its values without a checkpoint."""
 
     def view(self, like: torch.Tensor | None = None) -> torch.Tensor:
         """The region of the local tensor, or of `like`, a tensor of the same shape (a gradient, say)."""
         return (self.tensor if like is None else like)[self.region]
+
+
+def whole(shape: Sequence[int]) -> Index:
+    """The index of everything in a tensor of this shape."""
+    return tuple(slice(0, size) for size in shape)
+
+
+def bind_replicated(name: str, tensor: torch.Tensor, initial: Initial = Normal()) -> Binding:  # noqa: B008 - frozen
+    """A tensor that every rank holds whole."""
+    index = whole(tensor.shape)
+    return Binding(name, tuple(tensor.shape), index, tensor, index, initial)
+
+
+def bind_sharded(
+    name: str,
+    tensor: torch.Tensor,
+    dim: int,
+    group: dist.ProcessGroup | None,
+    initial: Initial = Normal(),  # noqa: B008 - frozen
+    *,
+    at: slice | None = None,
+) -> Binding:
+    """A tensor of which the ranks of `group` hold equal, contiguous parts along `dim`; None: every rank holds it whole.
+
+    This rank's part is all of the local `tensor`, or its slice `at` along `dim`, where several weights share a tensor.
+    """
+    region = list(whole(tensor.shape))
+    region[dim] = region[dim] if at is None else at
+    part = region[dim].stop - region[dim].start
+    rank, ranks = (0, 1) if group is None else (group.rank(), group.size())
+    index, shape = list(whole(tensor.shape)), list(tensor.shape)
+    index[dim] = slice(part * rank, part * (rank + 1))
+    shape[dim] = part * ranks
+    return Binding(name, tuple(shape), tuple(index), tensor, tuple(region), initial)
 
 
 class BoundModule(Protocol):
@@ -72,33 +132,22 @@ class TensorSource(Protocol):
         ...
 
 
-class RandomSource:
-    """Initial weights that depend on the seed and the name only, never on the layout."""
-
-    def __init__(self, seed: int):
-        """Remember the run's seed."""
-        self.seed = seed
-
-    def normal(self, binding: Binding) -> torch.Tensor:
-        """The binding's slice of a normal(0, std) tensor drawn for the whole Hugging Face tensor."""
-        digest = hashlib.sha256(f"{self.seed}/{binding.name}".encode()).digest()
-        generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
-        full = torch.empty(binding.shape, dtype=torch.float32).normal_(0.0, binding.std, generator=generator)
-        return full[binding.index]
-
-
 @torch.no_grad()
 def initialise(bindings: Iterable[Binding], seed: int) -> None:
-    """Fill every bound region with its initial value; equal for every layout."""
-    source = RandomSource(seed)
+    """Fill every bound region with its initial values, which depend on seed and name only: equal for every layout."""
     for binding in bindings:
-        target = binding.view()
-        if binding.init == "normal":
-            target.copy_(source.normal(binding))
-        elif binding.init == "ones":
-            target.fill_(1.0)
-        elif binding.init == "zeros":
-            target.zero_()
+        if isinstance(binding.initial, Normal):
+            binding.view().copy_(_draw(binding, binding.initial.std, seed))
+        elif isinstance(binding.initial, Constant):
+            binding.view().fill_(binding.initial.value)
+
+
+def _draw(binding: Binding, std: float, seed: int) -> torch.Tensor:
+    """The binding's slice of what is drawn for the whole Hugging Face tensor."""
+    digest = hashlib.sha256(f"{seed}/{binding.name}".encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
+    full = torch.empty(binding.shape, dtype=torch.float32).normal_(0.0, std, generator=generator)
+    return full[binding.index]
 
 
 @torch.no_grad()

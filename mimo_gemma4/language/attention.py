@@ -18,8 +18,7 @@ from mimo_gemma4.language.norm import RMSNorm, normalise
 from mimo_gemma4.language.reference_attention import ReferenceAttention
 from mimo_gemma4.language.replicated import replicated_parameter
 from mimo_gemma4.language.rotary import rotate
-from mimo_gemma4.language.slices import bind_columns, bind_replicated, bind_rows
-from mimo_gemma4.weights import Binding
+from mimo_gemma4.weights import Binding, Constant, Normal, bind_replicated, bind_sharded
 
 
 class KeyValues(NamedTuple):
@@ -130,23 +129,25 @@ class SelfAttention(nn.Module):
 
     def bindings(self, prefix: str) -> list[Binding]:
         """Weights under `prefix` + `q_proj.weight` and so on."""
-        part = {"rank": self.tp_group.rank(), "ranks": self.tp_group.size(), "std": self.text.initializer_range}
+        drawn, group = Normal(self.text.initializer_range), self.tp_group
+        # Scores are not divided by sqrt(head_dim): with these norms, those of random heads start with unit variance.
+        calm = Constant(self.layer.head_dim**-0.25)
         qkv = self.linear_qkv.weight
         bound = [
-            bind_rows(f"{prefix}q_proj.weight", qkv, at=0, size=self.query_size, **part),
-            bind_columns(f"{prefix}o_proj.weight", self.linear_proj.weight, **part),
-            bind_replicated(f"{prefix}q_norm.weight", self.q_norm.weight, init="ones"),
+            bind_sharded(f"{prefix}q_proj.weight", qkv, 0, group, drawn, at=slice(0, self.query_size)),
+            bind_sharded(f"{prefix}o_proj.weight", self.linear_proj.weight, 1, group, drawn),
+            bind_replicated(f"{prefix}q_norm.weight", self.q_norm.weight, calm),
         ]
         if not self.layer.owns_key_values:
             return bound
-        bound.append(bind_replicated(f"{prefix}k_norm.weight", self.k_norm.weight, init="ones"))
+        bound.append(bind_replicated(f"{prefix}k_norm.weight", self.k_norm.weight, calm))
         size = self.key_value_size if self.key_value_split else self.layer.num_key_value_heads * self.layer.head_dim
         for number, name in enumerate(("k_proj", "v_proj")[: self.projections]):
             if self.key_value_split:
-                at = self.query_size + number * size
-                bound.append(bind_rows(f"{prefix}{name}.weight", qkv, at=at, size=size, **part))
+                weight, start, holders = qkv, self.query_size + number * size, group
             else:
-                alone = part | {"rank": 0, "ranks": 1}
-                weight = self.key_value_weight
-                bound.append(bind_rows(f"{prefix}{name}.weight", weight, at=number * size, size=size, **alone))
+                weight, start, holders = self.key_value_weight, number * size, None
+            bound.append(
+                bind_sharded(f"{prefix}{name}.weight", weight, 0, holders, drawn, at=slice(start, start + size))
+            )
         return bound

@@ -10,8 +10,7 @@ from megatron.core.tensor_parallel.mappings import (
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch.distributed import ProcessGroup
 
-from mimo_gemma4.language.slices import bind_rows
-from mimo_gemma4.weights import Binding
+from mimo_gemma4.weights import Binding, Normal, bind_sharded
 
 
 class TokenEmbedding(VocabParallelEmbedding):
@@ -59,5 +58,4 @@ class TokenEmbedding(VocabParallelEmbedding):
 
     def bindings(self, name: str) -> list[Binding]:
         """This rank's rows under the Hugging Face name of the table."""
-        size, rank, ranks = self.num_embeddings_per_partition, self.tp_group.rank(), self.tp_group.size()
-        return [bind_rows(name, self.weight, at=0, size=size, rank=rank, ranks=ranks, std=self.config.init_method_std)]
+        return [bind_sharded(name, self.weight, 0, self.tp_group, Normal(self.config.init_method_std))]

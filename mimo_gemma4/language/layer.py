@@ -13,8 +13,7 @@ from mimo_gemma4.language.mlp import GatedMLP
 from mimo_gemma4.language.norm import RMSNorm
 from mimo_gemma4.language.per_layer import PerLayerInput
 from mimo_gemma4.language.reference_attention import ReferenceAttention
-from mimo_gemma4.language.slices import bind_replicated
-from mimo_gemma4.weights import Binding
+from mimo_gemma4.weights import ONES, Binding, bind_replicated, branch_norm
 
 
 class DecoderLayer(nn.Module):
@@ -34,6 +33,7 @@ class DecoderLayer(nn.Module):
     ) -> None:
         """Allocate this rank's weights, uninitialised but for the norms and the scalar."""
         super().__init__()
+        self.text = text
         self.self_attention = SelfAttention(text, layer, config, groups, backend, device)
         self.mlp = GatedMLP(layer.intermediate_size, config, groups.tp)
         norm = partial(
@@ -70,16 +70,20 @@ class DecoderLayer(nn.Module):
 
     def bindings(self, prefix: str) -> list[Binding]:
         """Weights under the names of transformers' decoder layer."""
+        quiet = branch_norm(self.text.num_hidden_layers)
         norms = {
-            "input_layernorm": self.input_layernorm,
-            "post_attention_layernorm": self.post_attention_layernorm,
-            "pre_feedforward_layernorm": self.pre_feedforward_layernorm,
-            "post_feedforward_layernorm": self.post_feedforward_layernorm,
+            "input_layernorm": (self.input_layernorm, ONES),
+            "post_attention_layernorm": (self.post_attention_layernorm, quiet),
+            "pre_feedforward_layernorm": (self.pre_feedforward_layernorm, ONES),
+            "post_feedforward_layernorm": (self.post_feedforward_layernorm, quiet),
         }
         return [
             *self.self_attention.bindings(f"{prefix}self_attn."),
             *self.mlp.bindings(f"{prefix}mlp."),
-            *(bind_replicated(f"{prefix}{name}.weight", norm.weight, init="ones") for name, norm in norms.items()),
+            *(
+                bind_replicated(f"{prefix}{name}.weight", norm.weight, initial)
+                for name, (norm, initial) in norms.items()
+            ),
             *(self.per_layer_input.bindings(prefix) if self.per_layer_input is not None else ()),
-            bind_replicated(f"{prefix}layer_scalar", self.layer_scalar, init="ones"),
+            bind_replicated(f"{prefix}layer_scalar", self.layer_scalar, ONES),
         ]

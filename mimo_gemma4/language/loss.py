@@ -42,8 +42,8 @@ def most_likely(
 ) -> torch.Tensor:
     """Vocabulary ids [tokens] of the largest logits of `hidden @ weight.T`; the softcap keeps their order.
 
-    `hidden` [tokens, H] is equal on all tensor parallel ranks, `weight` is [vocabulary / tp (local), H]. Of equal logits
-    the lowest id wins, so the result is equal on all ranks.
+    `hidden` [tokens, H] is equal on all tensor parallel ranks, `weight` is [vocabulary / tp (local), H]. Of
+    equal logits the lowest id wins, so the result is equal on all ranks.
     """
     vocabulary = weight.shape[0]
     ids = []

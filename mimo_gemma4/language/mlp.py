@@ -7,8 +7,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import nn
 from torch.distributed import ProcessGroup
 
-from mimo_gemma4.language.slices import bind_columns, bind_rows
-from mimo_gemma4.weights import Binding
+from mimo_gemma4.weights import Binding, Normal, bind_sharded
 
 
 class GatedMLP(nn.Module):
@@ -32,10 +31,9 @@ class GatedMLP(nn.Module):
 
     def bindings(self, prefix: str) -> list[Binding]:
         """Weights under `prefix` + `gate_proj.weight`, `up_proj.weight` and `down_proj.weight`."""
-        part = {"rank": self.tp_group.rank(), "ranks": self.tp_group.size(), "std": self.config.init_method_std}
-        fused = self.linear_fc1.weight
+        drawn, group, fused = Normal(self.config.init_method_std), self.tp_group, self.linear_fc1.weight
         return [
-            bind_rows(f"{prefix}gate_proj.weight", fused, at=0, size=self.size, **part),
-            bind_rows(f"{prefix}up_proj.weight", fused, at=self.size, size=self.size, **part),
-            bind_columns(f"{prefix}down_proj.weight", self.linear_fc2.weight, **part),
+            bind_sharded(f"{prefix}gate_proj.weight", fused, 0, group, drawn, at=slice(0, self.size)),
+            bind_sharded(f"{prefix}up_proj.weight", fused, 0, group, drawn, at=slice(self.size, 2 * self.size)),
+            bind_sharded(f"{prefix}down_proj.weight", self.linear_fc2.weight, 1, group, drawn),
         ]

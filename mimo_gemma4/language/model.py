@@ -24,8 +24,7 @@ from mimo_gemma4.language.norm import RMSNorm
 from mimo_gemma4.language.per_layer import PerLayerEmbedding
 from mimo_gemma4.language.reference_attention import ReferenceAttention
 from mimo_gemma4.language.rotary import inverse_frequencies, rotary_tables
-from mimo_gemma4.language.slices import bind_replicated
-from mimo_gemma4.weights import Binding
+from mimo_gemma4.weights import ONES, Binding, bind_replicated
 
 
 class Gemma4LanguageModel(MegatronModule):
@@ -165,7 +164,7 @@ class Gemma4LanguageModel(MegatronModule):
             bound += self.per_layer_embedding.bindings(self.prefix)
         for number, layer in enumerate(self.layers):
             bound += cast(DecoderLayer, layer).bindings(f"{self.prefix}layers.{number}.")
-        return [*bound, bind_replicated(f"{self.prefix}norm.weight", self.norm.weight, init="ones")]
+        return [*bound, bind_replicated(f"{self.prefix}norm.weight", self.norm.weight, ONES)]
 
     def _without_placeholders(self, input_ids: torch.Tensor) -> torch.Tensor:
         for placeholder in self.text.placeholder_ids:

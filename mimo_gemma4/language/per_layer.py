@@ -10,8 +10,7 @@ from mimo_gemma4.language.config import Gemma4TextConfig
 from mimo_gemma4.language.embedding import TokenEmbedding
 from mimo_gemma4.language.norm import RMSNorm
 from mimo_gemma4.language.replicated import replicated_parameter
-from mimo_gemma4.language.slices import bind_replicated
-from mimo_gemma4.weights import Binding
+from mimo_gemma4.weights import ONES, Binding, Normal, bind_replicated, branch_norm
 
 
 class PerLayerEmbedding(nn.Module):
@@ -61,8 +60,8 @@ class PerLayerEmbedding(nn.Module):
         projection = f"{prefix}per_layer_model_projection.weight"
         return [
             *self.table.bindings(f"{prefix}embed_tokens_per_layer.weight"),
-            bind_replicated(projection, self.projection, std=self.text.initializer_range),
-            bind_replicated(f"{prefix}per_layer_projection_norm.weight", self.norm.weight, init="ones"),
+            bind_replicated(projection, self.projection, Normal(self.text.initializer_range)),
+            bind_replicated(f"{prefix}per_layer_projection_norm.weight", self.norm.weight, ONES),
         ]
 
 
@@ -90,11 +89,11 @@ class PerLayerInput(nn.Module):
 
     def bindings(self, prefix: str) -> list[Binding]:
         """Weights under the names of transformers' decoder layer."""
-        std = self.text.initializer_range
+        drawn, quiet = Normal(self.text.initializer_range), branch_norm(self.text.num_hidden_layers)
         return [
-            bind_replicated(f"{prefix}per_layer_input_gate.weight", self.gate, std=std),
-            bind_replicated(f"{prefix}per_layer_projection.weight", self.projection, std=std),
-            bind_replicated(f"{prefix}post_per_layer_input_norm.weight", self.norm.weight, init="ones"),
+            bind_replicated(f"{prefix}per_layer_input_gate.weight", self.gate, drawn),
+            bind_replicated(f"{prefix}per_layer_projection.weight", self.projection, drawn),
+            bind_replicated(f"{prefix}post_per_layer_input_norm.weight", self.norm.weight, quiet),
         ]
 
 
