@@ -20,8 +20,8 @@ def main(arguments: list[str]) -> int:
     try:
         train(arguments)
     except MimoError as error:
-        # Most mistakes are found by every rank alike: said once. What one rank alone finds, that rank says.
-        if os.environ.get("RANK", "0") == "0" or getattr(error, "rank_alone", False):
+        # Every rank of a host raises alike: said once. A file may be missing on one host alone, so every host speaks.
+        if os.environ.get("LOCAL_RANK", "0") == "0":
             print(f"\n{type(error).__name__}: {error}\n", file=sys.stderr, flush=True)
         return 1
     return 0

@@ -222,14 +222,12 @@ class Bridge:
                 incoming.append(buffer)
                 operations.append(dist.P2POp(dist.irecv, buffer, peer, group))
         works = dist.batch_isend_irecv(operations) if operations else []
-        receiving = len(works) - len(buffers)
-        if len(works) == len(operations):  # gloo: one handle per operation, sends first
-            for work in works[len(buffers) :]:
-                work.wait()
-            works = works[: len(buffers)]
-        elif receiving:  # NCCL: one handle for the whole batch; waiting only orders the streams
-            for work in works:
-                work.wait()
+        if len(works) == len(operations):  # gloo: a handle for each operation, sends first
+            works, receiving = works[: len(buffers)], works[len(buffers) :]
+        else:  # NCCL: one handle for the batch; waiting for it orders the streams and does not block the host
+            receiving = works if len(operations) > len(buffers) else []
+        for work in receiving:
+            work.wait()
         self._pending.append((works, buffers))
         return incoming
 

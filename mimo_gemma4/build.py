@@ -13,6 +13,7 @@ from mimo_gemma4.data.digits import ensure_digits
 from mimo_gemma4.data.loader import StepLoader
 from mimo_gemma4.data.planner import StepPlanner
 from mimo_gemma4.data.tokenizer import load_tokenizer, media_tokens
+from mimo_gemma4.errors import DataError
 from mimo_gemma4.evaluate import Evaluator
 from mimo_gemma4.freezing import freeze
 from mimo_gemma4.health import together
@@ -43,8 +44,8 @@ def build_trainer(foundation: Foundation) -> Trainer:
     config, groups = foundation.config, foundation.groups
     encoder = together(groups.host, lambda: build_conversation_encoder(foundation))
     prepare_shards(foundation)
-    train_data = open_dataset(foundation, config.data.train, encoder)
-    valid_data = open_dataset(foundation, config.data.valid, encoder) if config.data.valid else None
+    train_data = open_dataset(foundation, "train", config.data.train, encoder)
+    valid_data = open_dataset(foundation, "valid", config.data.valid, encoder) if config.data.valid else None
     model = build_model(foundation)
     optimizers = {
         name: ModuleOptimizer(module, groups.modules[name], config.optim) for name, module in model.modules.items()
@@ -76,17 +77,22 @@ def prepare_shards(foundation: Foundation) -> None:
     together(foundation.groups.host, write)
 
 
-def open_dataset(foundation: Foundation, shards: ShardsConfig, encoder: ConversationEncoder) -> ShardDataset:
-    """The indexed samples of a set of shards; collective."""
+def open_dataset(
+    foundation: Foundation, split: str, shards: ShardsConfig, encoder: ConversationEncoder
+) -> ShardDataset:
+    """The indexed samples of the shards of `data.<split>`; collective."""
     data = foundation.config.data
-    return ShardDataset.open(
-        shards.shards,
-        encoder,
-        seq_length=data.seq_length,
-        on_bad_sample=data.on_bad_sample,
-        max_bad_fraction=data.max_bad_fraction,
-        group=foundation.groups.host,
-    )
+    try:
+        return ShardDataset.open(
+            shards.shards,
+            encoder,
+            seq_length=data.seq_length,
+            on_bad_sample=data.on_bad_sample,
+            max_bad_fraction=data.max_bad_fraction,
+            group=foundation.groups.host,
+        )
+    except DataError as error:
+        raise DataError(f"data.{split}: {error}") from error
 
 
 def build_loader(foundation: Foundation, dataset: ShardDataset, *, train: bool) -> StepLoader:

@@ -164,6 +164,10 @@ class MimoModel:
         """
         assert self.language is not None
         embeddings = self.language.embed(tokens.input_ids)
+        if torch.is_grad_enabled() and not embeddings.requires_grad:
+            # A frozen table: media rows may need a gradient on this rank's peers alone, whose backward pass then waits
+            # for this rank in its collectives.
+            embeddings.requires_grad_()
         flat = embeddings.view(-1, embeddings.shape[-1])
         for positions, rows in media:
             flat = flat.index_copy(0, positions.to(flat.device, non_blocking=True), rows)

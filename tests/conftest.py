@@ -1,8 +1,13 @@
 """Import the heavy libraries once, before any test forks ranks."""
 
-import megatron.core  # noqa: F401
-import pytest
-import torch
+import os
+
+# Counting GPUs must not initialise CUDA, which forked ranks could not use any more.
+os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
+
+import megatron.core  # noqa: E402, F401
+import pytest  # noqa: E402
+import torch  # noqa: E402
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -104,7 +104,7 @@ def huggingface_step(model_folder: Path, shard: Path, step: int, batch_size: int
         labels = torch.from_numpy(encoded.labels)
         items = [processor.decode(read_range(m.shard, m.offset, m.size)) for m in dataset.media(index)]
         logits = model(
-            input_ids=torch.from_numpy(encoded.input_ids)[None], **_images(processor, items, encoded)
+            input_ids=torch.from_numpy(encoded.input_ids)[None], **transformers_images(processor, items, encoded)
         ).logits[0]
         loss = loss + F.cross_entropy(logits.float(), labels, reduction="sum", ignore_index=-100)
         count += int((labels != -100).sum())
@@ -113,7 +113,7 @@ def huggingface_step(model_folder: Path, shard: Path, step: int, batch_size: int
     return Reference(loss.item() / count, count, gradients)
 
 
-def _images(processor, items, encoded) -> dict[str, torch.Tensor]:  # noqa: ANN001
+def transformers_images(processor, items, encoded) -> dict[str, torch.Tensor]:  # noqa: ANN001
     """transformers' inputs for the images of one sample: padded patches and positions, -1 in padding."""
     if not items:
         return {}

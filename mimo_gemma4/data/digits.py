@@ -26,7 +26,9 @@ QUESTION = "What number is this?"
 _SEED = 1797
 _MARKER = ".complete"
 _MARGIN = 4
-"""Pixels by which a training digit may be shifted each way."""
+"""Pixels around a digit in its tile."""
+_SHIFT = 2
+"""Pixels by which a training digit may be moved each way."""
 
 
 def ensure_digits(folder: str | Path) -> tuple[list[Path], list[Path]]:
@@ -72,8 +74,8 @@ def _write_all(train: Sequence[Path], valid: Path) -> None:
 def _train_samples(numbers: np.ndarray, scans: Any, generator: np.random.Generator) -> Iterator[dict[str, Any]]:
     for position in range(TRAIN_SAMPLES):
         chosen = generator.choice(numbers, size=1 + position % 2, replace=False)
-        tiles = [_tile(scans.images[n], generator.integers(-_MARGIN, _MARGIN + 1, 2)) for n in chosen]
-        contrast = generator.uniform(0.7, 1.0)
+        tiles = [_tile(scans.images[n], generator.integers(-_SHIFT, _SHIFT + 1, 2)) for n in chosen]
+        contrast = generator.uniform(0.8, 1.0)
         yield _sample(f"train-{position:05d}", tiles, [scans.target[n] for n in chosen], contrast)
 
 

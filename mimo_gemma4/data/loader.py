@@ -17,6 +17,7 @@ from mimo_gemma4.data.manifest import MediaSlot, StepManifest
 from mimo_gemma4.data.planner import StepPlanner
 from mimo_gemma4.data.shards import read_range
 from mimo_gemma4.errors import DataError
+from mimo_gemma4.health import together
 
 logger = logging.getLogger(__name__)
 
@@ -183,17 +184,23 @@ class StepLoader:
         return status
 
     def _raise_if_fatal(self, step: int, prepared: _Prepared, status: np.ndarray) -> None:
-        if prepared.error is not None:
-            raise prepared.error
-        if status[-1] == _FATAL:
-            raise DataError(f"step {step}: another rank could not read its samples; its message says why")
+        """Where `status`, equal on all ranks, is fatal, raise what went wrong on every rank, whoever found it."""
         fatal = np.flatnonzero(status == _FATAL)
-        if len(fatal):
-            assert prepared.manifest is not None
-            sample = int(fatal[0])
-            where = self.dataset.describe(prepared.manifest.samples[sample].index)
-            reason = prepared.reasons.get(sample, "corrupt media; the rank that decodes it says why")
-            raise DataError(f"{where}: {reason}; mend or remove it, or set data.on_bad_sample=skip")
+        if not len(fatal):
+            return
+
+        def fail() -> None:
+            if prepared.error is not None:
+                raise prepared.error
+            for sample in fatal.tolist():
+                if sample in prepared.reasons:
+                    assert prepared.manifest is not None
+                    where = self.dataset.describe(prepared.manifest.samples[sample].index)
+                    reason = prepared.reasons[sample]
+                    raise DataError(f"{where}: {reason}; mend or remove it, or set data.on_bad_sample=skip")
+
+        together(self._group, fail)
+        raise AssertionError(f"step {step}: ranks agreed on a failure that none of them has")
 
     def _count(self, prepared: _Prepared, skipped: frozenset[int]) -> None:
         """Log and count masked samples; the same on every rank. Raises `DataError` if they are too many."""

@@ -51,6 +51,11 @@ def run_ranks(
         return results
 
 
+def rank_device() -> torch.device:
+    """Where this rank's tensors belong: its GPU under NCCL, the CPU under gloo."""
+    return torch.device("cuda", dist.get_rank()) if dist.get_backend() == "nccl" else torch.device("cpu")
+
+
 def _join(ranks: list[Any], timeout: float) -> None:
     deadline = time.monotonic() + timeout + 20
     while any(process.is_alive() for process in ranks):
@@ -73,6 +78,8 @@ def _run_rank(
     torch.set_num_threads(1)
     if backend == "nccl":
         torch.cuda.set_device(rank)
+    else:
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the platform of a gloo rank is the CPU, also on a host with GPUs
     try:
         store = dist.FileStore(f"{folder}/store", world_size)
         dist.init_process_group(
@@ -84,7 +91,7 @@ def _run_rank(
     partial = Path(folder) / f"partial.{rank}"
     partial.write_bytes(pickle.dumps(result))
     partial.rename(Path(folder) / f"result.{rank}")
-    if result[0]:
+    if result[0] and dist.is_initialized():  # a whole training run ends by leaving the process group
         dist.barrier()  # no rank leaves while another still sends to it
         dist.destroy_process_group()
     os._exit(0 if result[0] else 1)

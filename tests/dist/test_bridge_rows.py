@@ -12,7 +12,7 @@ from mimo_gemma4.layout import ModuleLayout, build_layout
 from mimo_gemma4.partition import cp_token_index, pack_multiple, segment_multiple, sequence_multiple
 from mimo_gemma4.platform import Platform
 from mimo_gemma4.process_groups import create_process_groups
-from tests.dist.harness import run_ranks
+from tests.dist.harness import rank_device, run_ranks
 
 WIDTH = 4
 
@@ -21,6 +21,9 @@ CASES = [
     (1, 1, 1, 1, 1, False, False),
     (3, 1, 2, 1, 1, False, False),
     (1, 1, 3, 1, 1, False, True),
+    (2, 2, 2, 2, 1, True, False),
+    (2, 1, 2, 1, 2, False, True),
+    (1, 1, 2, 2, 1, False, False),
     (2, 1, 4, 2, 1, True, False),
     (3, 1, 4, 2, 2, True, True),
     (2, 2, 4, 2, 1, False, False),
@@ -94,7 +97,7 @@ def bridge_rank(rank: int, case: tuple, seeds: list[int]) -> None:
         encoder_tp_group=groups.modules["vision"].tp if rank in vision else None,
         hidden_size=WIDTH,
         dtype=torch.float32,
-        device=torch.device("cpu"),
+        device=rank_device(),
     )
     sp = tp if sequence_parallel else 1
     multiples = (sequence_multiple(cp, sp), segment_multiple(cp), pack_multiple(cp, sp))
@@ -112,7 +115,7 @@ def check_round(bridge: Bridge, manifest: StepManifest, round_: int, rank: int, 
         slots = manifest.encoded("vision", round_, vision.coordinate(rank).dp)
         values = [row_value(slot, i) for slot in slots for i in range(slot.rows)]
         if values:
-            rows = torch.tensor(values)[:, None].expand(-1, WIDTH).contiguous()
+            rows = torch.tensor(values, device=bridge.device)[:, None].expand(-1, WIDTH).contiguous()
             expected_gradient = torch.tensor([gradient_value(s, i) for s in slots for i in range(s.rows)])
     route = bridge.route(manifest, round_)
     received = bridge.forward(route, rows)
@@ -122,8 +125,9 @@ def check_round(bridge: Bridge, manifest: StepManifest, round_: int, rank: int, 
         expected, gradient_at = oracle(manifest, round_, language, at, sp)
         assert sorted(route.positions.tolist()) == sorted(expected)
         if expected:
-            assert torch.equal(received[:, 0], torch.tensor([expected[p] for p in route.positions.tolist()]))
-            gradients = torch.tensor([gradient_at[p] for p in route.positions.tolist()])[:, None].expand(-1, WIDTH)
+            assert torch.equal(received[:, 0].cpu(), torch.tensor([expected[p] for p in route.positions.tolist()]))
+            values = torch.tensor([gradient_at[p] for p in route.positions.tolist()], device=bridge.device)
+            gradients = values[:, None].expand(-1, WIDTH)
         else:
             assert received is None
     else:
@@ -133,7 +137,7 @@ def check_round(bridge: Bridge, manifest: StepManifest, round_: int, rank: int, 
     if expected_gradient is None:
         assert returned is None
     else:  # exact: each gradient is moved, and added only to zeros
-        assert torch.equal(returned[:, 0], expected_gradient)
+        assert torch.equal(returned[:, 0].cpu(), expected_gradient)
         assert torch.equal(returned, returned[:, :1].expand_as(returned))
 
 

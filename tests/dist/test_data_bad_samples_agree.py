@@ -75,8 +75,7 @@ def failing(rank, shard):
 def test_fail_raises_on_all_ranks_with_key_and_shard(tmp_path):
     shard = shard_with_one_corrupt_image(tmp_path)
     messages = run_ranks(RANKS, failing, shard, timeout=60)
-    assert all(f"{shard}: __key__ 's4': " in message for message in messages)
-    assert "media 0 (image)" in messages[0] and "the rank that decodes it" in messages[1]
+    assert all(f"{shard}: __key__ 's4': media 0 (image)" in message for message in messages)
 
 
 def vanished(rank, shard):
@@ -92,8 +91,7 @@ def vanished(rank, shard):
 def test_a_rank_that_cannot_read_its_shard_stops_all(tmp_path):
     (tmp_path / "empty.tar").touch()
     messages = run_ranks(RANKS, vanished, shard_with_one_corrupt_image(tmp_path), timeout=60)
-    assert "empty.tar ends before byte" in messages[1]
-    assert all("step 0: another rank could not read" in messages[rank] for rank in (0, 2))
+    assert all("empty.tar ends before byte" in message for message in messages)
 
 
 def opening(rank, folder, shards):

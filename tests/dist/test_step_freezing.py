@@ -1,0 +1,127 @@
+"""What is frozen keeps its weights, and what only frozen modules would need is neither computed nor moved."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from mimo_gemma4.bridge import Bridge
+from mimo_gemma4.build import Foundation, build_trainer
+from mimo_gemma4.config import load_config
+from mimo_gemma4.layout import build_layout
+from mimo_gemma4.platform import create_platform
+from mimo_gemma4.presets import load_model_config
+from mimo_gemma4.process_groups import create_process_groups
+from tests.dist.harness import run_ranks
+from tests.vlm_reference import write_shards
+
+PROJECTOR = "model.embed_vision.embedding_projection.weight"
+TENSOR_PARALLEL = ["layout.vision.ranks=2", "layout.language={ranks: 2, tp: 2, sequence_parallel: true}"]
+CONTEXT_PARALLEL = ["layout.vision.ranks=1", "layout.language={ranks: 2, cp: 2}"]
+ONE_RANK = ["layout.placement=colocated"]
+
+
+@pytest.fixture(scope="module")
+def run_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("freezing")
+    shard = write_shards(folder)
+    (folder / "run.yaml").write_text(
+        f"""
+        run: {{dir: {folder}/run}}
+        model: {{preset: gemma4_tiny, precision: fp32}}
+        layout: {{vision: {{}}, language: {{}}}}
+        data: {{train: {{shards: "{shard}"}}, seq_length: 300, packing: false}}
+        train: {{global_batch_size: 10, microbatch_size: 1}}
+        logging: {{tensorboard: false}}
+        """
+    )
+    return folder
+
+
+@dataclass(frozen=True)
+class Steps:
+    """What two training steps did on one rank, or on all of them."""
+
+    changed: set[str]
+    """Names of the parameters that changed."""
+    returned: int
+    """Row gradients that the language ranks gave back."""
+    norms: list[float]
+    """Gradient norm of each step over all modules."""
+
+
+def two_steps(rank: int, folder: Path, overrides: list[str]) -> Steps:
+    returned: list[int] = []
+    backward = Bridge.backward
+
+    def counted(self: Bridge, route, gradients, rows):  # noqa: ANN001, ANN202
+        returned.append(sum(len(index) for _, index in route.gradient_sends))
+        return backward(self, route, gradients, rows)
+
+    Bridge.backward = counted
+    config = load_config([f"config={folder}/run.yaml", *overrides])
+    platform = create_platform()
+    layout = build_layout(config.layout, dist.get_world_size())
+    groups = create_process_groups(layout, platform)
+    trainer = build_trainer(Foundation(config, load_model_config(config.model), layout, platform, groups))
+    bindings = [
+        binding
+        for module in trainer.model.modules.values()
+        for binding in module.bindings()
+        if isinstance(binding.tensor, torch.nn.Parameter)
+    ]
+    before = [binding.view().detach().clone() for binding in bindings]
+    norms = [float(trainer.train_step().grad_norm) for _ in range(2)]
+    trainer.loader.close()
+    changed = {b.name for b, old in zip(bindings, before, strict=True) if not torch.equal(b.view(), old)}
+    return Steps(changed, sum(returned), norms)
+
+
+def steps_of_all(folder: Path, layout: list[str], ranks: int, *arguments: str) -> Steps:
+    results = run_ranks(ranks, two_steps, folder, [*layout, *arguments], timeout=60)
+    assert all(result.norms == results[0].norms for result in results)
+    changed = set().union(*(result.changed for result in results))
+    return Steps(changed, sum(result.returned for result in results), results[0].norms)
+
+
+def in_language(name: str) -> bool:
+    return name.startswith("model.language_model.")
+
+
+def test_a_frozen_encoder_keeps_its_weights_and_no_gradient_is_returned(run_folder: Path) -> None:
+    steps = steps_of_all(run_folder, TENSOR_PARALLEL, 4, "modules.vision.freeze=true")
+    assert steps.returned == 0
+    assert steps.changed and all(map(in_language, steps.changed))
+
+
+def test_a_frozen_tower_trains_its_projector_alone(run_folder: Path) -> None:
+    steps = steps_of_all(run_folder, TENSOR_PARALLEL, 4, "modules.vision.freeze=tower")
+    assert steps.returned > 0
+    assert {name for name in steps.changed if not in_language(name)} == {PROJECTOR}
+    assert any(map(in_language, steps.changed))
+
+
+def test_patterns_freeze_what_they_match(run_folder: Path) -> None:
+    changed = steps_of_all(
+        run_folder, ONE_RANK, 1, "modules.vision.freeze=['*.layers.0.*']", "modules.language.freeze=['*.embed_tokens.*']"
+    ).changed
+    assert PROJECTOR in changed and any("vision_tower.encoder.layers.1." in name for name in changed)
+    assert not any("vision_tower.encoder.layers.0." in name for name in changed)
+    assert any("language_model.layers.0." in name for name in changed)
+    assert not any(".embed_tokens." in name for name in changed)
+
+
+@pytest.mark.parametrize(("layout", "ranks"), [(TENSOR_PARALLEL, 4), (CONTEXT_PARALLEL, 3)], ids=["tp 2 sp", "cp 2"])
+def test_a_frozen_language_model_trains_the_encoder_alone(run_folder: Path, layout: list[str], ranks: int) -> None:
+    """Also where a microbatch, or one rank's part of it, has no media: three of the ten samples are text alone.
+
+    The gradient is that of one rank to a few fp32 roundings; the second follows an update that divides by the first.
+    """
+    alone = steps_of_all(run_folder, ONE_RANK, 1, "modules.language.freeze=true")
+    steps = steps_of_all(run_folder, layout, ranks, "modules.language.freeze=true")
+    assert steps.returned > 0
+    assert steps.changed == alone.changed and not any(map(in_language, steps.changed))
+    assert steps.norms[0] == pytest.approx(alone.norms[0], rel=1e-5)
+    assert steps.norms[1] == pytest.approx(alone.norms[1], rel=1e-3)
