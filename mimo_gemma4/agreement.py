@@ -122,7 +122,7 @@ class StepAgreement:
         if self.tells_loss:
             mine[0][0], mine[1][0] = loss_sum, loss_tokens
         if self.tells_tokens:
-            mine[2][0] = tokens
+            mine[2].fill_(tokens)
         for position, name in enumerate(self.modules):
             if name in optimizers:
                 square = optimizers[name].square_norm()
@@ -132,7 +132,7 @@ class StepAgreement:
             mine[5].copy_(hash_difference, non_blocking=True)
         if usage is not None:
             mine[6].copy_(usage.modules.flatten(), non_blocking=True)
-            mine[7][self.rank] = usage.memory_gib
+            mine[7][self.rank : self.rank + 1].fill_(usage.memory_gib)
         dist.all_reduce(vector, group=self.group)
         return self._results(vector)
 

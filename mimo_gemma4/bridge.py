@@ -17,6 +17,7 @@ import torch.distributed as dist
 from mimo_gemma4.data.manifest import MediaSlot, StepManifest
 from mimo_gemma4.layout import Layout
 from mimo_gemma4.partition import cp_token_index
+from mimo_gemma4.platform import Platform
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,7 @@ class Bridge:
         encoder_tp_group: dist.ProcessGroup | None,
         hidden_size: int,
         dtype: torch.dtype,
-        device: torch.device,
+        platform: Platform,
     ):
         """Keep the grids of both ends.
 
@@ -66,13 +67,14 @@ class Bridge:
             encoder_tp_group: this rank's tensor parallel group in the encoder's grid, None outside it.
             hidden_size: width H of the language module.
             dtype: type of rows and gradients.
-            device: where they live.
+            platform: where they live.
         """
         self.source, self.target = layout.grids[encoder], layout.language
         self.encoder, self.rank = encoder, rank
         self.forward_group, self.backward_group = forward_group, backward_group
         self.encoder_tp_group = encoder_tp_group
-        self.hidden_size, self.dtype, self.device = hidden_size, dtype, device
+        self.hidden_size, self.dtype = hidden_size, dtype
+        self.platform, self.device = platform, platform.device
         self._pending: list[tuple[list[dist.Work], list[torch.Tensor]]] = []
 
     # --- planning (host) ---
@@ -182,7 +184,7 @@ class Bridge:
             return None
         gradient = torch.zeros(rows, self.hidden_size, dtype=self.dtype, device=self.device)
         for (_, index), part in zip(route.gradient_receives, arrived, strict=True):
-            gradient.index_copy_(0, index.to(self.device, non_blocking=True), part)
+            gradient.index_copy_(0, self.platform.put(index), part)
         if self.encoder_tp_group is not None and self.encoder_tp_group.size() > 1:
             dist.all_reduce(gradient, group=self.encoder_tp_group)  # each TP rank collected the share it had sent
         return gradient
@@ -208,7 +210,7 @@ class Bridge:
         )
         for peer, index in sends:
             assert rows is not None, "a route sends rows that this rank did not compute"
-            payload = rows.detach().index_select(0, index.to(self.device, non_blocking=True))
+            payload = rows.detach().index_select(0, self.platform.put(index))
             if peer == self.rank:
                 local[peer] = payload
             else:

@@ -4,6 +4,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch.distributed as dist
+
 from encoders.registry import build_processor
 from mimo_gemma4 import checkpoint
 from mimo_gemma4.config import Config, ShardsConfig
@@ -147,7 +149,21 @@ def build_model(foundation: Foundation) -> MimoModel:
             freeze(name, module, config.module(name).freeze)
 
     together(foundation.groups.host, fill)
+    if config.model.hf_path is not None:
+        tell_unread_tensors(foundation, model)
     return model
+
+
+def tell_unread_tensors(foundation: Foundation, model: MimoModel) -> None:
+    """Print which tensors of `model.hf_path` no module of the layout has read, those of left-out encoders, say."""
+    host = foundation.groups.host
+    mine = {binding.name for module in model.modules.values() for binding in module.bindings()}
+    everyone: list[set[str]] = [set()] * host.size()
+    dist.all_gather_object(everyone, mine, group=host)
+    if foundation.platform.rank == 0:
+        left = HuggingFaceSource(str(foundation.config.model.hf_path)).unread(set().union(*everyone))
+        for prefix, count in left.items():
+            print(f"model.hf_path: {count} tensors of {prefix} are not in this layout and were not read", flush=True)
 
 
 def resume(foundation: Foundation, optimizers: dict[str, ModuleOptimizer]) -> int:

@@ -42,9 +42,9 @@ class ModelConfig:
     hf_path: str | None = None
     """Hugging Face Gemma 4 directory (`config.json`, `*.safetensors`, tokenizer) whose weights training starts from."""
     precision: Literal["fp32", "bf16", "fp8"] = "bf16"
-    """`fp32` computes everything in fp32; `bf16` and `fp8` keep fp32 main weights in the optimizer."""
+    """`fp32` computes everything in fp32; `bf16` keeps fp32 main weights. `fp8` is not available yet."""
     backend: Literal["local", "te"] = "local"
-    """`local` needs PyTorch alone; `te` takes linear layers and norms from Transformer Engine (CUDA)."""
+    """`local` needs PyTorch and megatron-core alone. `te` (Transformer Engine) is not available yet."""
 
 
 @dataclass
@@ -290,9 +290,14 @@ def validate(config: Config, origin: Origin) -> None:
         if name not in modules:
             key = f"modules.{name}"
             raise ConfigError(f"`{key}`: no such module in `layout` ({origin(key)}){did_you_mean(name, modules)}")
-    if config.model.precision == "fp8" and config.model.backend != "te":
+    if config.model.backend == "te":
         raise ConfigError(
-            f"`model.precision` fp8 needs `model.backend` te, not {config.model.backend} ({origin('model.precision')})"
+            f"`model.backend` te is not available yet; local runs on CPU and CUDA ({origin('model.backend')})"
+        )
+    if config.model.precision == "fp8":
+        raise ConfigError(
+            f"`model.precision` fp8 needs `model.backend` te, which is not available yet; use bf16 or fp32 "
+            f"({origin('model.precision')})"
         )
     _check_ranges(config, origin)
 

@@ -22,7 +22,8 @@ def freeze(name: str, module: BoundModule, rule: FreezeRule) -> None:
         module: has `bindings()`, and `projector_parameters()` where `tower` has a meaning.
         rule: the option.
 
-    Raises `ConfigError` for a pattern that matches no parameter, and for `tower` of a module without a projector.
+    Raises `ConfigError` for a pattern that matches no parameter, for patterns that match a part of a fused parameter,
+    and for `tower` of a module without a projector.
     """
     if isinstance(rule, bool):
         frozen = list(module.parameters()) if rule else []
@@ -43,11 +44,22 @@ def freeze(name: str, module: BoundModule, rule: FreezeRule) -> None:
 
 
 def _matching(name: str, bindings: list[Binding], patterns: list[str]) -> list[nn.Parameter]:
-    """Parameters any of whose Hugging Face names matches a pattern."""
-    named = [(binding.name, binding.tensor) for binding in bindings if isinstance(binding.tensor, nn.Parameter)]
+    """Parameters whose Hugging Face names match a pattern."""
+    names: dict[nn.Parameter, set[str]] = {}
+    for binding in bindings:
+        if isinstance(binding.tensor, nn.Parameter):
+            names.setdefault(binding.tensor, set()).add(binding.name)
+    known = set().union(*names.values())
     for pattern in patterns:
-        if not any(fnmatchcase(found, pattern) for found, _ in named):
+        if not any(fnmatchcase(found, pattern) for found in known):
             raise ConfigError(
-                f"modules.{name}.freeze: no parameter matches {pattern!r}; names look like {named[0][0]!r}"
+                f"modules.{name}.freeze: no parameter matches {pattern!r}; names look like {bindings[0].name!r}"
             )
-    return [tensor for found, tensor in named if any(fnmatchcase(found, pattern) for pattern in patterns)]
+    matched = {found for found in known if any(fnmatchcase(found, pattern) for pattern in patterns)}
+    for together in names.values():
+        if together & matched and together - matched:
+            raise ConfigError(
+                f"modules.{name}.freeze matches {sorted(together & matched)} but not {sorted(together - matched)}, "
+                "which are one parameter here: add a pattern for all of them or for none"
+            )
+    return [parameter for parameter, found in names.items() if found & matched]

@@ -5,19 +5,16 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
+from mimo_gemma4.data.chat import IGNORE
 from mimo_gemma4.data.collate import LanguageBatch
 from mimo_gemma4.data.manifest import Microbatch
 from mimo_gemma4.model import Media, MimoModel
-
-IGNORED = -100
 
 
 @dataclass(frozen=True)
 class Answer:
     """One sample's first assistant turn, as generated and as written in the data; token ids, end-of-turn excluded."""
 
-    sample: int
-    """Position in the batch that was planned."""
     index: int
     """Number of the sample in the dataset index."""
     predicted: list[int]
@@ -47,17 +44,19 @@ def greedy_answers(
         max_new_tokens: longest answer; an answer also ends at the end of its row.
         stop_ids: token ids that end an answer.
     """
-    last_prompt = (batch.labels != IGNORED).int().argmax(dim=1)  # [B]
+    labelled = (batch.labels != IGNORE).any(dim=1)  # a sample masked for corrupt media has no label and no answer
+    last_prompt = (batch.labels != IGNORE).int().argmax(dim=1)  # [B]
+    media = [_of_prompts(model, microbatch, part, last_prompt) for part in media]
     columns = torch.arange(microbatch.seq_length)
     open_batch = LanguageBatch(
         input_ids=batch.input_ids.masked_fill(columns > last_prompt[:, None], 0),
-        labels=torch.full_like(batch.labels, IGNORED),
+        labels=torch.full_like(batch.labels, IGNORE),
         positions=columns.expand_as(batch.positions),
         segments=torch.ones_like(batch.segments),
-        groups=batch.groups,
+        groups=batch.groups.masked_fill(columns > last_prompt[:, None], 0),
     )
     rows = torch.arange(microbatch.rows)
-    done = torch.zeros(microbatch.rows, dtype=torch.bool)
+    done = ~labelled
     for offset in range(max_new_tokens):
         at = last_prompt + offset
         done |= at + 1 >= microbatch.seq_length
@@ -69,7 +68,6 @@ def greedy_answers(
         done |= torch.isin(tokens, torch.tensor(sorted(stop_ids)))
     return [
         Answer(
-            slot.sample,
             slot.index,
             _until_stop(
                 open_batch.input_ids[slot.row, last_prompt[slot.row] + 1 :].tolist()[:max_new_tokens], stop_ids
@@ -77,7 +75,21 @@ def greedy_answers(
             _until_stop(_first_turn(batch.labels[slot.row, last_prompt[slot.row] :].tolist()), stop_ids),
         )
         for slot in microbatch.samples
+        if labelled[slot.row]
     ]
+
+
+def _of_prompts(
+    model: MimoModel, microbatch: Microbatch, media: tuple[torch.Tensor, torch.Tensor], last_prompt: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The media rows that lie in the prompts: those of later turns would overwrite generated tokens."""
+    assert model.adapter is not None
+    positions, rows = media
+    index = model.adapter.token_index(microbatch.seq_length)
+    if model.adapter.config.tp_size > 1:  # under sequence parallelism flat positions count this rank's share
+        index = index.chunk(model.adapter.config.tp_size)[model.groups.modules["language"].tp.rank()]
+    kept = index[positions // microbatch.rows] <= last_prompt[positions % microbatch.rows]
+    return positions[kept], rows[kept.to(rows.device)]
 
 
 def _next_tokens(
@@ -96,7 +108,7 @@ def _next_tokens(
 
 def _first_turn(labels: list[int]) -> list[int]:
     """The leading run of labels."""
-    end = labels.index(IGNORED) if IGNORED in labels else len(labels)
+    end = labels.index(IGNORE) if IGNORE in labels else len(labels)
     return labels[:end]
 
 

@@ -1,6 +1,7 @@
 """Reads slices of tensors out of a Hugging Face directory of safetensors files."""
 
 import json
+from collections import Counter
 from pathlib import Path
 
 import torch
@@ -28,6 +29,10 @@ class HuggingFaceSource:
                 f"model.hf_path {self.path} holds neither {listing.name} nor {single.name}: point it to a directory "
                 "with config.json and safetensors weights"
             )
+
+    def unread(self, names: set[str]) -> dict[str, int]:
+        """How many of the directory's tensors are not among `names`, by the first two parts of their names."""
+        return dict(Counter(".".join(name.split(".")[:2]) for name in sorted(set(self._files) - names)))
 
     def read(self, name: str, index: Index, shape: tuple[int, ...]) -> torch.Tensor | None:
         """The slice `index` of tensor `name`, reading no more than that; None where the directory lacks the tensor.

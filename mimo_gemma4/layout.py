@@ -102,6 +102,11 @@ def build_layout(
 
 
 def _check_sizes(name: str, module: ModuleLayout) -> None:
+    if name != LANGUAGE and module.cp > 1:
+        raise LayoutError(
+            f"`layout.{name}.cp` is {module.cp}: an encoder's items are not cut along a sequence, set it to 1 (its "
+            "ranks then share the items)"
+        )
     for key in ("tp", "cp", "pp", "ep"):
         if getattr(module, key) < 1:
             raise LayoutError(f"`layout.{name}.{key}` is {getattr(module, key)}: it must be 1 or more")

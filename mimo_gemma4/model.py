@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from megatron.core.packed_seq_params import PackedSeqParams
 
 from encoders.base import Encoder
 from encoders.registry import build_encoder
@@ -125,31 +124,26 @@ class MimoModel:
             encoder_tp_group=None if groups is None else groups.tp,
             hidden_size=self.text.hidden_size,
             dtype=self.dtype,
-            device=self.platform.device,
+            platform=self.platform,
         )
 
     def local_tokens(self, batch: LanguageBatch, microbatch: Microbatch) -> LocalTokens:
         """Cut a lane's microbatch (host tensors [B, S]) to this rank's CP part and move it to the device."""
         assert self.adapter is not None
-        packed, starts = None, microbatch.segment_starts
-        if starts is not None:
-            packed = PackedSeqParams(qkv_format="thd", cu_seqlens_q_padded=torch.tensor(starts, dtype=torch.int32))
-        index = self.adapter.token_index(microbatch.seq_length, packed)
-        cp = self.layout.language.cp
-        keys = torch.cat([cp_token_index(microbatch.seq_length, cp, r, starts) for r in range(cp)])
+        index = self.adapter.token_index(microbatch.seq_length, microbatch.segment_starts)
         grouped = self.text.use_bidirectional_attention == "vision"
 
         def cut(whole: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
-            return whole.index_select(1, order).to(self.platform.device, non_blocking=True)
+            return self.platform.put(whole.index_select(1, order))
 
-        context = AttentionContext(
-            positions=cut(batch.positions, index),
-            segments=cut(batch.segments, index),
-            key_positions=cut(batch.positions, keys),
-            key_segments=cut(batch.segments, keys),
-            groups=cut(batch.groups, index) if grouped else None,
-            key_groups=cut(batch.groups, keys) if grouped else None,
-        )
+        names = ["positions", "segments"] + (["groups"] if grouped else [])
+        metadata = {name: cut(getattr(batch, name), index) for name in names}
+        of_keys = metadata
+        if (cp := self.layout.language.cp) > 1:
+            length, starts = microbatch.seq_length, microbatch.segment_starts
+            keys = torch.cat([cp_token_index(length, cp, rank, starts) for rank in range(cp)])
+            of_keys = {name: cut(getattr(batch, name), keys) for name in names}
+        context = AttentionContext(**metadata, **{f"key_{name}": value for name, value in of_keys.items()})
         return LocalTokens(cut(batch.input_ids, index), cut(batch.labels, index), context)
 
     def hidden(self, tokens: LocalTokens, media: Media) -> torch.Tensor:
@@ -170,5 +164,5 @@ class MimoModel:
             embeddings.requires_grad_()
         flat = embeddings.view(-1, embeddings.shape[-1])
         for positions, rows in media:
-            flat = flat.index_copy(0, positions.to(flat.device, non_blocking=True), rows)
+            flat = flat.index_copy(0, self.platform.put(positions), rows)
         return self.language(flat.view_as(embeddings), tokens.input_ids, tokens.context)

@@ -152,13 +152,6 @@ class ModuleOptimizer:
                 shard.values.copy_(shard.state["main_weight"])
         self.ddp.start_param_sync()
 
-    @torch.no_grad()
-    def model_to_main_weights(self) -> None:
-        """Take the module's weights as main weights (after loading weights into an already wrapped module)."""
-        for shard in self.trainable_shards:
-            if shard.state["main_weight"].data_ptr() != shard.values.data_ptr():
-                shard.state["main_weight"].copy_(shard.values)
-
     @property
     def step_counts(self) -> list[Tensor]:
         """AdamW's update counts of this rank's shards (fp32 scalars on the device, all equal)."""

@@ -97,8 +97,13 @@ class PartitionAdapter:
         """Keep the configuration; groups are used as given and never looked up elsewhere."""
         self.config = config
 
-    def token_index(self, seq_len: int, packed_seq_params: PackedSeqParams | None = None) -> torch.Tensor:
+    def token_index(
+        self, seq_len: int, packed_seq_params: PackedSeqParams | Sequence[int] | None = None
+    ) -> torch.Tensor:
         """The global positions that this CP rank holds, in its local order: LongTensor [S / cp] on the host.
+
+        A pack is told by its `PackedSeqParams` (boundaries best on the host: reading them from a GPU waits for it) or
+        by the boundaries alone, cumulative padded segment lengths from 0 to `seq_len`.
 
         Raises:
             LayoutError: the sequence, or a segment of the pack, cannot be cut evenly.
@@ -164,7 +169,9 @@ class PartitionAdapter:
             raise LayoutError(f"embeddings [S, B, H], labels and loss_mask [B, S] disagree on S: {lengths}")
         return lengths[0] if lengths else None
 
-    def _segment_starts(self, packed_seq_params: PackedSeqParams | None) -> list[int] | None:
+    def _segment_starts(self, packed_seq_params: PackedSeqParams | Sequence[int] | None) -> list[int] | None:
+        if isinstance(packed_seq_params, Sequence):
+            return list(packed_seq_params)
         if packed_seq_params is None or packed_seq_params.qkv_format in (None, "sbhd"):
             if self.config.kv_format == "thd":
                 raise LayoutError("kv_format is thd, but packed_seq_params with qkv_format thd is missing")
@@ -185,7 +192,10 @@ class PartitionAdapter:
                 f"sequence length {seq_len} is not a multiple of {factor} = {multiple} (cp={cp}, tp={tp}); "
                 f"the next length that is: {math.ceil(seq_len / multiple) * multiple}"
             )
-        if self.config.tp_comm_overlap and tp > 1 and seq_len != self.config.max_seq_len:
+        self._check_overlap(seq_len)
+
+    def _check_overlap(self, seq_len: int) -> None:
+        if self.config.tp_comm_overlap and self.config.tp_size > 1 and seq_len != self.config.max_seq_len:
             raise LayoutError(
                 f"tp_comm_overlap needs sequences of exactly max_seq_len = {self.config.max_seq_len} tokens, "
                 f"got {seq_len}"
@@ -209,6 +219,7 @@ class PartitionAdapter:
                 f"{self.config.sequence_parallel}); add a masked tail segment up to "
                 f"{math.ceil(seq_len / multiple) * multiple}"
             )
+        self._check_overlap(seq_len)
 
 
 class _ScatterRows(torch.autograd.Function):

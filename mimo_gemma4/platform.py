@@ -20,6 +20,8 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 
+from mimo_gemma4.errors import LayoutError
+
 DEFAULT_TIMEOUT = timedelta(minutes=10)
 CPU = torch.device("cpu")
 
@@ -46,6 +48,12 @@ class Platform:
     def device_type(self) -> str:
         """`cuda` or `cpu`."""
         return self.device.type
+
+    def put(self, tensor: torch.Tensor) -> torch.Tensor:
+        """A host tensor on the device, without waiting for what the device is doing (pinned memory makes that true)."""
+        if self.device_type == "cuda":
+            tensor = tensor.pin_memory()
+        return tensor.to(self.device, non_blocking=True)
 
     @property
     def local_rank(self) -> int:
@@ -75,6 +83,12 @@ def install(platform: Platform, *, deterministic: bool = False) -> None:
             machine. An operation that has no such variant raises `RuntimeError`.
     """
     if platform.device_type == "cuda":
+        if platform.local_rank >= torch.cuda.device_count():
+            raise LayoutError(
+                f"{os.environ.get('LOCAL_WORLD_SIZE', '?')} ranks were started on this host, which has "
+                f"{torch.cuda.device_count()} GPUs: start fewer (--nproc-per-node), or put CUDA_VISIBLE_DEVICES= "
+                "before torchrun to run on the CPU"
+            )
         torch.cuda.set_device(platform.device)
     else:
         for redirect in REDIRECTS:

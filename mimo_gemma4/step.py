@@ -120,6 +120,8 @@ class _Execution:
         rows = bridge.forward(route, self.outputs.get(key))
         if rows is not None:
             self.received[key] = rows.requires_grad_(key[0] in self.trainable_edges)
+        if key[0] not in self.trainable_edges:  # nothing comes back for it
+            self.outputs.pop(key, None)
 
     def _language(self, key: tuple[str, int]) -> None:
         round_ = key[1]
@@ -137,12 +139,15 @@ class _Execution:
             if (name, round_) in self.received
         ]
         loss = language.loss(self.model.hidden(tokens, media), tokens.labels)
-        if self.train:
+        if self.train and loss.requires_grad:  # not where all that reaches it is frozen
             loss.backward()
         self.totals.loss_sum += loss.detach()
         self.totals.loss_tokens += (tokens.labels >= 0).sum()
         if self.observe is not None:
             self.observe(batch, microbatch, media)
+        for name in self.model.bridges:
+            if name not in self.trainable_edges:
+                self.received.pop((name, round_), None)
 
     def _return(self, key: tuple[str, int]) -> None:
         rows = self.received.pop(key, None)
@@ -154,13 +159,12 @@ class _Execution:
             self.gradients[key] = gradient
 
     def _encoder_backward(self, key: tuple[str, int]) -> None:
-        output = self.outputs.pop(key, None)
+        output, gradient = self.outputs.pop(key, None), self.gradients.pop(key, None)
         if output is not None and output.requires_grad:
-            output.backward(self.gradients.pop(key))
+            output.backward(gradient)
 
     def _to_device(self, inputs: dict[str, Any]) -> dict[str, Any]:
-        device = self.model.platform.device
         return {
-            name: value.to(device, non_blocking=True) if isinstance(value, torch.Tensor) else value
+            name: self.model.platform.put(value) if isinstance(value, torch.Tensor) else value
             for name, value in inputs.items()
         }

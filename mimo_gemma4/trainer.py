@@ -24,14 +24,23 @@ from mimo_gemma4.usage import UsageMeter
 
 
 @dataclass(frozen=True)
+class _Measured:
+    """What was planned for a step, and how long it took."""
+
+    manifest: StepManifest
+    seconds: float
+
+
+@dataclass(frozen=True)
 class _Pending:
     """A finished step whose results are still on the device."""
 
     step: int
     report: StepReport
     lr: float
-    seconds: float
-    manifest: StepManifest
+    measured: _Measured
+    usage_seconds: float | None
+    """Length of the step whose usage travelled with this one's results: the one before; None where there is none."""
 
 
 class Trainer:
@@ -54,19 +63,28 @@ class Trainer:
         self.meter = UsageMeter(model, loader.planner.dataset)
         self.log = MetricsLog(config, finished_steps + 1) if model.rank == 0 else None
         self._pending: _Pending | None = None
+        self._measured: _Measured | None = None
         device = model.platform.device
         self._peak = peak_flops(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
 
     def fit(self) -> None:
         """Run until `train.steps`; evaluate and save on the way and at the end."""
-        while self.step < self.config.train.steps:
-            self.train_step()
-            if self._due(self.config.checkpoint.every):
-                self.save()
-            if self._due(self.config.eval.every):
-                self.evaluate()
-        self._tell_pending()
+        try:
+            while self.step < self.config.train.steps:
+                self.train_step()
+                if self._due(self.config.checkpoint.every):
+                    self.save()
+                if self._due(self.config.eval.every):
+                    self.evaluate()
+            self._tell_pending()
+        finally:
+            self.close()
+
+    def close(self) -> None:
+        """Stop reading ahead and close the records."""
         self.loader.close()
+        if self.evaluator is not None:
+            self.evaluator.loader.close()
         if self.log is not None:
             self.log.close()
 
@@ -81,14 +99,17 @@ class Trainer:
         for optimizer in self.optimizers.values():
             optimizer.finish_gradients()
         # What the device found in the last step is read now, while it works on this one, when it costs no wait.
-        previous = self._tell_pending()
-        agreement = self.agree(totals, data, previous)
+        self._tell_pending()
+        measured = self._measured
+        agreement = self.agree(totals, data, None if measured is None else measured.manifest)
         rates = {name: self._learning_rate(name, step) for name in self.model.layout.grids}
         for name, optimizer in self.optimizers.items():
             optimizer.apply(agreement, rates[name])
         self.step = step
         seconds = time.perf_counter() - started
-        self._pending = _Pending(step, StepReport(agreement), rates["language"], seconds, data.manifest)
+        self._measured = _Measured(data.manifest, seconds)
+        usage_seconds = None if measured is None else measured.seconds
+        self._pending = _Pending(step, StepReport(agreement), rates["language"], self._measured, usage_seconds)
         return agreement
 
     def agree(self, totals: StepTotals, data: StepData, previous: StepManifest | None = None) -> Agreement:
@@ -143,25 +164,25 @@ class Trainer:
         return self.step == self.config.train.steps or (every is not None and self.step % every == 0)
 
     def _learning_rate(self, module: str, step: int) -> float:
-        options = self.config.modules.get(module)
-        return learning_rate(self.config.optim, step, self.config.train.steps, None if options is None else options.lr)
+        peak = self.config.module(module).lr
+        return learning_rate(self.config.optim, step, self.config.train.steps, peak)
 
-    def _tell_pending(self) -> StepManifest | None:
-        """Read, check and record the last step's results; its manifest, None where nothing was pending."""
+    def _tell_pending(self) -> None:
+        """Read, check and record the last step's results, once."""
         pending, self._pending = self._pending, None
         if pending is None:
-            return None
+            return
         result = pending.report.read()
         self._check(pending, result)
         if self.log is not None:
             self.log.step(self._record(pending, result))
-        return pending.manifest
 
     def _check(self, pending: _Pending, result: Mapping[str, Any]) -> None:
         """Stop at the first step that did not happen as planned; equal on every rank, so all of them stop."""
         lanes = [lane for lane, difference in enumerate(result["hash_difference"]) if difference]
         if lanes:
-            keys = [f"{self.loader.planner.dataset.key(s.index)}" for s in pending.manifest.samples if s.lane in lanes]
+            slots = [slot for slot in pending.measured.manifest.samples if slot.lane in lanes]
+            keys = [self.loader.dataset.key(slot.index) for slot in slots]
             raise DataError(
                 f"step {pending.step}: encoders and language lanes {lanes} worked on different media items; this rank "
                 f"planned the samples {keys}. Every host must see the same shards under data.train.shards"
@@ -176,9 +197,12 @@ class Trainer:
             )
 
     def _record(self, pending: _Pending, result: Mapping[str, Any]) -> dict[str, Any]:
-        modules = {}
+        seconds, modules = pending.measured.seconds, {}
         for row, grid in enumerate(self.model.layout.grids.values()):
-            busy, wait, flops = (value / pending.seconds for value in result["usage"][row])
+            if pending.usage_seconds is None:
+                modules[grid.name] = dict.fromkeys(("mfu", "busy", "wait", "memory_gib"))
+                continue
+            busy, wait, flops = (value / pending.usage_seconds for value in result["usage"][row])
             ranks = len(grid.ranks)
             modules[grid.name] = {
                 "mfu": flops / (self._peak * ranks) if self._peak else None,
@@ -193,7 +217,7 @@ class Trainer:
             "lr": pending.lr,
             "tokens": int(result["tokens"]),
             "loss_tokens": int(result["loss_tokens"]),
-            "tokens_per_second": result["tokens"] / pending.seconds,
-            "step_seconds": pending.seconds,
+            "tokens_per_second": result["tokens"] / seconds,
+            "step_seconds": seconds,
             "modules": modules,
         }

@@ -67,10 +67,7 @@ class UsageMeter:
     def __init__(self, model: MimoModel, dataset: ShardDataset):
         """Operations follow from the manifest and the media headers of `dataset`."""
         self.model, self.dataset = model, dataset
-        self.frozen = {
-            name: not any(parameter.requires_grad for parameter in module.parameters())
-            for name, module in model.modules.items()
-        }
+        self.frozen = {name: not self._tower_trains(name) for name in model.modules}
 
     def usage(self, manifest: StepManifest, seconds: dict[tuple[str, str], float]) -> Usage:
         """What this rank did in the step that `manifest` planned."""
@@ -80,6 +77,14 @@ class UsageMeter:
                 table[row, 0], table[row, 1] = seconds.get((name, "busy"), 0.0), seconds.get((name, "wait"), 0.0)
                 table[row, 2] = self._flops(name, manifest)
         return Usage(table, _peak_memory_gib(self.model.platform.device))
+
+    def _tower_trains(self, name: str) -> bool:
+        """Whether anything beside an encoder's projector trains: the projector's own operations are negligible."""
+        module = self.model.modules[name]
+        small = set()
+        if name in self.model.encoders:
+            small = {id(parameter) for parameter in self.model.encoders[name].projector_parameters()}
+        return any(parameter.requires_grad for parameter in module.parameters() if id(parameter) not in small)
 
     def _flops(self, name: str, manifest: StepManifest) -> float:
         """Operations of this rank's data-parallel lane, told by one rank of the lane."""

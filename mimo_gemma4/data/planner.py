@@ -154,10 +154,11 @@ class StepPlanner:
             for ordinal, item in enumerate(items[slot.sample]):
                 rounds.setdefault((item.modality, slot.microbatch), []).append((slot, ordinal))
         media = []
+        loads = {modality: [0.0] * lanes for modality, lanes in self._encoder_lanes.items()}
         for modality, number in sorted(rounds):
             entries = rounds[modality, number]
             costs = [self._processors[modality].cost(items[slot.sample][ordinal].header) for slot, ordinal in entries]
-            for encoder_lane, chosen in enumerate(_balance(costs, self._encoder_lanes[modality])):
+            for encoder_lane, chosen in enumerate(_balance(costs, loads[modality])):
                 offset = 0
                 for slot, ordinal in (entries[entry] for entry in chosen):
                     item = items[slot.sample][ordinal]
@@ -229,10 +230,13 @@ def _even_fit(order: Sequence[int], sizes: Sequence[int], capacity: int, count: 
     return packs
 
 
-def _balance(costs: Sequence[float], lanes: int) -> list[list[int]]:
-    """Entries of every lane, in entry order: longest processing time first, each to the lane with the least so far."""
+def _balance(costs: Sequence[float], load: list[float]) -> list[list[int]]:
+    """Entries of every lane, in entry order: longest processing time first, each to the lane with the least so far.
+
+    `load` is what the lanes have been given in earlier rounds of the step; it is brought up to date.
+    """
+    lanes = len(load)
     chosen: list[list[int]] = [[] for _ in range(lanes)]
-    load = [0.0] * lanes
     for entry in sorted(range(len(costs)), key=lambda entry: (-costs[entry], entry)):
         lane = min(range(lanes), key=load.__getitem__)
         chosen[lane].append(entry)

@@ -55,7 +55,15 @@ class TokenIndex:
 
     @classmethod
     def build(cls, shard: Path, index: ShardIndex, encoder: ConversationEncoder) -> Self:
-        """Encode every sample of a shard. Samples that cannot be encoded are recorded, not raised."""
+        """Encode every sample of a shard. Samples that cannot be encoded are recorded, not raised.
+
+        Raises `DataError` for media that no module of the layout encodes.
+        """
+        for media_type in sorted({MEDIA_TYPES[number] for number in index.media_type} - set(encoder.processors)):
+            raise DataError(
+                f"{shard} holds {media_type} files, but `layout` has no module that encodes them: add one, or leave "
+                "the shard out"
+            )
         length, loss_tokens = np.zeros(len(index), np.int32), np.zeros(len(index), np.int32)
         media_start, media_rows = np.zeros(len(index.media_type), np.int32), np.zeros(len(index.media_type), np.int32)
         bad: list[tuple[int, str]] = []

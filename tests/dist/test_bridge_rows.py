@@ -12,7 +12,7 @@ from mimo_gemma4.layout import ModuleLayout, build_layout
 from mimo_gemma4.partition import cp_token_index, pack_multiple, segment_multiple, sequence_multiple
 from mimo_gemma4.platform import Platform
 from mimo_gemma4.process_groups import create_process_groups
-from tests.dist.harness import rank_device, run_ranks
+from tests.dist.harness import run_ranks
 
 WIDTH = 4
 
@@ -86,7 +86,8 @@ def bridge_rank(rank: int, case: tuple, seeds: list[int]) -> None:
         },
         world_size=vision_ranks + language_ranks,
     )
-    groups = create_process_groups(layout, Platform.detect())
+    platform = Platform.detect()
+    groups = create_process_groups(layout, platform)
     vision, language = layout.grids["vision"], layout.language
     bridge = Bridge(
         layout,
@@ -97,7 +98,7 @@ def bridge_rank(rank: int, case: tuple, seeds: list[int]) -> None:
         encoder_tp_group=groups.modules["vision"].tp if rank in vision else None,
         hidden_size=WIDTH,
         dtype=torch.float32,
-        device=rank_device(),
+        platform=platform,
     )
     sp = tp if sequence_parallel else 1
     multiples = (sequence_multiple(cp, sp), segment_multiple(cp), pack_multiple(cp, sp))

@@ -31,7 +31,10 @@ from tests.vlm_reference import SAMPLES, transformers_images, write_model, write
 MAX_NEW_TOKENS = 6
 LAYOUTS = {
     "one rank": (1, ["layout.placement=colocated"]),
-    "vision 2, tp 2 with sp": (4, ["layout.vision.ranks=2", "layout.language={ranks: 2, tp: 2, sequence_parallel: true}"]),
+    "vision 2, tp 2 with sp": (
+        4,
+        ["layout.vision.ranks=2", "layout.language={ranks: 2, tp: 2, sequence_parallel: true}"],
+    ),
     "cp 2": (3, ["layout.vision.ranks=1", "layout.language={ranks: 2, cp: 2}"]),
 }
 

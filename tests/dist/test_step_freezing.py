@@ -105,7 +105,11 @@ def test_a_frozen_tower_trains_its_projector_alone(run_folder: Path) -> None:
 
 def test_patterns_freeze_what_they_match(run_folder: Path) -> None:
     changed = steps_of_all(
-        run_folder, ONE_RANK, 1, "modules.vision.freeze=['*.layers.0.*']", "modules.language.freeze=['*.embed_tokens.*']"
+        run_folder,
+        ONE_RANK,
+        1,
+        "modules.vision.freeze=['*.layers.0.*']",
+        "modules.language.freeze=['*.embed_tokens.*']",
     ).changed
     assert PROJECTOR in changed and any("vision_tower.encoder.layers.1." in name for name in changed)
     assert not any("vision_tower.encoder.layers.0." in name for name in changed)

@@ -1,4 +1,4 @@
-"""Every mistake of a user ends the run on every rank with a typed error that names values and key, or is skipped and told.
+"""A mistake of a user ends the run on every rank with a typed error that names values and key, or is skipped and told.
 
 No case may hang: a rank that waits for another that has given up fails the test by its timeout.
 """
@@ -60,14 +60,21 @@ def test_good_data_trains_on_every_answer(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("argument", "error", "parts"),
     [
-        ("data.train.shards={folder}/none-{{0..1}}.tar", DataError, ["data.train", "2 of 2 files", "{folder}/none-0.tar"]),
+        (
+            "data.train.shards={folder}/none-{{0..1}}.tar",
+            DataError,
+            ["data.train", "2 of 2 files", "{folder}/none-0.tar"],
+        ),
         ("data.valid.shards={folder}/none.tar", DataError, ["data.valid", "1 of 1 files", "{folder}/none.tar"]),
         ("train.stepz=3", ConfigError, ["`train.stepz`", "did you mean `steps`?"]),
         ("train.steps=many", ConfigError, ["`train.steps` must be int, not 'many'", "argument `train.steps=many`"]),
         (
             "layout.language.ranks=3",
             LayoutError,
-            ["4 ranks (vision 1 + language 3) but 2 were started", "torchrun --nproc-per-node 4 train_mimo.py config=…"],
+            [
+                "4 ranks (vision 1 + language 3) but 2 were started",
+                "torchrun --nproc-per-node 4 train_mimo.py config=…",
+            ],
         ),
         ("layout.language.tp=3", LayoutError, ["`layout.language` has 1 ranks", "tp 3"]),
         ("model.hf_path={folder}/none", ConfigError, ["`model.hf_path`", "{folder}/none has no config.json"]),

@@ -26,7 +26,7 @@ RANKS = 4
 SHORT = [
     "layout.language.tp=1",
     "layout.language.sequence_parallel=false",
-    "train.steps=160",
+    "train.steps=180",
     "train.microbatch_size=16",
     "logging.tensorboard=false",
 ]

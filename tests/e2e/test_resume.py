@@ -1,4 +1,4 @@
-"""A run that was stopped and started again is, bit for bit, the run that was not; on another layout it goes on alike."""
+"""A run that is stopped and resumed is, bit for bit, the run that is not; on another layout it goes on alike."""
 
 from pathlib import Path
 
@@ -12,6 +12,7 @@ from tests.vlm_reference import write_shards
 
 TENSOR_PARALLEL = {"vision": {"ranks": 2}, "language": {"ranks": 2, "tp": 2, "sequence_parallel": True}}
 DATA_PARALLEL = {"vision": {"ranks": 1}, "language": {"ranks": 2}}
+OPTIM = {"lr": 1e-3, "weight_decay": 0.1, "clip_grad": 0.5}
 STEP_2, STEP_4 = "checkpoints/step_00000002", "checkpoints/step_00000004"
 
 
@@ -24,9 +25,7 @@ def run(ranks: int, *arguments: str) -> None:
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """`straight`: four steps at once. `resumed`: two, then two more in new processes."""
     folder = tmp_path_factory.mktemp("resume")
-    config = write_config(
-        folder, write_shards(folder), layout=TENSOR_PARALLEL, optim={"lr": 1e-3, "weight_decay": 0.1, "clip_grad": 0.5}
-    )
+    config = write_config(folder, write_shards(folder), layout=TENSOR_PARALLEL, optim=OPTIM)
     run(4, config, f"run.dir={folder}/straight", "train.steps=4", "checkpoint.every=2")
     run(4, config, f"run.dir={folder}/resumed", "train.steps=2")
     run(4, config, f"run.dir={folder}/resumed", "train.steps=4")
@@ -61,9 +60,7 @@ def test_another_layout_continues_the_run(runs: Path) -> None:
     """Sums in another order differ by a few fp32 roundings: the project's 1e-5."""
     folder = runs / "other layout"
     folder.mkdir()
-    config = write_config(
-        folder, runs / "train-000000.tar", layout=DATA_PARALLEL, optim={"lr": 1e-3, "weight_decay": 0.1, "clip_grad": 0.5}
-    )
+    config = write_config(folder, runs / "train-000000.tar", layout=DATA_PARALLEL, optim=OPTIM)
     run(3, config, "train.steps=4", f"checkpoint.resume={runs / 'resumed' / STEP_2}")
     continued, straight = step_records(folder / "run"), step_records(runs / "straight")[2:]
     assert [record["step"] for record in continued] == [3, 4]

@@ -30,9 +30,7 @@ def one_rank() -> Iterator[None]:
 def language(one_rank: None) -> Gemma4LanguageModel:
     text = Gemma4TextConfig.from_hf(load_model_config(ModelConfig(preset="gemma4_tiny")))
     groups = language_groups(0, tp=1, cp=1)
-    return Gemma4LanguageModel(
-        text, groups, sequence_parallel=False, dtype=torch.float32, device=torch.device("cpu")
-    )
+    return Gemma4LanguageModel(text, groups, sequence_parallel=False, dtype=torch.float32, device=torch.device("cpu"))
 
 
 def trained(module: Any) -> set[str]:
@@ -91,3 +89,13 @@ def test_one_pattern_that_matches_nothing_refuses_all(language: Gemma4LanguageMo
     with pytest.raises(ConfigError, match=r"no parameter matches '\*.layers.9.\*'; names look like 'model.language"):
         freeze("language", language, ["*.layers.0.*", "*.layers.9.*"])
     assert trained(language) == everything
+
+
+def test_a_part_of_a_fused_parameter_cannot_be_frozen(language: Gemma4LanguageModel) -> None:
+    """Query, key and value are one tensor: a pattern for one of them must not silently freeze the others."""
+    projections = [f"{PREFIX}layers.0.self_attn.{kind}_proj.weight" for kind in "kqv"]
+    with pytest.raises(ConfigError) as caught:
+        freeze("language", language, ["*.layers.0.self_attn.k_proj.*"])
+    assert f"matches {projections[:1]} but not {projections[1:]}" in str(caught.value)
+    freeze("language", language, ["*.layers.0.self_attn.[qkv]_proj.*"])
+    assert not any(f"{PREFIX}{name}" in projections for name in trained(language))

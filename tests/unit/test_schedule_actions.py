@@ -87,7 +87,7 @@ class Batch:
 
 
 def simulate(world: World, plans: list[list[Action]]) -> None:
-    """Run all ranks to the end. Raises `RuntimeError` for a deadlock, `ValueError` for rows that meet another round's."""
+    """Run all ranks. Raises `RuntimeError` for a deadlock, `ValueError` for rows that meet those of another round."""
     queues: dict[tuple[str, str], list[list[Batch]]] = {
         (module, kind): [[] for _ in plans] for module in world.encoders for kind in ("transfer", "return")
     }
