@@ -39,10 +39,19 @@ class Platform:
 
     @classmethod
     def detect(cls, timeout: timedelta = DEFAULT_TIMEOUT) -> "Platform":
-        """CUDA where there is one, with the device that torchrun's LOCAL_RANK names; the CPU otherwise."""
-        if torch.cuda.is_available():
-            return cls(torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))), "nccl", timeout)
-        return cls(CPU, "gloo", timeout)
+        """CUDA where there is one, with the device that torchrun's LOCAL_RANK names; the CPU otherwise.
+
+        Raises `LayoutError` where more ranks were started on a host than it has GPUs.
+        """
+        if not torch.cuda.is_available():
+            return cls(CPU, "gloo", timeout)
+        number, gpus = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+        if number >= gpus:
+            raise LayoutError(
+                f"{os.environ.get('LOCAL_WORLD_SIZE', '?')} ranks were started on this host, which has {gpus} GPUs: start "
+                "fewer (--nproc-per-node), or put CUDA_VISIBLE_DEVICES= before torchrun to run on the CPU"
+            )
+        return cls(torch.device("cuda", number), "nccl", timeout)
 
     @property
     def device_type(self) -> str:
@@ -83,12 +92,6 @@ def install(platform: Platform, *, deterministic: bool = False) -> None:
             machine. An operation that has no such variant raises `RuntimeError`.
     """
     if platform.device_type == "cuda":
-        if platform.local_rank >= torch.cuda.device_count():
-            raise LayoutError(
-                f"{os.environ.get('LOCAL_WORLD_SIZE', '?')} ranks were started on this host, which has "
-                f"{torch.cuda.device_count()} GPUs: start fewer (--nproc-per-node), or put CUDA_VISIBLE_DEVICES= "
-                "before torchrun to run on the CPU"
-            )
         torch.cuda.set_device(platform.device)
     else:
         for redirect in REDIRECTS:

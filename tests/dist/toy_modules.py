@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from mimo_gemma4.layout import Layout, ModuleGrid
 from mimo_gemma4.platform import create_platform
 from mimo_gemma4.process_groups import ProcessGroups, create_process_groups
-from mimo_gemma4.weights import Binding, initialise
+from mimo_gemma4.weights import Binding, Normal, initialise
 
 HIDDEN, HEADS, HEAD_SIZE = 6, 4, 3
 INNER = HEADS * HEAD_SIZE
@@ -78,7 +78,7 @@ class ToyModule(nn.Module):
                 index[cuts[name]] = slice(rank * part, (rank + 1) * part)
             tensor = getattr(self, name)
             region = tuple(slice(0, size) for size in tensor.shape)
-            bindings.append(Binding(f"{self.prefix}.{name}", shape, tuple(index), tensor, region, std=0.5))
+            bindings.append(Binding(f"{self.prefix}.{name}", shape, tuple(index), tensor, region, Normal(0.5)))
         return bindings
 
 
