@@ -48,8 +48,8 @@ class Platform:
         number, gpus = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
         if number >= gpus:
             raise LayoutError(
-                f"{os.environ.get('LOCAL_WORLD_SIZE', '?')} ranks were started on this host, which has {gpus} GPUs: start "
-                "fewer (--nproc-per-node), or put CUDA_VISIBLE_DEVICES= before torchrun to run on the CPU"
+                f"{os.environ.get('LOCAL_WORLD_SIZE', '?')} ranks were started on this host, which has {gpus} GPUs: "
+                "start fewer (--nproc-per-node), or put CUDA_VISIBLE_DEVICES= before torchrun to run on the CPU"
             )
         return cls(torch.device("cuda", number), "nccl", timeout)
 
