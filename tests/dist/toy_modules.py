@@ -93,7 +93,7 @@ def reference_weights(prefix: str, seed: int = 7) -> dict[str, Tensor]:
     weights = {name: torch.empty(shape) for name, shape in SHAPES.items()}
     whole = {name: tuple(slice(0, size) for size in shape) for name, shape in SHAPES.items()}
     initialise(
-        [Binding(f"{prefix}.{n}", SHAPES[n], whole[n], weights[n], whole[n], std=0.5) for n in SHAPES], seed
+        [Binding(f"{prefix}.{n}", SHAPES[n], whole[n], weights[n], whole[n], Normal(0.5)) for n in SHAPES], seed
     )
     return weights
 
