@@ -8,6 +8,10 @@ os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
 import megatron.core  # noqa: E402, F401
 import pytest  # noqa: E402
 import torch  # noqa: E402
+import transformers.models.gemma4.modeling_gemma4  # noqa: E402, F401
+import transformers.utils.chat_template_utils  # noqa: E402, F401
+
+import mimo_gemma4.build  # noqa: E402, F401
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
