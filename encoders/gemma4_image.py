@@ -146,6 +146,19 @@ class Gemma4ImageProcessor:
             "row_index": torch.cat([torch.arange(s, s + n) for s, n in zip(starts, rows, strict=True)]),
         }
 
+    def transformers_inputs(self, items: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+        """Items as arguments of transformers' Gemma 4, for comparisons: padded to the largest image, positions -1 there.
+
+        pixel_values [images, patches, patch_size**2 * 3], image_position_ids [images, patches, 2].
+        """
+        patches = max(len(item["pixel_values"]) for item in items)
+        pixels = torch.zeros(len(items), patches, items[0]["pixel_values"].shape[1])
+        positions = torch.full((len(items), patches, 2), -1)
+        for number, item in enumerate(items):
+            pixels[number, : len(item["pixel_values"])] = item["pixel_values"]
+            positions[number, : len(item["pixel_values"])] = self._positions(*item["grid"].tolist())
+        return {"pixel_values": pixels, "image_position_ids": positions}
+
     def _positions(self, across: int, down: int) -> Tensor:
         """(x, y) of every patch of an image, in the order of `pixel_values`."""
         k = self.pooling_kernel_size

@@ -1,6 +1,7 @@
 """From a configuration to the parts of a run: layout, groups, data, model, optimizers."""
 
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +21,13 @@ from mimo_gemma4.evaluate import Evaluator
 from mimo_gemma4.freezing import freeze
 from mimo_gemma4.health import together
 from mimo_gemma4.huggingface import HuggingFaceSource
-from mimo_gemma4.layout import Layout
+from mimo_gemma4.layout import Layout, build_layout
 from mimo_gemma4.model import MimoModel
 from mimo_gemma4.optim import ModuleOptimizer
 from mimo_gemma4.partition import pack_multiple, segment_multiple, sequence_multiple
-from mimo_gemma4.platform import Platform
-from mimo_gemma4.process_groups import ProcessGroups
+from mimo_gemma4.platform import Platform, create_platform, ranks_per_host
+from mimo_gemma4.presets import load_model_config
+from mimo_gemma4.process_groups import ProcessGroups, create_process_groups
 from mimo_gemma4.trainer import Trainer
 from mimo_gemma4.weights import initialise, load
 
@@ -39,6 +41,16 @@ class Foundation:
     layout: Layout
     platform: Platform
     groups: ProcessGroups
+
+
+def lay_foundation(config: Config) -> Foundation:
+    """Join the other ranks, place the modules and create their groups. Collective over all ranks."""
+    hf_config = load_model_config(config.model)
+    platform = create_platform(
+        deterministic=config.run.deterministic, timeout=timedelta(seconds=config.run.timeout_seconds)
+    )
+    layout = build_layout(config.layout, dist.get_world_size(), ranks_per_host())
+    return Foundation(config, hf_config, layout, platform, create_process_groups(layout, platform))
 
 
 def build_trainer(foundation: Foundation) -> Trainer:

@@ -117,14 +117,5 @@ def transformers_images(processor, items, encoded) -> dict[str, torch.Tensor]:  
     """transformers' inputs for the images of one sample: padded patches and positions, -1 in padding."""
     if not items:
         return {}
-    patches = max(len(item["pixel_values"]) for item in items)
-    k = processor.pooling_kernel_size**2
-    patches = -(-patches // k) * k
-    pixels = torch.zeros(len(items), patches, items[0]["pixel_values"].shape[1])
-    positions = torch.full((len(items), patches, 2), -1)
-    for number, item in enumerate(items):
-        collated = processor.collate([item])
-        pixels[number, : len(collated["pixel_values"])] = collated["pixel_values"]
-        positions[number, : len(collated["positions"])] = collated["positions"]
     types = (torch.from_numpy(encoded.input_ids) == 6).long()[None]
-    return {"pixel_values": pixels, "image_position_ids": positions, "mm_token_type_ids": types}
+    return processor.transformers_inputs(items) | {"mm_token_type_ids": types}

@@ -20,11 +20,11 @@ def inputs() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     return hidden.requires_grad_(), weight.requires_grad_(), labels
 
 
-def sharded(rank: int, cap: float | None, tokens_at_once: int) -> tuple[torch.Tensor, ...]:
+def sharded(rank: int, cap: float | None, words_at_once: int) -> tuple[torch.Tensor, ...]:
     hidden, weight, labels = inputs()
     rows = VOCABULARY // dist.get_world_size()
     mine = weight.detach()[rank * rows : (rank + 1) * rows].clone().requires_grad_()
-    arguments = {"cap": cap, "tp_group": dist.group.WORLD, "logits_at_once": tokens_at_once * rows}
+    arguments = {"cap": cap, "tp_group": dist.group.WORLD, "logits_at_once": words_at_once * TOKENS}
     loss = summed_cross_entropy(hidden, mine, labels, **arguments)
     (3.0 * loss).backward()
     with torch.no_grad():
@@ -33,16 +33,16 @@ def sharded(rank: int, cap: float | None, tokens_at_once: int) -> tuple[torch.Te
 
 
 @pytest.mark.parametrize("cap", [None, 5.0])
-@pytest.mark.parametrize("tokens_at_once", [5, 100])
+@pytest.mark.parametrize("words_at_once", [5, 100])
 @pytest.mark.parametrize("ranks", [1, 2])
-def test_matches_dense_cross_entropy(cap: float | None, tokens_at_once: int, ranks: int) -> None:
+def test_matches_dense_cross_entropy(cap: float | None, words_at_once: int, ranks: int) -> None:
     hidden, weight, labels = inputs()
     logits = F.linear(hidden, weight)
     logits = logits if cap is None else cap * torch.tanh(logits / cap)
     expected = F.cross_entropy(logits, labels, ignore_index=-100, reduction="sum")
     (3.0 * expected).backward()
 
-    results = run_ranks(ranks, sharded, cap, tokens_at_once)
+    results = run_ranks(ranks, sharded, cap, words_at_once)
     # fp32 sums of a few dozen terms
     for loss, _, _ in results:
         torch.testing.assert_close(loss, expected.detach(), rtol=1e-5, atol=0)
