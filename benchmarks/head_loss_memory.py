@@ -59,9 +59,8 @@ def main() -> None:
     options = parser.parse_args()
     dist.init_process_group("nccl", store=dist.HashStore(), rank=0, world_size=1, device_id=torch.device("cuda", 0))
     print(f"{torch.cuda.get_device_name()}, hidden size {options.hidden_size}, {VOCABULARY} words, bf16")
-    print(
-        f"{'tokens':>7} {'here GiB':>9} {'full GiB':>9} {'ratio':>6} {'here ms':>8} {'full ms':>8} {'gradient difference':>20}"
-    )
+    names = ("tokens", "here GiB", "full GiB", "ratio", "here ms", "full ms", "gradient difference")
+    print("".join(f"{name:>{len(name) + 2}}" for name in names))
     for tokens in options.tokens:
         here, here_ms, gradient = measure(ours, tokens, options.hidden_size, options.repeats)
         torch.cuda.empty_cache()
