@@ -147,7 +147,7 @@ class Gemma4ImageProcessor:
         }
 
     def transformers_inputs(self, items: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-        """Items as arguments of transformers' Gemma 4, for comparisons: padded to the largest image, positions -1 there.
+        """Items as arguments of transformers' Gemma 4, for comparisons: padded to the largest image.
 
         pixel_values [images, patches, patch_size**2 * 3], image_position_ids [images, patches, 2].
         """
