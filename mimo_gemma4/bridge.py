@@ -16,7 +16,7 @@ import torch.distributed as dist
 
 from mimo_gemma4.data.manifest import MediaSlot, StepManifest
 from mimo_gemma4.layout import Layout
-from mimo_gemma4.partition import cp_token_index
+from mimo_gemma4.partition import CpLayout, cp_token_index
 from mimo_gemma4.platform import Platform
 
 
@@ -124,7 +124,9 @@ class Bridge:
         lines = []
         for slot in slots:
             microbatch = manifest.microbatch(slot.lane, slot.microbatch)
-            cp_of, local_of = _owners(microbatch.seq_length, self.target.cp, microbatch.segment_starts)
+            cp_of, local_of = _owners(
+                microbatch.seq_length, self.target.cp, microbatch.segment_starts, microbatch.cp_layout
+            )
             span = slice(slot.start, slot.start + slot.rows)
             rows = torch.arange(slot.encoder_offset, slot.encoder_offset + slot.rows)
             source_tp = rows * self.source.tp // total
@@ -244,11 +246,13 @@ def _in_peer_order(parts: dict[int, torch.Tensor]) -> tuple[tuple[int, torch.Ten
 
 
 @lru_cache(maxsize=64)
-def _owners(seq_len: int, cp_size: int, starts: tuple[int, ...] | None) -> tuple[torch.Tensor, torch.Tensor]:
+def _owners(
+    seq_len: int, cp_size: int, starts: tuple[int, ...] | None, layout: CpLayout
+) -> tuple[torch.Tensor, torch.Tensor]:
     """For each global position, the CP rank that holds it and its place in that rank's local order: two [S]."""
     cp_of, local_of = torch.empty(seq_len, dtype=torch.long), torch.empty(seq_len, dtype=torch.long)
     for cp_rank in range(cp_size):
-        index = cp_token_index(seq_len, cp_size, cp_rank, starts)
+        index = cp_token_index(seq_len, cp_size, cp_rank, starts, layout)
         cp_of[index] = cp_rank
         local_of[index] = torch.arange(len(index))
     return cp_of, local_of

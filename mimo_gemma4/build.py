@@ -1,7 +1,9 @@
 """From a configuration to the parts of a run: layout, groups, data, model, optimizers."""
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,7 @@ import torch.distributed as dist
 from encoders.registry import build_processor
 from mimo_gemma4 import checkpoint
 from mimo_gemma4.config import Config, ShardsConfig
+from mimo_gemma4.cp_cost import AttentionCosts, cheaper_layout
 from mimo_gemma4.data.chat import ConversationEncoder
 from mimo_gemma4.data.dataset import ShardDataset
 from mimo_gemma4.data.digits import ensure_digits
@@ -21,10 +24,11 @@ from mimo_gemma4.evaluate import Evaluator
 from mimo_gemma4.freezing import freeze
 from mimo_gemma4.health import together
 from mimo_gemma4.huggingface import HuggingFaceSource
+from mimo_gemma4.language.config import Gemma4TextConfig
 from mimo_gemma4.layout import Layout, build_layout
 from mimo_gemma4.model import MimoModel
 from mimo_gemma4.optim import ModuleOptimizer
-from mimo_gemma4.partition import pack_multiple, segment_multiple, sequence_multiple
+from mimo_gemma4.partition import CpLayout, pack_multiple, segment_multiple, sequence_multiple
 from mimo_gemma4.platform import Platform, create_platform, ranks_per_host
 from mimo_gemma4.presets import load_model_config
 from mimo_gemma4.process_groups import ProcessGroups, create_process_groups
@@ -128,6 +132,7 @@ def build_loader(foundation: Foundation, dataset: ShardDataset, *, train: bool) 
         shuffle=train,
         repeat=train,
         limit=None if train else config.eval.samples,
+        choose_cp_layout=cp_layout_chooser(foundation) if language.cp > 1 else None,
     )
     return StepLoader(
         planner,
@@ -140,6 +145,13 @@ def build_loader(foundation: Foundation, dataset: ShardDataset, *, train: bool) 
         max_bad_fraction=config.data.max_bad_fraction,
         workers=config.data.workers,
     )
+
+
+def cp_layout_chooser(foundation: Foundation) -> Callable[[Sequence[int]], CpLayout]:
+    """Picks the layout of a pack by the predicted cost of the model's attention."""
+    language = foundation.layout.language
+    costs = AttentionCosts.of(Gemma4TextConfig.from_hf(foundation.hf_config), language.tp)
+    return partial(cheaper_layout, costs, cp_size=language.cp)
 
 
 def build_model(foundation: Foundation) -> MimoModel:

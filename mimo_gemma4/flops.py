@@ -109,8 +109,8 @@ def text_flops(text: TextShape, lengths: Iterable[int]) -> TextFlops:
     """Operations for sequences of these lengths (tokens), each of which attends only to itself, packed or not."""
     lengths = list(lengths)
     tokens = sum(lengths)
-    pairs_full = sum(_pairs(length, length) for length in lengths)
-    pairs_sliding = sum(_pairs(length, text.sliding_window) for length in lengths)
+    pairs_full = sum(causal_pairs(length, length) for length in lengths)
+    pairs_sliding = sum(causal_pairs(length, text.sliding_window) for length in lengths)
     attention = {"sliding_attention": 0.0, "full_attention": 0.0}
     for layer in text.layers:
         pairs = pairs_full if layer.attention == "full_attention" else pairs_sliding
@@ -142,7 +142,7 @@ def peak_flops(device_name: str) -> float | None:
     return next((peak * 1e12 for name, peak in PEAK_TERAFLOPS.items() if name in device_name), None)
 
 
-def _pairs(length: int, window: int) -> int:
+def causal_pairs(length: int, window: int) -> int:
     """(query, key) pairs of a causal sequence whose queries see at most `window` keys, themselves included."""
     seen = min(length, window)
     return seen * (seen + 1) // 2 + (length - seen) * window

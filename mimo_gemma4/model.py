@@ -129,19 +129,20 @@ class MimoModel:
 
     def local_tokens(self, batch: LanguageBatch, microbatch: Microbatch) -> LocalTokens:
         """Cut a lane's microbatch (host tensors [B, S]) to this rank's CP part and move it to the device."""
-        assert self.adapter is not None
-        index = self.adapter.token_index(microbatch.seq_length, microbatch.segment_starts)
+        adapter = self.adapter
+        assert adapter is not None
+        length, starts, layout = microbatch.seq_length, microbatch.segment_starts, microbatch.cp_layout
+        index = adapter.token_index(length, starts, layout)
         grouped = self.text.use_bidirectional_attention == "vision"
 
         def cut(whole: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
-            return self.platform.put(whole.index_select(1, order))
+            return self.platform.put(adapter.cut(whole, order))
 
         names = ["positions", "segments"] + (["groups"] if grouped else [])
         metadata = {name: cut(getattr(batch, name), index) for name in names}
         of_keys = metadata
         if (cp := self.layout.language.cp) > 1:
-            length, starts = microbatch.seq_length, microbatch.segment_starts
-            keys = torch.cat([cp_token_index(length, cp, rank, starts) for rank in range(cp)])
+            keys = torch.cat([cp_token_index(length, cp, rank, starts, layout) for rank in range(cp)])
             of_keys = {name: cut(getattr(batch, name), keys) for name in names}
         context = AttentionContext(**metadata, **{f"key_{name}": value for name, value in of_keys.items()})
         return LocalTokens(cut(batch.input_ids, index), cut(batch.labels, index), context)

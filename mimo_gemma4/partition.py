@@ -1,9 +1,14 @@
 """The one place that knows how a sequence is cut over context parallel and sequence parallel ranks.
 
-Context parallelism (CP) cuts every tensor along the sequence in zigzag order: the sequence, or each padded segment of a
-THD pack, is cut into `2 * cp` chunks and rank `r` holds chunks `r` and `2 * cp - 1 - r`, in that order, so that causal
-attention costs every rank the same. Sequence parallelism (SP) then scatters the embeddings' local sequence contiguously
-over the tensor parallel ranks; labels and loss masks are never SP-scattered, because the loss runs after the gather.
+Context parallelism (CP) cuts every tensor along the sequence, in one of two layouts:
+
+- `zigzag`: the sequence, or each padded segment of a THD pack, is cut into `2 * cp` chunks and rank `r` holds chunks
+  `r` and `2 * cp - 1 - r`, in that order, so that causal attention costs every rank the same;
+- `contiguous`: rank `r` holds the `r`-th of `cp` equal parts of the sequence, or of the whole pack, so that short
+  segments mostly lie on one rank and need no keys of another.
+
+Sequence parallelism (SP) then scatters the embeddings' local sequence contiguously over the tensor parallel ranks;
+labels and loss masks are never SP-scattered, because the loss runs after the gather.
 
 The bridge, the data pipeline and the splice ask `token_index` (or, for another rank, `cp_token_index`) instead of
 cutting anything themselves.
@@ -19,6 +24,9 @@ import torch.distributed as dist
 from megatron.core.packed_seq_params import PackedSeqParams
 
 from mimo_gemma4.errors import LayoutError
+
+CpLayout = Literal["zigzag", "contiguous"]
+"""How context parallel ranks share a sequence."""
 
 
 @dataclass(frozen=True)
@@ -49,23 +57,27 @@ class PartitionConfig:
         return self.tp_group.size() if self.sequence_parallel and self.tp_group is not None else 1
 
 
-def sequence_multiple(cp_size: int, tp_size: int) -> int:
+def sequence_multiple(cp_size: int, tp_size: int, layout: CpLayout = "zigzag") -> int:
     """What a padded sequence's length must be a multiple of; `tp_size` is 1 without sequence parallelism."""
-    return (2 * cp_size if cp_size > 1 else 1) * tp_size
+    return segment_multiple(cp_size) * tp_size if layout == "zigzag" else cp_size * tp_size
 
 
-def segment_multiple(cp_size: int) -> int:
+def segment_multiple(cp_size: int, layout: CpLayout = "zigzag") -> int:
     """What the padded length of each segment of a THD pack must be a multiple of."""
-    return 2 * cp_size if cp_size > 1 else 1
+    return 2 * cp_size if cp_size > 1 and layout == "zigzag" else 1
 
 
-def pack_multiple(cp_size: int, tp_size: int) -> int:
+def pack_multiple(cp_size: int, tp_size: int, layout: CpLayout = "zigzag") -> int:
     """What the total length of a THD pack must be a multiple of; `tp_size` is 1 without sequence parallelism."""
-    return cp_size * math.lcm(2, tp_size) if cp_size > 1 else tp_size
+    return cp_size * (math.lcm(2, tp_size) if cp_size > 1 and layout == "zigzag" else tp_size)
 
 
 def cp_token_index(
-    seq_len: int, cp_size: int, cp_rank: int, segment_starts: Sequence[int] | None = None
+    seq_len: int,
+    cp_size: int,
+    cp_rank: int,
+    segment_starts: Sequence[int] | None = None,
+    layout: CpLayout = "zigzag",
 ) -> torch.Tensor:
     """Global positions that a context parallel rank holds, in its local order.
 
@@ -74,16 +86,18 @@ def cp_token_index(
         cp_size: number of context parallel ranks.
         cp_rank: the rank asked for.
         segment_starts: cumulative padded segment lengths of a THD pack, from 0 to S; None for one sequence.
+        layout: how ranks share the sequence.
 
     Returns:
         LongTensor [S / cp] on the host.
     """
-    if cp_size == 1:
-        return torch.arange(seq_len)
+    share = seq_len // cp_size
+    if cp_size == 1 or layout == "contiguous":
+        return torch.arange(cp_rank * share, (cp_rank + 1) * share)
     starts = torch.tensor([0, seq_len] if segment_starts is None else list(segment_starts))
     chunks = (starts[1:] - starts[:-1]) // (2 * cp_size)
     local_starts = starts // cp_size
-    local = torch.arange(seq_len // cp_size)
+    local = torch.arange(share)
     segment = torch.searchsorted(local_starts, local, right=True) - 1
     offset, chunk = local - local_starts[segment], chunks[segment]
     chunk_number = torch.where(offset < chunk, cp_rank, 2 * cp_size - 1 - cp_rank)
@@ -98,7 +112,10 @@ class PartitionAdapter:
         self.config = config
 
     def token_index(
-        self, seq_len: int, packed_seq_params: PackedSeqParams | Sequence[int] | None = None
+        self,
+        seq_len: int,
+        packed_seq_params: PackedSeqParams | Sequence[int] | None = None,
+        layout: CpLayout = "zigzag",
     ) -> torch.Tensor:
         """The global positions that this CP rank holds, in its local order: LongTensor [S / cp] on the host.
 
@@ -110,11 +127,15 @@ class PartitionAdapter:
         """
         starts = self._segment_starts(packed_seq_params)
         if starts is None:
-            self._check_sequence(seq_len)
+            self._check_sequence(seq_len, layout)
         else:
-            self._check_pack(seq_len, starts)
+            self._check_pack(seq_len, starts, layout)
         rank = 0 if self.config.cp_group is None else self.config.cp_group.rank()
-        return cp_token_index(seq_len, self.config.cp_size, rank, starts)
+        return cp_token_index(seq_len, self.config.cp_size, rank, starts, layout)
+
+    def cut(self, tokens: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+        """Labels, loss mask, token ids, position ids or group ids [B, S] → [B, S/cp] (local), by `token_index`."""
+        return tokens if self.config.cp_size == 1 else tokens.index_select(1, index)
 
     def shard(
         self,
@@ -122,6 +143,7 @@ class PartitionAdapter:
         labels: torch.Tensor | None,
         loss_mask: torch.Tensor | None,
         packed_seq_params: PackedSeqParams | None = None,
+        layout: CpLayout = "zigzag",
     ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None, PackedSeqParams | None]:
         """Cut whole tensors to this rank's part; differentiable and bit-exact in backward.
 
@@ -130,6 +152,7 @@ class PartitionAdapter:
             labels: [B, S] or None.
             loss_mask: [B, S] or None.
             packed_seq_params: segment boundaries of a THD pack (then B is 1), or None.
+            layout: how context parallel ranks share the sequence.
 
         Returns:
             embeddings [S/(cp*tp), B, H] (local), labels and loss_mask [B, S/cp] (local), and `packed_seq_params` as
@@ -141,7 +164,7 @@ class PartitionAdapter:
         if self.config.cp_size > 1 or self.config.tp_size > 1:
             seq_len = self._common_length(embeddings, labels, loss_mask)
             if seq_len is not None:
-                index = self.token_index(seq_len, packed_seq_params)
+                index = self.token_index(seq_len, packed_seq_params, layout)
                 embeddings, labels, loss_mask = self._cut(embeddings, labels, loss_mask, index)
         return embeddings, labels, loss_mask, packed_seq_params
 
@@ -156,8 +179,8 @@ class PartitionAdapter:
             present = next(t for t in (embeddings, labels, loss_mask) if t is not None)
             index = index.to(present.device, non_blocking=True)
             embeddings = None if embeddings is None else embeddings.index_select(0, index)
-            labels = None if labels is None else labels.index_select(1, index)
-            loss_mask = None if loss_mask is None else loss_mask.index_select(1, index)
+            labels = None if labels is None else self.cut(labels, index)
+            loss_mask = None if loss_mask is None else self.cut(loss_mask, index)
         if self.config.tp_size > 1 and embeddings is not None:
             embeddings = _ScatterRows.apply(embeddings, self.config.tp_group)
         return embeddings, labels, loss_mask
@@ -183,11 +206,12 @@ class PartitionAdapter:
             raise LayoutError("packed_seq_params has neither cu_seqlens_q_padded nor cu_seqlens_q")
         return [int(start) for start in starts.tolist()]
 
-    def _check_sequence(self, seq_len: int) -> None:
+    def _check_sequence(self, seq_len: int, layout: CpLayout) -> None:
         cp, tp = self.config.cp_size, self.config.tp_size
-        multiple = sequence_multiple(cp, tp)
+        multiple = sequence_multiple(cp, tp, layout)
         if seq_len % multiple:
-            factor = "2*cp*tp" if cp > 1 and tp > 1 else "2*cp" if cp > 1 else "tp"
+            of_cp = [] if cp == 1 else ["2*cp"] if layout == "zigzag" else ["cp"]
+            factor = "*".join(of_cp + (["tp"] if tp > 1 else []))
             raise LayoutError(
                 f"sequence length {seq_len} is not a multiple of {factor} = {multiple} (cp={cp}, tp={tp}); "
                 f"the next length that is: {math.ceil(seq_len / multiple) * multiple}"
@@ -201,18 +225,18 @@ class PartitionAdapter:
                 f"got {seq_len}"
             )
 
-    def _check_pack(self, seq_len: int, starts: list[int]) -> None:
+    def _check_pack(self, seq_len: int, starts: list[int], layout: CpLayout) -> None:
         cp, tp = self.config.cp_size, self.config.tp_size
         if starts[0] != 0 or starts[-1] != seq_len:
             raise LayoutError(f"cu_seqlens spans {starts[0]} to {starts[-1]}, but the pack holds {seq_len} tokens")
-        multiple = segment_multiple(cp)
+        multiple = segment_multiple(cp, layout)
         for number, (start, end) in enumerate(zip(starts, starts[1:], strict=False)):
             if (end - start) % multiple:
                 raise LayoutError(
                     f"segment {number} of the pack has {end - start} positions, not a multiple of 2*cp = {multiple} "
                     f"(cp={cp}); pad it to {math.ceil((end - start) / multiple) * multiple}"
                 )
-        multiple = pack_multiple(cp, tp)
+        multiple = pack_multiple(cp, tp, layout)
         if seq_len % multiple:
             raise LayoutError(
                 f"the pack has {seq_len} positions, not a multiple of {multiple} (cp={cp}, tp={tp}, sequence_parallel="

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Literal
 
 
 @dataclass(frozen=True)
@@ -66,6 +67,8 @@ class Microbatch:
     """In order of (row, start)."""
     packed: bool = False
     """Whether its one row is a THD pack, in which samples follow one another and never attend to each other."""
+    cp_layout: Literal["zigzag", "contiguous"] = "zigzag"
+    """How context parallel ranks share the sequence."""
 
     @property
     def segment_starts(self) -> tuple[int, ...] | None:

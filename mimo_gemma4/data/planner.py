@@ -4,8 +4,9 @@ A plan is a pure function of (dataset, seed, step, lanes), computed alike on eve
 (seed, epoch, global index) only; where they go depends on the layout.
 """
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
 
 import numpy as np
 
@@ -42,6 +43,7 @@ class StepPlanner:
         shuffle: bool = True,
         repeat: bool = True,
         limit: int | None = None,
+        choose_cp_layout: Callable[[Sequence[int]], Literal["zigzag", "contiguous"]] | None = None,
     ) -> None:
         """Plan for `language_lanes` data-parallel lanes of the language model and `encoder_lanes` per modality.
 
@@ -49,7 +51,8 @@ class StepPlanner:
         padded to. `total_multiple`: packed, what the length of a microbatch is rounded up to by padding at its end.
         `shuffle`: a new order every epoch, instead of shard order. `repeat=False`: one epoch, the last batch as long as
         the samples reach; otherwise the last batch of an epoch continues into the next one. `limit`: use only so many
-        samples, the first of the dataset.
+        samples, the first of the dataset. `choose_cp_layout`: how context parallel ranks share a pack with these
+        segment starts; None: zigzag.
 
         Raises `ConfigError` for sizes below 1, `DataError` for media that no module of the layout encodes.
         """
@@ -72,6 +75,7 @@ class StepPlanner:
         self._lanes, self._encoder_lanes = language_lanes, dict(encoder_lanes)
         self._packing, self._row_multiple, self._total_multiple = packing, row_multiple, total_multiple
         self._processors = {processor.modality: processor for processor in dataset.encoder.processors.values()}
+        self._choose_cp_layout = choose_cp_layout
         self._order: tuple[int, np.ndarray] | None = None
 
     @property
@@ -144,7 +148,10 @@ class StepPlanner:
             slots.append(SampleSlot(sample, indexes[sample], lane, number, 0, start, lengths[sample], size))
             start += size
         total = _round_up(start, self._total_multiple)
-        return Microbatch(lane, number, min(1, len(rows)), total, tuple(slots), packed=True)
+        pack = Microbatch(lane, number, min(1, len(rows)), total, tuple(slots), packed=True)
+        if self._choose_cp_layout is None or pack.segment_starts is None or not slots:
+            return pack
+        return replace(pack, cp_layout=self._choose_cp_layout(pack.segment_starts))
 
     def _place_media(self, slots: Sequence[SampleSlot]) -> list[MediaSlot]:
         """Media of the step, ordered by (modality, microbatch, encoder lane, offset)."""

@@ -8,7 +8,7 @@ import torch.distributed as dist
 from megatron.core.packed_seq_params import PackedSeqParams
 
 from mimo_gemma4.errors import LayoutError
-from mimo_gemma4.partition import PartitionAdapter, PartitionConfig, cp_token_index
+from mimo_gemma4.partition import CpLayout, PartitionAdapter, PartitionConfig, cp_token_index
 from tests.dist.harness import rank_device, run_ranks
 
 LAYOUTS = [(tp, cp) for tp in (1, 2, 4, 8) for cp in (1, 2, 4, 8) if tp * cp <= 8]
@@ -22,9 +22,10 @@ def zigzag_by_definition(length: int, cp: int, rank: int) -> list[int]:
     ]
 
 
-def expected_positions(lengths: list[int], cp: int, rank: int) -> list[int]:
-    if cp == 1:
-        return list(range(sum(lengths)))
+def expected_positions(lengths: list[int], cp: int, rank: int, layout: CpLayout) -> list[int]:
+    if cp == 1 or layout == "contiguous":
+        part = sum(lengths) // cp
+        return list(range(rank * part, (rank + 1) * part))
     positions, start = [], 0
     for length in lengths:
         positions += [start + p for p in zigzag_by_definition(length, cp, rank)]
@@ -49,7 +50,14 @@ def make_groups(tp: int, cp: int) -> tuple[dist.ProcessGroup, dist.ProcessGroup]
 
 
 def check_one(
-    tp: int, cp: int, sequence_parallel: bool, lengths: list[int], batch: int, groups: tuple, packed: bool
+    tp: int,
+    cp: int,
+    sequence_parallel: bool,
+    lengths: list[int],
+    batch: int,
+    groups: tuple,
+    packed: bool,
+    layout: CpLayout = "zigzag",
 ) -> None:
     adapter = PartitionAdapter(PartitionConfig(sequence_parallel, *groups, 4096, kv_format="thd" if packed else "sbhd"))
     total, width = sum(lengths), 3
@@ -62,11 +70,11 @@ def check_one(
     whole.requires_grad_()
     labels = torch.arange(batch * total, device=device).view(batch, total)
     mask = labels % 3 == 0
-    out, out_labels, out_mask, out_params = adapter.shard(whole, labels, mask, params)
+    out, out_labels, out_mask, out_params = adapter.shard(whole, labels, mask, params, layout)
     assert out_params is params
     t, c = groups[0].rank(), groups[1].rank()
-    positions = torch.tensor(expected_positions(lengths, cp, c))
-    assert torch.equal(adapter.token_index(total, params), positions)
+    positions = torch.tensor(expected_positions(lengths, cp, c, layout))
+    assert torch.equal(adapter.token_index(total, params, layout), positions)
     positions = positions.to(device)
     assert torch.equal(out_labels, labels[:, positions])
     assert torch.equal(out_mask, mask[:, positions])
@@ -75,7 +83,7 @@ def check_one(
     if cp == 1 and (tp == 1 or not sequence_parallel):
         assert out is whole and out_labels is labels and out_mask is mask
     # Without embeddings (later pipeline stages) labels and mask are still cut.
-    none, again, _, _ = adapter.shard(None, labels, mask, params)
+    none, again, _, _ = adapter.shard(None, labels, mask, params, layout)
     assert none is None and torch.equal(again, out_labels)
     # Backward: a gradient that names rank and element comes back to exactly the rows this rank's CP part holds; under
     # SP every TP rank ends with the rows of all TP ranks. Bitwise: rows are moved, never added.
@@ -106,17 +114,23 @@ def sharding_rank(rank: int) -> None:
             segments = [2 * cp * n for n in (1, 5, 2)]
             tail = -sum(segments) % (cp * math.lcm(2, tp))
             check_one(tp, cp, sequence_parallel, [*segments, *([tail] if tail else [])], 1, groups, packed=True)
+            ragged = [1, 3, 4 * cp, 2]
+            tail = -sum(ragged) % (cp * tp)
+            ragged += [tail] if tail else []
+            check_one(tp, cp, sequence_parallel, [5 * cp * tp], 2, groups, packed=False, layout="contiguous")
+            check_one(tp, cp, sequence_parallel, ragged, 1, groups, packed=True, layout="contiguous")
 
 
 def test_every_layout_on_eight_ranks() -> None:
     run_ranks(8, sharding_rank)
 
 
-def test_token_index_of_all_ranks_is_a_permutation() -> None:
+@pytest.mark.parametrize("layout", ["zigzag", "contiguous"])
+def test_token_index_of_all_ranks_is_a_permutation(layout: CpLayout) -> None:
     for cp in (1, 2, 3, 4, 8):
         starts = [0, 2 * cp, 8 * cp, 10 * cp]
         for segment_starts in (None, starts):
-            index = torch.cat([cp_token_index(10 * cp, cp, rank, segment_starts) for rank in range(cp)])
+            index = torch.cat([cp_token_index(10 * cp, cp, rank, segment_starts, layout) for rank in range(cp)])
             assert torch.equal(index.sort().values, torch.arange(10 * cp))
 
 
