@@ -1,0 +1,24 @@
+"""Every training configuration that ships is valid and places its modules on the ranks it asks for."""
+
+from pathlib import Path
+
+import pytest
+
+from mimo_gemma4.config import REPOSITORY, load_config
+from mimo_gemma4.layout import build_layout
+
+CONFIGS = sorted((REPOSITORY / "configs").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_configuration_is_a_layout(path: Path) -> None:
+    config = load_config([f"config={path}"])
+    modules = config.layout.modules
+    if config.layout.placement == "colocated":
+        world = modules["language"].ranks or 8
+    else:
+        world = sum(len(m.ranks) if isinstance(m.ranks, list) else m.ranks or 0 for m in modules.values())
+    assert isinstance(world, int)
+    layout = build_layout(config.layout, world, [8] * (world // 8) or None)
+    assert sorted(rank for rank in range(world) if layout.modules_of(rank)) == list(range(world))
+    assert config.data.seq_length % (2 * layout.language.cp * layout.language.tp) == 0
