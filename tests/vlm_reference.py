@@ -18,6 +18,7 @@ from mimo_gemma4.data.dataset import ShardDataset
 from mimo_gemma4.data.planner import StepPlanner
 from mimo_gemma4.data.shards import read_range
 from mimo_gemma4.data.tokenizer import byte_tokenizer, media_tokens
+from tests.random_weights import vary_norms
 from tests.shard_maker import chat, jpeg, write_shard
 
 SIZES = [(48, 48), (96, 48), (130, 60), (40, 90), (300, 40)]
@@ -45,12 +46,9 @@ def write_model(folder: Path) -> Path:
     torch.manual_seed(0)
     options = {key: value for key, value in hf_config.items() if key != "vision_processor"}
     model = Gemma4ForConditionalGeneration(Gemma4Config(**options, attn_implementation="eager"))
+    vary_norms(model)
     with torch.no_grad():
         for name, tensor in model.state_dict().items():
-            if "norm" in name or name.endswith("layer_scalar"):
-                tensor.uniform_(0.7, 1.3)
-            if "q_norm" in name or "k_norm" in name:
-                tensor.mul_(tensor.shape[0] ** -0.25)
             if "position_embedding_table" in name:
                 tensor.normal_(0.0, 0.1)
             if name.endswith(("input_max", "output_max")):

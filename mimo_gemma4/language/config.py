@@ -223,15 +223,19 @@ def _reject_unsupported(text: Mapping[str, Any]) -> None:
 
 
 def _merge_per_layer_config(text: dict[str, Any]) -> dict[str, Any]:
-    """`text` with the overrides that newer transformers write per layer put back under their two `global` keys."""
-    overrides = {tuple(sorted(entry.items())) for entry in text.get("per_layer_config", {}).values()}
-    if not overrides:
+    """`text` with the overrides that newer transformers write per layer put back under their two `global` keys.
+
+    What such a file does not override is as in the other layers, so the `global` defaults do not apply to it.
+    """
+    if text.get("per_layer_config") is None:
         return text
+    overrides = {tuple(sorted(entry.items())) for entry in text["per_layer_config"].values()}
     if len(overrides) > 1:
         raise ConfigError(f"text_config.per_layer_config: full-attention layers that differ, {sorted(overrides)}")
     names = {"head_dim": "global_head_dim", "num_key_value_heads": "num_global_key_value_heads"}
-    entry = dict(overrides.pop())
+    entry = dict(overrides.pop()) if overrides else {}
     unknown = sorted(set(entry) - set(names))
     if unknown:
         raise ConfigError(f"text_config.per_layer_config: unknown keys {unknown}; known: {sorted(names)}")
-    return text | {names[key]: value for key, value in entry.items()}
+    same = {"global_head_dim": text.get("head_dim"), "num_global_key_value_heads": None}
+    return text | same | {names[key]: value for key, value in entry.items()}

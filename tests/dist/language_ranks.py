@@ -1,10 +1,19 @@
-"""What tests of the language model on gloo ranks share: its process groups and a weight source."""
+"""The language model on gloo ranks: process groups, a weight source, one rank's results, and all ranks' put together."""
+
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from megatron.core.process_groups_config import ProcessGroupCollection
 
+from mimo_gemma4.language.attention_context import AttentionContext
+from mimo_gemma4.language.config import Gemma4TextConfig
+from mimo_gemma4.language.model import Gemma4LanguageModel
+from mimo_gemma4.partition import cp_token_index
 from mimo_gemma4.platform import Platform, install
+from mimo_gemma4.weights import Binding, Index, load
+from tests.dist.language_reference import LENGTH, Batch, Reference, huggingface_model
 
 
 class StateDict:
@@ -31,3 +40,141 @@ def language_groups(rank: int, tp: int, cp: int) -> ProcessGroupCollection:
         if rank % tp == t:
             groups.cp = group
     return groups
+
+
+@dataclass(frozen=True)
+class Case:
+    """A variant of the model and how it is cut and recomputed."""
+
+    variant: str
+    tp: int = 1
+    cp: int = 1
+    sequence_parallel: bool = False
+    checkpointing: str = "none"
+
+
+@dataclass(frozen=True)
+class GradientPart:
+    """What one rank has of the gradient of one tensor."""
+
+    name: str
+    shape: tuple[int, ...]
+    index: Index
+    values: torch.Tensor
+    summed: bool
+    """Tensor parallel ranks hold parts that add up, or slices of their own; else each holds all of it."""
+
+
+@dataclass(frozen=True)
+class RankResult:
+    """What one rank computes."""
+
+    tp_rank: int
+    cp_rank: int
+    loss: float
+    logits: torch.Tensor
+    """[rows, LENGTH / cp, vocabulary / tp] (local)."""
+    positions: torch.Tensor
+    """Which tokens of the rows these are."""
+    gradients: list[GradientPart]
+
+
+def built_model(case: Case, groups: ProcessGroupCollection) -> tuple[Gemma4LanguageModel, list[Binding]]:
+    """This rank's part of the model that transformers' random model of the variant is, and its bindings."""
+    source = huggingface_model(case.variant)
+    model = Gemma4LanguageModel(
+        Gemma4TextConfig.from_hf(source.config.to_dict()),
+        groups,
+        sequence_parallel=case.sequence_parallel,
+        dtype=torch.float32,
+        device=torch.device("cpu"),
+        activation_checkpointing=case.checkpointing,
+    )
+    weights = {name: tensor for name, tensor in source.state_dict().items() if name != "lm_head.weight"}
+    bindings = model.bindings()
+    assert {binding.name for binding in bindings} == set(weights)
+    load(bindings, StateDict(weights), "the test")
+    return model, bindings
+
+
+def local_context(batch: Batch, mine: torch.Tensor, keys: torch.Tensor) -> AttentionContext:
+    """Metadata of the tokens `mine` as queries and of the tokens `keys`, in the order of the gathered keys."""
+    metadata = (batch.positions, batch.segments, batch.groups)
+    positions, segments, groups = (whole[:, mine] for whole in metadata)
+    key_positions, key_segments, key_groups = (whole[:, keys] for whole in metadata)
+    return AttentionContext(positions, segments, key_positions, key_segments, groups, key_groups)
+
+
+def rank_result(rank: int, case: Case) -> RankResult:
+    """Loss, logits and gradients of one forward and backward pass of the packed batch on this rank."""
+    tp_rank, cp_rank = rank % case.tp, rank // case.tp
+    model, bindings = built_model(case, language_groups(rank, case.tp, case.cp))
+    batch = Batch(case.variant)
+    held = [cp_token_index(LENGTH, case.cp, other) for other in range(case.cp)]
+    mine = held[cp_rank]
+    rows_mine = mine.chunk(case.tp)[tp_rank] if case.sequence_parallel else mine
+    rows = batch.media_rows.clone().requires_grad_()
+
+    embeddings = model.embed(batch.input_ids[:, mine])
+    media = batch.media[:, rows_mine].t().unsqueeze(-1)
+    embeddings = torch.where(media, rows[:, rows_mine].transpose(0, 1), embeddings)
+    hidden = model(embeddings, batch.input_ids[:, mine], local_context(batch, mine, torch.cat(held)))
+    loss = model.loss(hidden, batch.labels[:, mine])
+    loss.backward()
+    with torch.no_grad():
+        logits = model.logits(hidden)
+
+    parts = []
+    for bound in bindings:
+        if bound.tensor.requires_grad:
+            marks = (getattr(bound.tensor, mark, False) for mark in ("tensor_model_parallel", "tp_gradient_partial"))
+            parts.append(GradientPart(bound.name, bound.shape, bound.index, bound.view(bound.tensor.grad), any(marks)))
+    everything = tuple(slice(0, size) for size in rows.shape)
+    parts.append(GradientPart("rows", tuple(rows.shape), everything, rows.grad, case.sequence_parallel))
+    return RankResult(tp_rank, cp_rank, loss.item(), logits, mine, parts)
+
+
+def assembled_gradients(results: list[RankResult]) -> dict[str, torch.Tensor]:
+    """Parts summed over ranks; what tensor parallel ranks hold complete must agree and counts once."""
+    gradients: dict[str, torch.Tensor] = {}
+    complete: dict[tuple[str, int], torch.Tensor] = {}
+    for result in results:
+        for part in result.gradients:
+            whole = gradients.setdefault(part.name, torch.zeros(part.shape))
+            if part.summed or result.tp_rank == 0:
+                whole[part.index] += part.values
+            if not part.summed:
+                other = complete.setdefault((part.name, result.cp_rank), part.values)
+                difference = (part.values - other).norm()
+                assert difference <= 1e-5 * other.norm(), f"{part.name} differs between tensor parallel ranks"
+    return gradients
+
+
+def deviations(case: Case, results: list[RankResult], expected: Reference) -> list[str]:
+    """What of the ranks' logits, loss and gradients is not transformers' to 1e-5, in words."""
+    found = []
+    losses = {(result.tp_rank, result.cp_rank): result.loss for result in results}
+    loss = sum(losses[0, cp] for cp in range(case.cp))
+    if abs(loss - expected.loss) > 1e-5 * expected.loss or any(losses[0, c] != own for (_, c), own in losses.items()):
+        found.append(f"losses {losses}, expected {expected.loss}")
+
+    logits = torch.zeros_like(expected.logits)
+    vocabulary = logits.shape[-1] // case.tp
+    for result in results:
+        columns = slice(result.tp_rank * vocabulary, (result.tp_rank + 1) * vocabulary)
+        logits[:, result.positions, columns] = result.logits
+    real = Batch(case.variant).segments > 0
+    error = (logits - expected.logits)[real].abs().max().item()
+    if not error <= 1e-5:
+        found.append(f"logits: off by {error:.1e}")
+
+    # 1e-5 of each gradient, plus 1e-7 of all for those that almost vanish: the rounding of fp32 sums of this depth
+    gradients = assembled_gradients(results)
+    found += [f"{name}: no gradient on one side" for name in set(gradients) ^ set(expected.gradients)]
+    overall = torch.stack([gradient.norm() for gradient in expected.gradients.values()]).norm()
+    for name in sorted(set(gradients) & set(expected.gradients)):
+        gradient = expected.gradients[name]
+        error, allowed = (gradients[name] - gradient).norm(), 1e-5 * gradient.norm() + 1e-7 * overall
+        if not (gradient.norm() > 0 and error <= allowed):
+            found.append(f"{name}: off by {error:.1e}, allowed {allowed:.1e}")
+    return [f"{case}: {deviation}" for deviation in found]
