@@ -187,7 +187,7 @@ class Gemma4TextConfig:
             sequence_parallel=sequence_parallel and tp > 1,
             params_dtype=dtype,
             bf16=dtype == torch.bfloat16,
-            use_cpu_initialization=device.type == "cpu",
+            use_cpu_initialization=device.type != "cuda",
             perform_initialization=False,
             gradient_accumulation_fusion=False,
         )

@@ -39,7 +39,7 @@ class TokenEmbedding(VocabParallelEmbedding):
             config=config,
             tp_group=tp_group,
         )
-        self.scale = torch.tensor(scaled_by**0.5, dtype=config.params_dtype).item()
+        self.scale = torch.tensor(scaled_by**0.5, dtype=config.params_dtype, device="cpu").item()
         padding_row = padding_id - self.vocab_start_index
         self.padding_row = padding_row if 0 <= padding_row < self.num_embeddings_per_partition else None
 

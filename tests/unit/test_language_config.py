@@ -1,5 +1,6 @@
 """Hugging Face text configurations of every Gemma 4 variant are read as transformers reads them."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,9 +11,11 @@ from transformers import Gemma4TextConfig as HuggingFaceTextConfig
 from transformers.models.gemma4.modeling_gemma4 import Gemma4TextRotaryEmbedding
 from transformers.models.gemma4_unified.configuration_gemma4_unified import Gemma4UnifiedTextConfig
 
+from mimo_gemma4.config import ModelConfig
 from mimo_gemma4.errors import ConfigError, LayoutError
 from mimo_gemma4.language.config import FULL, SLIDING, Gemma4TextConfig
 from mimo_gemma4.language.rotary import inverse_frequencies, rotary_tables
+from mimo_gemma4.presets import load_model_config
 
 PRESETS = ("gemma4_tiny", "gemma4_e2b", "gemma4_e4b", "gemma4_12b", "gemma4_31b")
 
@@ -26,10 +29,8 @@ def huggingface(text: dict[str, Any]) -> Any:
     return (Gemma4UnifiedTextConfig if unified else HuggingFaceTextConfig)(**text)
 
 
-@pytest.mark.parametrize("name", PRESETS)
-def test_layers_are_those_of_transformers(name: str) -> None:
-    config = preset(name)
-    text, reference = Gemma4TextConfig.from_hf(config), huggingface(config["text_config"])
+def assert_layers_are_those_of(reference: Any, text: Gemma4TextConfig) -> None:
+    """`reference` is transformers' text configuration."""
     assert len(text.layers) == reference.num_hidden_layers
     stored = {kind: i for i, kind in enumerate(reference.layer_types) if reference.kv_sharing_modes[i] == "store"}
     for layer, mode in zip(text.layers, reference.kv_sharing_modes, strict=True):
@@ -40,6 +41,12 @@ def test_layers_are_those_of_transformers(name: str) -> None:
         assert layer.has_value_projection == (layer.attention == SLIDING or not reference.attention_k_eq_v)
         double = 2 if mode == "reuse" and reference.use_double_wide_mlp else 1
         assert layer.intermediate_size == double * reference.intermediate_size
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_layers_are_those_of_transformers(name: str) -> None:
+    config = preset(name)
+    assert_layers_are_those_of(huggingface(config["text_config"]), Gemma4TextConfig.from_hf(config))
 
 
 # Published totals of the language models (without towers), in millions of parameters.
@@ -56,18 +63,73 @@ def test_published_sizes(name: str, sources: tuple[int, int] | None, embedding: 
     assert found == set(sources or ())
 
 
+# What a text model reads beside what its layers show.
+READ = [
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "max_position_embeddings",
+    "initializer_range",
+    "rms_norm_eps",
+    "pad_token_id",
+    "sliding_window",
+    "final_logit_softcapping",
+    "use_bidirectional_attention",
+    "hidden_size_per_layer_input",
+    "model_type",
+]
+SIZES = dict(hidden_size=48, num_hidden_layers=7, num_attention_heads=6, num_key_value_heads=3, head_dim=12)
+SAVED = {
+    "class defaults": {},
+    "small": SIZES | dict(global_head_dim=20, num_kv_shared_layers=1, use_double_wide_mlp=True),
+    "keys as values": SIZES | dict(attention_k_eq_v=True, num_global_key_value_heads=1, pad_token_id=3),
+    "one head size": SIZES | dict(global_head_dim=12, attention_k_eq_v=True),
+    "causal": SIZES | dict(use_bidirectional_attention=None, final_logit_softcapping=30.0),
+    "vision": SIZES | dict(use_bidirectional_attention="vision", sliding_window=37, vocab_size=777),
+    "other rope": SIZES
+    | dict(
+        rope_parameters={
+            SLIDING: {"rope_type": "default", "rope_theta": 5_000.0},
+            FULL: {"rope_type": "proportional", "rope_theta": 7e5, "partial_rotary_factor": 0.5, "factor": 4.0},
+        },
+    ),
+}
+
+
+@pytest.mark.parametrize("values", SAVED.values(), ids=SAVED)
+@pytest.mark.parametrize("model_type", ["gemma4", "gemma4_text", "gemma4_unified", "gemma4_unified_text"])
+def test_what_transformers_saves_is_read_as_transformers_reads_it(
+    model_type: str, values: dict[str, Any], tmp_path: Path
+) -> None:
+    """Its files leave class defaults out and write `per_layer_config` in place of the `global` keys."""
+    whole = not model_type.endswith("_text")
+    AutoConfig.for_model(model_type, **({"text_config": values} if whole else values)).save_pretrained(tmp_path)
+    reference = AutoConfig.from_pretrained(tmp_path)
+    text = Gemma4TextConfig.from_hf(load_model_config(ModelConfig(hf_path=str(tmp_path))))
+
+    if whole:
+        names = ("image_token_id", "audio_token_id", "video_token_id")
+        assert set(text.placeholder_ids) == {getattr(reference, name) for name in names}
+        reference = reference.text_config
+    assert_layers_are_those_of(reference, text)
+    assert text.rope_parameters == reference.rope_parameters
+    for key in READ:
+        expected = getattr(reference, key, 0)  # the unified class has no per-layer embeddings
+        assert getattr(text, key) == expected, key
+
+
 @pytest.mark.parametrize("name", PRESETS)
-def test_what_transformers_saves_reads_back_equal(name: str, tmp_path: Any) -> None:
-    """Its files leave defaults out and write `per_layer_config` in place of the `global` keys."""
+def test_a_preset_reads_back_equal_after_transformers_saved_it(name: str, tmp_path: Path) -> None:
     config = preset(name)
     AutoConfig.for_model(**config).save_pretrained(tmp_path)
-    saved = OmegaConf.to_container(OmegaConf.load(tmp_path / "config.json"))
-    ours, theirs = Gemma4TextConfig.from_hf(config), Gemma4TextConfig.from_hf(saved)
-    assert ours.layers == theirs.layers
-    for key in ("hidden_size", "sliding_window", "final_logit_softcapping", "hidden_size_per_layer_input"):
-        assert getattr(ours, key) == getattr(theirs, key)
-    assert ours.use_bidirectional_attention == theirs.use_bidirectional_attention
-    assert set(ours.placeholder_ids) == set(theirs.placeholder_ids)
+    ours = Gemma4TextConfig.from_hf(config)
+    saved = Gemma4TextConfig.from_hf(load_model_config(ModelConfig(hf_path=str(tmp_path))))
+    assert ours.layers == saved.layers
+    for key in READ:
+        assert getattr(ours, key) == getattr(saved, key), key
+    assert set(ours.placeholder_ids) == set(saved.placeholder_ids)
 
 
 @pytest.mark.parametrize(
