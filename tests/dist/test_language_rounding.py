@@ -1,9 +1,10 @@
-"""In bf16, embeddings and per-layer inputs are bit for bit those of transformers: all roundings are in its order."""
+"""In bf16, everything around the layers is bit for bit as in transformers: all roundings are in its order."""
 
 import pytest
 import torch
 from transformers import Gemma4ForCausalLM
 from transformers import Gemma4TextConfig as HuggingFaceTextConfig
+from transformers.models.gemma4.modeling_gemma4 import Gemma4TextRotaryEmbedding
 
 from mimo_gemma4.language.config import Gemma4TextConfig
 from mimo_gemma4.language.model import Gemma4LanguageModel
@@ -55,3 +56,24 @@ def deviations(rank: int, tp: int) -> list[float]:
 @pytest.mark.parametrize("tp", [1, 2])
 def test_embeddings_round_like_transformers(tp: int) -> None:
     assert run_ranks(tp, deviations, tp) == [[0.0, 0.0]] * tp
+
+
+def frequencies_after_a_cast(rank: int) -> dict[str, torch.Tensor]:
+    model = Gemma4LanguageModel(
+        Gemma4TextConfig.from_hf(HuggingFaceTextConfig(**ARCHITECTURE).to_dict()),
+        language_groups(rank, tp=1, cp=1),
+        sequence_parallel=False,
+        dtype=torch.float32,
+        device=torch.device("cpu"),
+    )
+    return model.to(torch.bfloat16).frequencies
+
+
+def test_rotary_frequencies_stay_fp32_through_a_cast_of_the_model() -> None:
+    """Rounded to bf16, positions beyond some hundred would turn by other angles."""
+    expected = Gemma4TextRotaryEmbedding(HuggingFaceTextConfig(**ARCHITECTURE))
+    (found,) = run_ranks(1, frequencies_after_a_cast)
+    assert set(found) == {"sliding_attention", "full_attention"}
+    for attention, frequencies in found.items():
+        assert frequencies.dtype == torch.float32
+        assert torch.equal(frequencies, getattr(expected, f"{attention}_inv_freq"))
