@@ -14,9 +14,10 @@ import encoders
 from encoders.base import Encoder
 from encoders.registry import build_encoder, build_processor
 from mimo_gemma4.errors import ConfigError
-from mimo_gemma4.freezing import freeze
+from mimo_gemma4.freezing import FreezeRule, freeze
 from mimo_gemma4.media import MediaHeader
 from mimo_gemma4.weights import initialise
+from tests.dist.harness import run_ranks
 
 GUIDE = Path(__file__).parents[2] / "docs" / "add_an_encoder.md"
 THUMBNAIL = {"vision_config": {"model_type": "thumbnail", "size": 16}}
@@ -33,14 +34,6 @@ GEMMA4 = {
 }
 
 
-@pytest.fixture(autouse=True)
-def one_rank():
-    """A world of one, in this process: encoders take a tensor parallel group."""
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
-
-
 def build(hf_config: dict) -> Encoder:
     encoder = build_encoder(
         "vision",
@@ -54,11 +47,8 @@ def build(hf_config: dict) -> Encoder:
     return encoder
 
 
-def test_the_encoder_of_the_guide_registers_and_trains(tmp_path, monkeypatch):
-    code = re.search(r"```python\n(.*?)```", GUIDE.read_text(), flags=re.DOTALL).group(1)
-    (tmp_path / "thumbnail.py").write_text(code)
-    monkeypatch.setattr(encoders, "__path__", [*encoders.__path__, str(tmp_path)])
-
+def train_the_thumbnail(rank: int, folder: str) -> None:
+    encoders.__path__.append(folder)  # of this rank alone
     processor, encoder = build_processor("vision", THUMBNAIL), build(THUMBNAIL)
     buffer = io.BytesIO()
     Image.new("RGB", (40, 30), (255, 255, 255)).save(buffer, "PNG")
@@ -72,6 +62,12 @@ def test_the_encoder_of_the_guide_registers_and_trains(tmp_path, monkeypatch):
     assert torch.equal(encoder.projector.weight.grad, torch.ones(8, 256))
 
 
+def test_the_encoder_of_the_guide_registers_and_trains(tmp_path):
+    code = re.search(r"```python\n(.*?)```", GUIDE.read_text(), flags=re.DOTALL).group(1)
+    (tmp_path / "thumbnail.py").write_text(code)
+    run_ranks(1, train_the_thumbnail, str(tmp_path))
+
+
 def test_unknown_modalities_and_architectures_name_the_known_ones():
     with pytest.raises(ConfigError, match=r"no encoder for modality 'smell'; known: .*vision"):
         build_processor("smell", {})
@@ -81,6 +77,16 @@ def test_unknown_modalities_and_architectures_name_the_known_ones():
         build_processor("vision", {"vision_config": {"model_type": "clip"}})
     with pytest.raises(ConfigError, match="vision_config lacks hidden_size, intermediate_size"):
         build_processor("vision", {"vision_config": {"model_type": "gemma4_vision"}})
+
+
+def trained_after(rank: int, what: FreezeRule) -> dict[str, bool] | str:
+    """Which tensors train once the rule is applied; where it is refused, why."""
+    encoder = build(GEMMA4)
+    try:
+        freeze("vision", encoder, what)
+    except ConfigError as error:
+        return str(error)
+    return {binding.name: binding.tensor.requires_grad for binding in encoder.bindings()}
 
 
 @pytest.mark.parametrize(
@@ -94,10 +100,8 @@ def test_unknown_modalities_and_architectures_name_the_known_ones():
     ids=["false", "true", "tower", "patterns"],
 )
 def test_freeze_stops_exactly_what_is_asked(what, trained):
-    encoder = build(GEMMA4)
-    freeze("vision", encoder, what)
-    for binding in encoder.bindings():
-        assert binding.tensor.requires_grad == trained(binding.name), binding.name
+    (found,) = run_ranks(1, trained_after, what)
+    assert found and found == {name: trained(name) for name in found}
 
 
 @pytest.mark.parametrize(
@@ -111,5 +115,5 @@ def test_freeze_stops_exactly_what_is_asked(what, trained):
     ],
 )
 def test_freeze_refuses_what_matches_nothing(what, message):
-    with pytest.raises(ConfigError, match=message):
-        freeze("vision", build(GEMMA4), what)
+    (error,) = run_ranks(1, trained_after, what)
+    assert re.search(message, error)
