@@ -4,7 +4,6 @@ import pytest
 import torch
 
 from mimo_gemma4.language.model import Gemma4LanguageModel
-from mimo_gemma4.partition import cp_token_index
 from tests.dist.harness import run_ranks
 from tests.dist.language_ranks import Case, built_model, language_groups, local_context
 from tests.dist.language_reference import AUDIO, IMAGE, LENGTH, VIDEO, Batch
@@ -14,8 +13,7 @@ VARIANT = "per layer embeddings without sharing"
 
 
 def hidden_states(model: Gemma4LanguageModel, batch: Batch, input_ids: torch.Tensor) -> torch.Tensor:
-    everything = cp_token_index(LENGTH, 1, 0)
-    return model(model.embed(input_ids), input_ids, local_context(batch, everything, everything))
+    return model(model.embed(input_ids), input_ids, local_context(batch, [torch.arange(LENGTH)], cp_rank=0))
 
 
 def row_gradients(rank: int, tp: int) -> dict[str, torch.Tensor]:

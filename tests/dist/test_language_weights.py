@@ -16,7 +16,7 @@ from tests.dist.language_ranks import language_groups
 
 Shapes = dict[str, tuple[int, ...]]
 
-# Parameters in billions, towers and projectors included; the 12B model is published without a count of its own.
+# Parameters in billions, towers and projectors included; that of 12B follows from its published sizes.
 PUBLISHED = {"gemma4_e2b": 5.104, "gemma4_e4b": 7.941, "gemma4_12b": 11.960, "gemma4_31b": 31.273}
 
 
