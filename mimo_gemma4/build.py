@@ -11,7 +11,7 @@ import torch.distributed as dist
 
 from encoders.registry import build_processor
 from mimo_gemma4 import checkpoint
-from mimo_gemma4.config import Config, ShardsConfig
+from mimo_gemma4.config import Config, LoraConfig, ShardsConfig
 from mimo_gemma4.cp_cost import AttentionCosts, cheaper_layout
 from mimo_gemma4.data.chat import ConversationEncoder
 from mimo_gemma4.data.dataset import ShardDataset
@@ -19,13 +19,15 @@ from mimo_gemma4.data.digits import ensure_digits
 from mimo_gemma4.data.loader import StepLoader
 from mimo_gemma4.data.planner import StepPlanner
 from mimo_gemma4.data.tokenizer import load_tokenizer, media_tokens
-from mimo_gemma4.errors import DataError
+from mimo_gemma4.errors import ConfigError, DataError
 from mimo_gemma4.evaluate import Evaluator
 from mimo_gemma4.freezing import freeze
 from mimo_gemma4.health import together
 from mimo_gemma4.huggingface import HuggingFaceSource
 from mimo_gemma4.language.config import Gemma4TextConfig
 from mimo_gemma4.layout import Layout, build_layout
+from mimo_gemma4.lora import AdaptedModule, attach
+from mimo_gemma4.lora_files import AdapterSource, adapted_linears
 from mimo_gemma4.model import MimoModel
 from mimo_gemma4.optim import ModuleOptimizer
 from mimo_gemma4.partition import CpLayout, pack_multiple, segment_multiple, sequence_multiple
@@ -33,7 +35,7 @@ from mimo_gemma4.platform import Platform, create_platform, ranks_per_host
 from mimo_gemma4.presets import load_model_config
 from mimo_gemma4.process_groups import ProcessGroups, create_process_groups
 from mimo_gemma4.trainer import Trainer
-from mimo_gemma4.weights import initialise, load
+from mimo_gemma4.weights import BoundModule, initialise, load
 
 
 @dataclass(frozen=True)
@@ -163,19 +165,37 @@ def build_model(foundation: Foundation) -> MimoModel:
     )
 
     def fill() -> None:
-        for name, module in model.modules.items():
+        for name, module in list(model.modules.items()):
+            options = config.module(name)
             if config.model.hf_path is None:
                 initialise(module.bindings(), config.run.seed)
             else:
                 load(
                     module.bindings(), HuggingFaceSource(config.model.hf_path), f"model.hf_path {config.model.hf_path}"
                 )
-            freeze(name, module, config.module(name).freeze)
+            freeze(name, module, options.frozen)
+            if options.lora is not None:
+                model.modules[name] = attach_adapters(name, module, options.lora, config.run.seed)
 
     together(foundation.groups.host, fill)
     if config.model.hf_path is not None:
         tell_unread_tensors(foundation, model)
     return model
+
+
+def attach_adapters(name: str, module: BoundModule, lora: LoraConfig, seed: int) -> AdaptedModule:
+    """`module` with the adapters that `lora` asks for, and their first values."""
+    adapted = attach(name, module, lora)
+    if lora.path is None:
+        initialise(adapted.adapter_bindings(), seed)
+    else:
+        source = AdapterSource(Path(lora.path), f"modules.{name}.lora", lora)
+        source.check_all_read(
+            (binding.name.removesuffix(".weight") for binding in module.bindings()),
+            adapted_linears(binding.name for binding in adapted.adapter_bindings()),
+        )
+        load(adapted.adapter_bindings(), source, f"modules.{name}.lora.path {lora.path}")
+    return adapted
 
 
 def tell_unread_tensors(foundation: Foundation, model: MimoModel) -> None:
@@ -198,6 +218,20 @@ def resume(foundation: Foundation, optimizers: dict[str, ModuleOptimizer]) -> in
     if path is None:
         return 0
     state = checkpoint.load(path, optimizers, host=host)
+    check_adapters(foundation, path, state)
     if foundation.platform.rank == 0:
         print(f"resumed from {path} after {state['step']} steps", flush=True)
     return int(state["step"])
+
+
+def check_adapters(foundation: Foundation, path: Path, state: dict[str, Any]) -> None:
+    """Raise `ConfigError` where a checkpoint's adapters would be left out or count with another factor."""
+    scales = {name: scale for name, scale in state.get("lora", {}).items() if name in foundation.layout.grids}
+    expected = foundation.config.lora_scales
+    for name in sorted(scales.keys() | expected.keys()):
+        if scales.get(name) != expected.get(name):
+            raise ConfigError(
+                f"checkpoint.resume: the adapters of {name} in {path} have the scale {scales.get(name)}, but "
+                f"modules.{name}.lora asks for {expected.get(name)} (None: no adapters); use the rank and alpha they "
+                "were trained with, or export them merged and start from that"
+            )

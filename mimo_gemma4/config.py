@@ -3,6 +3,7 @@
 `python -m mimo_gemma4.config` rewrites `docs/config.md`, the reference of all keys, from this file.
 """
 
+import math
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -146,14 +147,49 @@ class OptimConfig:
 
 
 @dataclass
+class LoraConfig:
+    """Low-rank adapters on a module's linears."""
+
+    targets: list[str]
+    """Name patterns (`*` and `?` are wildcards) of the linears that get an adapter, by their Hugging Face names
+    without `.weight`: `*.q_proj`, `*.layers.3.mlp.*`."""
+    rank: int = 16
+    """Inner size of the adapters."""
+    alpha: float = 32.0
+    """The adapter's product counts alpha / rank times."""
+    rank_stabilized: bool = False
+    """Count it alpha / sqrt(rank) times instead (PEFT's `use_rslora`)."""
+    path: str | None = None
+    """Folder of a PEFT adapter (`adapter_model.safetensors`) that training starts from; null: B starts at zero."""
+
+    @property
+    def scale(self) -> float:
+        """Factor of the adapter's product."""
+        return self.alpha / (math.sqrt(self.rank) if self.rank_stabilized else self.rank)
+
+
+@dataclass
 class ModuleConfig:
     """How one module is trained."""
 
-    freeze: bool | Literal["tower"] | list[str] = False
-    """True: nothing of the module trains. `tower`: only its projector does. A list of name patterns
-    (`*` and `?` are wildcards): the parameters that match one do not."""
+    freeze: bool | Literal["tower"] | list[str] | None = None
+    """True: none of the module's own weights train. `tower`: only its projector does. A list of name patterns
+    (`*` and `?` are wildcards): the parameters that match one do not; a pattern behind `!` makes them train after all,
+    the last match wins. Null: true with `lora`, else false. Adapters always train."""
+    lora: LoraConfig | None = None
+    """Low-rank adapters (LoRA) on the module's linears; null: none."""
     lr: float | None = None
     """Highest learning rate of this module; null: `optim.lr`."""
+
+    @property
+    def frozen(self) -> bool | Literal["tower"] | list[str]:
+        """`freeze` with its default filled in."""
+        return self.lora is not None if self.freeze is None else self.freeze
+
+    @property
+    def trains(self) -> bool:
+        """Whether the configuration leaves anything of the module to train."""
+        return self.lora is not None or self.frozen is not True
 
 
 @dataclass
@@ -216,6 +252,11 @@ class Config:
     def module(self, name: str) -> ModuleConfig:
         """How module `name` of the layout is trained."""
         return self.modules.get(name, ModuleConfig())
+
+    @property
+    def lora_scales(self) -> dict[str, float]:
+        """Factor of the adapters' product, by module that has adapters."""
+        return {name: module.lora.scale for name, module in self.modules.items() if module.lora is not None}
 
 
 def load_config(arguments: Sequence[str]) -> Config:
@@ -290,6 +331,9 @@ def validate(config: Config, origin: Origin) -> None:
         if name not in modules:
             key = f"modules.{name}"
             raise ConfigError(f"`{key}`: no such module in `layout` ({origin(key)}){did_you_mean(name, modules)}")
+    for name, module in config.modules.items():
+        if module.lora is not None:
+            _check_lora(f"modules.{name}", module, module.lora, origin)
     if config.model.backend == "te":
         raise ConfigError(
             f"`model.backend` te is not available yet; local runs on CPU and CUDA ({origin('model.backend')})"
@@ -300,6 +344,16 @@ def validate(config: Config, origin: Origin) -> None:
             f"({origin('model.precision')})"
         )
     _check_ranges(config, origin)
+
+
+def _check_lora(key: str, module: ModuleConfig, lora: LoraConfig, origin: Origin) -> None:
+    if not lora.targets:
+        raise ConfigError(f"`{key}.lora.targets` names no linear ({origin(key + '.lora.targets')})")
+    if module.freeze is False:
+        raise ConfigError(
+            f"`{key}.freeze` false would train all weights beside their adapters; leave it out, or list what stays "
+            f"frozen ({origin(key + '.freeze')})"
+        )
 
 
 def _check_ranges(config: Config, origin: Origin) -> None:
@@ -328,6 +382,9 @@ def _check_ranges(config: Config, origin: Origin) -> None:
         "eval.max_new_tokens": config.eval.max_new_tokens,
         "eval.pictures": config.eval.pictures,
     }
+    for name, module in config.modules.items():
+        if module.lora is not None:
+            positive |= {f"modules.{name}.lora.rank": module.lora.rank, f"modules.{name}.lora.alpha": module.lora.alpha}
     not_negative.update({f"modules.{name}.lr": module.lr for name, module in config.modules.items()})
     for key, value in positive.items():
         if value is not None and not value > 0:

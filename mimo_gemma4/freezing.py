@@ -15,7 +15,8 @@ def freeze(name: str, module: BoundModule, rule: FreezeRule) -> None:
     """Stop training what `rule` names.
 
     True is everything, False nothing, `tower` all but the projector, and a list of patterns (`*` wildcards) the
-    parameters of which a Hugging Face name matches one.
+    parameters whose Hugging Face names match one; of a parameter that several match, the last decides, and a pattern
+    behind `!` decides that it trains.
 
     Args:
         name: the module's name in the layout.
@@ -44,18 +45,20 @@ def freeze(name: str, module: BoundModule, rule: FreezeRule) -> None:
 
 
 def _matching(name: str, bindings: list[Binding], patterns: list[str]) -> list[nn.Parameter]:
-    """Parameters whose Hugging Face names match a pattern."""
+    """Parameters of whose Hugging Face names the last pattern that matches is one without `!`."""
     names: dict[nn.Parameter, set[str]] = {}
     for binding in bindings:
         if isinstance(binding.tensor, nn.Parameter):
             names.setdefault(binding.tensor, set()).add(binding.name)
     known = set().union(*names.values())
+    matched: set[str] = set()
     for pattern in patterns:
-        if not any(fnmatchcase(found, pattern) for found in known):
+        found = {name for name in known if fnmatchcase(name, pattern.removeprefix("!"))}
+        if not found:
             raise ConfigError(
                 f"modules.{name}.freeze: no parameter matches {pattern!r}; names look like {bindings[0].name!r}"
             )
-    matched = {found for found in known if any(fnmatchcase(found, pattern) for pattern in patterns)}
+        matched = matched - found if pattern.startswith("!") else matched | found
     for together in names.values():
         if together & matched and together - matched:
             raise ConfigError(

@@ -78,15 +78,12 @@ class MimoModel:
                     device=platform.device,
                     activation_checkpointing=config.train.activation_checkpointing,
                 )
-        self.bridges = {name: self._bridge(name) for name in layout.encoders if self._touches(name)}
-
-    @property
-    def modules(self) -> dict[str, BoundModule]:
-        """This rank's modules by name, in the layout's order."""
         held: dict[str, BoundModule] = dict(self.encoders)
         if self.language is not None:
             held["language"] = self.language
-        return {name: held[name] for name in self.layout.grids if name in held}
+        self.modules = {name: held[name] for name in layout.grids if name in held}
+        """This rank's modules by name, in the layout's order, as they are trained: with their adapters, if any."""
+        self.bridges = {name: self._bridge(name) for name in layout.encoders if self._touches(name)}
 
     def _build_language(self) -> None:
         grid, groups = self.layout.language, self.groups.modules["language"]

@@ -36,11 +36,9 @@ class StepRunner:
     """Runs forward, or forward and backward, of whole global steps; gradients accumulate in the parameters."""
 
     def __init__(self, model: MimoModel):
-        """Find out which edges carry gradients: those of encoders that are not frozen, told alike on every rank."""
+        """Find out which edges carry gradients: those of encoders that train, told alike on every rank."""
         self.model = model
-        self.trainable_edges = frozenset(
-            name for name in model.layout.encoders if model.config.module(name).freeze is not True
-        )
+        self.trainable_edges = frozenset(name for name in model.layout.encoders if model.config.module(name).trains)
         self._stopwatch = Stopwatch(model.platform.device)
         self._finished_stopwatch = Stopwatch(model.platform.device)
 

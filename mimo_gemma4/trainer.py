@@ -155,7 +155,7 @@ class Trainer:
             Path(self.config.run.dir) / "checkpoints",
             self.step,
             self.optimizers,
-            {"step": self.step},
+            {"step": self.step, "lora": self.config.lora_scales},
             host=self.model.groups.host,
             keep=self.config.checkpoint.keep,
         )

@@ -11,6 +11,7 @@ import torch
 from mimo_gemma4.data.dataset import ShardDataset
 from mimo_gemma4.data.manifest import StepManifest
 from mimo_gemma4.flops import text_flops
+from mimo_gemma4.lora import AdaptedModule
 from mimo_gemma4.model import MimoModel
 
 COLUMNS = ("busy", "wait", "flops")
@@ -67,7 +68,7 @@ class UsageMeter:
     def __init__(self, model: MimoModel, dataset: ShardDataset):
         """Operations follow from the manifest and the media headers of `dataset`."""
         self.model, self.dataset = model, dataset
-        self.frozen = {name: not self._tower_trains(name) for name in model.modules}
+        self.passes = {name: self._passes(name) for name in model.modules}
 
     def usage(self, manifest: StepManifest, seconds: dict[tuple[str, str], float]) -> Usage:
         """What this rank did in the step that `manifest` planned."""
@@ -78,13 +79,18 @@ class UsageMeter:
                 table[row, 2] = self._flops(name, manifest)
         return Usage(table, _peak_memory_gib(self.model.platform.device))
 
-    def _tower_trains(self, name: str) -> bool:
-        """Whether anything beside an encoder's projector trains: the projector's own operations are negligible."""
+    def _passes(self, name: str) -> int:
+        """How often a module's linears work: forward, for the gradients of their inputs, and of their weights.
+
+        The operations of an encoder's projector and of adapters are negligible; below adapters gradients still pass.
+        """
         module = self.model.modules[name]
-        small = set()
-        if name in self.model.encoders:
-            small = {id(parameter) for parameter in self.model.encoders[name].projector_parameters()}
-        return any(parameter.requires_grad for parameter in module.parameters() if id(parameter) not in small)
+        adapters = set(module.adapters.parameters()) if isinstance(module, AdaptedModule) else set()
+        projector = set(self.model.encoders[name].projector_parameters()) if name in self.model.encoders else set()
+        negligible = adapters | projector
+        if any(parameter.requires_grad for parameter in module.parameters() if parameter not in negligible):
+            return 3
+        return 2 if adapters or name == "language" else 1
 
     def _flops(self, name: str, manifest: StepManifest) -> float:
         """Operations of this rank's data-parallel lane, told by one rank of the lane."""
@@ -94,10 +100,10 @@ class UsageMeter:
             return 0.0
         if name == "language":
             lengths = [slot.length for slot in manifest.samples if slot.lane == at.dp]
-            return text_flops(self.model.text, lengths).training(self.frozen[name])
+            return text_flops(self.model.text, lengths).training(frozen=self.passes[name] == 2)
         slots = [slot for slot in manifest.media if slot.modality == name and slot.encoder_lane == at.dp]
         headers = [self.dataset.media(slot.index)[slot.ordinal].header for slot in slots]
-        return self.model.encoders[name].flops(headers) * (1 if self.frozen[name] else 3)
+        return self.model.encoders[name].flops(headers) * self.passes[name]
 
 
 def _peak_memory_gib(device: torch.device) -> float:

@@ -26,6 +26,13 @@ class Normal:
 
 
 @dataclass(frozen=True)
+class Uniform:
+    """Initial values drawn uniformly from [-bound, bound]."""
+
+    bound: float
+
+
+@dataclass(frozen=True)
 class Constant:
     """Initial values that are all equal."""
 
@@ -33,7 +40,7 @@ class Constant:
 
 
 ONES = Constant(1.0)
-Initial = Normal | Constant | None
+Initial = Normal | Uniform | Constant | None
 """What a region holds without a checkpoint; None keeps what the module's constructor set."""
 
 
@@ -136,17 +143,21 @@ class TensorSource(Protocol):
 def initialise(bindings: Iterable[Binding], seed: int) -> None:
     """Fill every bound region with its initial values, which depend on seed and name only: equal for every layout."""
     for binding in bindings:
-        if isinstance(binding.initial, Normal):
-            binding.view().copy_(_draw(binding, binding.initial.std, seed))
+        if isinstance(binding.initial, Normal | Uniform):
+            binding.view().copy_(_draw(binding, binding.initial, seed))
         elif isinstance(binding.initial, Constant):
             binding.view().fill_(binding.initial.value)
 
 
-def _draw(binding: Binding, std: float, seed: int) -> torch.Tensor:
+def _draw(binding: Binding, initial: Normal | Uniform, seed: int) -> torch.Tensor:
     """The binding's slice of what is drawn for the whole Hugging Face tensor."""
     digest = hashlib.sha256(f"{seed}/{binding.name}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
-    full = torch.empty(binding.shape, dtype=torch.float32).normal_(0.0, std, generator=generator)
+    full = torch.empty(binding.shape, dtype=torch.float32)
+    if isinstance(initial, Normal):
+        full.normal_(0.0, initial.std, generator=generator)
+    else:
+        full.uniform_(-initial.bound, initial.bound, generator=generator)
     return full[binding.index]
 
 

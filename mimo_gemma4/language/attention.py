@@ -3,7 +3,6 @@
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron.core.tensor_parallel.mappings import (
@@ -16,7 +15,7 @@ from torch import nn
 from mimo_gemma4.language.config import Gemma4TextConfig, LayerConfig
 from mimo_gemma4.language.norm import RMSNorm, normalise
 from mimo_gemma4.language.reference_attention import ReferenceAttention
-from mimo_gemma4.language.replicated import replicated_parameter
+from mimo_gemma4.language.replicated import OneHeadLinear
 from mimo_gemma4.language.rotary import rotate
 from mimo_gemma4.weights import Binding, Constant, Normal, bind_replicated, bind_sharded
 
@@ -52,7 +51,6 @@ class SelfAttention(nn.Module):
         heads, head_dim = layer.num_key_value_heads, layer.head_dim
         self.projections = 2 if layer.has_value_projection else 1
         self.key_value_split = heads % ranks == 0
-        self.key_value_head = rank * heads // ranks
         self.query_size = text.num_attention_heads // ranks * head_dim
         self.key_value_size = heads // ranks * head_dim if self.key_value_split else head_dim
         fused = self.projections if layer.owns_key_values and self.key_value_split else 0
@@ -81,9 +79,15 @@ class SelfAttention(nn.Module):
         if layer.owns_key_values:
             self.k_norm = RMSNorm(head_dim, text.rms_norm_eps, **norm)
             if not self.key_value_split:
-                shape = (self.projections * heads * head_dim, text.hidden_size)
-                empty = torch.empty(shape, dtype=config.params_dtype, device=device)
-                self.key_value_weight = replicated_parameter(empty, partial_gradient=True)
+                self.linear_key_value = OneHeadLinear(
+                    text.hidden_size,
+                    self.projections,
+                    heads,
+                    head_dim,
+                    head=rank * heads // ranks,
+                    dtype=config.params_dtype,
+                    device=device,
+                )
 
     def forward(
         self,
@@ -113,9 +117,7 @@ class SelfAttention(nn.Module):
             hidden = gather_from_sequence_parallel_region(hidden, group=self.tp_group)
         else:
             hidden = copy_to_tensor_model_parallel_region(hidden, group=self.tp_group)
-        shape = (self.projections, self.layer.num_key_value_heads, self.layer.head_dim, self.text.hidden_size)
-        weight = self.key_value_weight.view(shape)[:, self.key_value_head].flatten(0, 1)
-        return F.linear(hidden, weight).chunk(self.projections, dim=-1)
+        return self.linear_key_value(hidden).chunk(self.projections, dim=-1)
 
     def _key_values(self, own: list[torch.Tensor], rotary: tuple[torch.Tensor, torch.Tensor]) -> KeyValues:
         """Norms, rotation and CP gather of raw keys and values (the keys again where there is no value projection)."""
@@ -146,7 +148,7 @@ class SelfAttention(nn.Module):
             if self.key_value_split:
                 weight, start, holders = qkv, self.query_size + number * size, group
             else:
-                weight, start, holders = self.key_value_weight, number * size, None
+                weight, start, holders = self.linear_key_value.weight, number * size, None
             bound.append(
                 bind_sharded(f"{prefix}{name}.weight", weight, 0, holders, drawn, at=slice(start, start + size))
             )

@@ -9,7 +9,7 @@ from torch.distributed import ProcessGroup
 from mimo_gemma4.language.config import Gemma4TextConfig
 from mimo_gemma4.language.embedding import TokenEmbedding
 from mimo_gemma4.language.norm import RMSNorm
-from mimo_gemma4.language.replicated import replicated_parameter
+from mimo_gemma4.language.replicated import ReplicatedLinear
 from mimo_gemma4.weights import ONES, Binding, Normal, bind_replicated, branch_norm
 
 
@@ -35,7 +35,7 @@ class PerLayerEmbedding(nn.Module):
             config=config,
             tp_group=tp_group,
         )
-        self.projection = _weight((width, text.hidden_size), config, device)
+        self.projection = _linear(text.hidden_size, width, config, device)
         self.norm = RMSNorm(
             self.size,
             text.rms_norm_eps,
@@ -50,7 +50,7 @@ class PerLayerEmbedding(nn.Module):
         `embeddings` [S/(cp*tp), B, H] (local) are scaled and hold the media rows; `ids` [B, S/cp] (local) hold the
         padding id in place of media. The order of roundings is that of transformers' `project_per_layer_inputs`.
         """
-        projected = F.linear(embeddings, self.projection) * self.text.hidden_size**-0.5
+        projected = self.projection(embeddings) * self.text.hidden_size**-0.5
         context = self.norm(projected.unflatten(-1, (-1, self.size)))
         identity = self.table(ids).unflatten(-1, (-1, self.size))
         return ((context + identity) * 2.0**-0.5).unbind(dim=2)
@@ -60,7 +60,7 @@ class PerLayerEmbedding(nn.Module):
         projection = f"{prefix}per_layer_model_projection.weight"
         return [
             *self.table.bindings(f"{prefix}embed_tokens_per_layer.weight"),
-            bind_replicated(projection, self.projection, Normal(self.text.initializer_range)),
+            bind_replicated(projection, self.projection.weight, Normal(self.text.initializer_range)),
             bind_replicated(f"{prefix}per_layer_projection_norm.weight", self.norm.weight, ONES),
         ]
 
@@ -72,8 +72,8 @@ class PerLayerInput(nn.Module):
         """Allocate the replicated weights, uninitialised but for the norm."""
         super().__init__()
         self.text, size = text, text.hidden_size_per_layer_input
-        self.gate = _weight((size, text.hidden_size), config, device)
-        self.projection = _weight((text.hidden_size, size), config, device)
+        self.gate = _linear(text.hidden_size, size, config, device)
+        self.projection = _linear(size, text.hidden_size, config, device)
         self.norm = RMSNorm(
             text.hidden_size,
             text.rms_norm_eps,
@@ -84,20 +84,21 @@ class PerLayerInput(nn.Module):
 
     def forward(self, hidden: torch.Tensor, per_layer_input: torch.Tensor) -> torch.Tensor:
         """From [S/(cp*tp), B, H] and [S/(cp*tp), B, size] (local) to what is added to `hidden`."""
-        gated = F.gelu(F.linear(hidden, self.gate), approximate="tanh") * per_layer_input
-        return self.norm(F.linear(gated, self.projection))
+        gated = F.gelu(self.gate(hidden), approximate="tanh") * per_layer_input
+        return self.norm(self.projection(gated))
 
     def bindings(self, prefix: str) -> list[Binding]:
         """Weights under the names of transformers' decoder layer."""
         drawn, quiet = Normal(self.text.initializer_range), branch_norm(self.text.num_hidden_layers)
         return [
-            bind_replicated(f"{prefix}per_layer_input_gate.weight", self.gate, drawn),
-            bind_replicated(f"{prefix}per_layer_projection.weight", self.projection, drawn),
+            bind_replicated(f"{prefix}per_layer_input_gate.weight", self.gate.weight, drawn),
+            bind_replicated(f"{prefix}per_layer_projection.weight", self.projection.weight, drawn),
             bind_replicated(f"{prefix}post_per_layer_input_norm.weight", self.norm.weight, quiet),
         ]
 
 
-def _weight(shape: tuple[int, int], config: TransformerConfig, device: torch.device) -> nn.Parameter:
-    """An uninitialised weight that every tensor parallel rank applies to the tokens it holds."""
-    empty = torch.empty(shape, dtype=config.params_dtype, device=device)
-    return replicated_parameter(empty, partial_gradient=config.sequence_parallel)
+def _linear(inputs: int, outputs: int, config: TransformerConfig, device: torch.device) -> ReplicatedLinear:
+    """A linear that every tensor parallel rank applies to the tokens it holds."""
+    return ReplicatedLinear(
+        inputs, outputs, dtype=config.params_dtype, device=device, partial_gradient=config.sequence_parallel
+    )
