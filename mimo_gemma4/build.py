@@ -217,16 +217,18 @@ def resume(foundation: Foundation, optimizers: dict[str, ModuleOptimizer]) -> in
     path = checkpoint.resolve(foundation.config.checkpoint.resume, folder, host=host)
     if path is None:
         return 0
+    check_adapters(foundation, path)
     state = checkpoint.load(path, optimizers, host=host)
-    check_adapters(foundation, path, state)
     if foundation.platform.rank == 0:
         print(f"resumed from {path} after {state['step']} steps", flush=True)
     return int(state["step"])
 
 
-def check_adapters(foundation: Foundation, path: Path, state: dict[str, Any]) -> None:
+def check_adapters(foundation: Foundation, path: Path) -> None:
     """Raise `ConfigError` where a checkpoint's adapters would be left out or count with another factor."""
-    scales = {name: scale for name, scale in state.get("lora", {}).items() if name in foundation.layout.grids}
+    marker = checkpoint.read_marker(path)
+    recorded = {} if isinstance(marker, str) else marker["trainer"].get("lora", {})
+    scales = {name: scale for name, scale in recorded.items() if name in foundation.layout.grids}
     expected = foundation.config.lora_scales
     for name in sorted(scales.keys() | expected.keys()):
         if scales.get(name) != expected.get(name):

@@ -78,8 +78,13 @@ def write_shards(folder: Path) -> Path:
     return write_shard(folder / "train-000000.tar", members)
 
 
-def huggingface_step(model_folder: Path, shard: Path, step: int, batch_size: int, seed: int) -> Reference:
-    """Loss and gradients of global step `step`, sample by sample, without padding, packing or any parallelism."""
+def huggingface_step(
+    model_folder: Path, shard: Path, step: int, batch_size: int, seed: int, adapter: Path | None = None
+) -> Reference:
+    """Loss and gradients of global step `step`, sample by sample, without padding, packing or any parallelism.
+
+    With `adapter`, a PEFT adapter's folder, the gradients are those of its A and B.
+    """
     hf_config = json.loads((model_folder / "config.json").read_text())
     processor = build_processor("vision", hf_config)
     encoder = ConversationEncoder(byte_tokenizer(), [processor], media_tokens(hf_config))
@@ -96,6 +101,10 @@ def huggingface_step(model_folder: Path, shard: Path, step: int, batch_size: int
     model = Gemma4ForConditionalGeneration.from_pretrained(
         model_folder, attn_implementation="eager", dtype=torch.float32
     )
+    if adapter is not None:
+        from peft import PeftModel
+
+        model = PeftModel.from_pretrained(model, adapter, is_trainable=True)
     loss, count = torch.zeros(()), 0
     for index in planner.samples(step):
         encoded = dataset.encode(index)
@@ -107,7 +116,11 @@ def huggingface_step(model_folder: Path, shard: Path, step: int, batch_size: int
         loss = loss + F.cross_entropy(logits.float(), labels, reduction="sum", ignore_index=-100)
         count += int((labels != -100).sum())
     (loss / count).backward()
-    gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    gradients = {
+        name.removeprefix("base_model.model.").replace(".default", ""): parameter.grad
+        for name, parameter in model.named_parameters()
+        if parameter.grad is not None
+    }
     return Reference(loss.item() / count, count, gradients)
 
 

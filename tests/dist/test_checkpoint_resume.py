@@ -74,7 +74,8 @@ def whole_tensors(path: Path) -> dict[str, torch.Tensor]:
                 if not at:
                     continue
                 value = handle.get_tensor(entry)
-                place = tuple(slice(int(o), int(o) + n) for o, n in zip(offsets.split(","), value.shape, strict=True))
+                starts = [int(offset) for offset in offsets.split(",") if offset]
+                place = tuple(slice(start, start + n) for start, n in zip(starts, value.shape, strict=True))
                 whole.setdefault(key, torch.empty(shapes[key], dtype=value.dtype))[place] = value
                 written.setdefault(key, torch.zeros(shapes[key], dtype=torch.int32))[place] += 1
     assert all((count == 1).all() for count in written.values())

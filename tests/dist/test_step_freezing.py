@@ -46,6 +46,10 @@ class Steps:
 
     changed: set[str]
     """Names of the parameters that changed."""
+    held: set[str]
+    """Names of the parameters for which gradients or optimizer state are kept."""
+    elements: tuple[int, int]
+    """Of the parameters that train, and of the gradient buffers, which pad them."""
     returned: int
     """Row gradients that the language ranks gave back."""
     norms: list[float]
@@ -76,14 +80,21 @@ def two_steps(rank: int, folder: Path, overrides: list[str]) -> Steps:
     norms = [float(trainer.train_step().grad_norm) for _ in range(2)]
     trainer.loader.close()
     changed = {b.name for b, old in zip(bindings, before, strict=True) if not torch.equal(b.view(), old)}
-    return Steps(changed, sum(returned), norms)
+    with_state = {id(shard.tensor) for optimizer in trainer.optimizers.values() for shard in optimizer.trainable_shards}
+    held = {b.name for b in bindings if id(b.tensor) in with_state or hasattr(b.tensor, "main_grad")}
+    buffers = [buffer for o in trainer.optimizers.values() if o.ddp is not None for buffer in o.ddp.buffers]
+    trained = {id(b.tensor): b.tensor.numel() for b in bindings if b.tensor.requires_grad}
+    elements = (sum(trained.values()), sum(buffer.grad_data.numel() for buffer in buffers))
+    return Steps(changed, held, elements, sum(returned), norms)
 
 
 def steps_of_all(folder: Path, layout: list[str], ranks: int, *arguments: str) -> Steps:
     results = run_ranks(ranks, two_steps, folder, [*layout, *arguments], timeout=60)
     assert all(result.norms == results[0].norms for result in results)
-    changed = set().union(*(result.changed for result in results))
-    return Steps(changed, sum(result.returned for result in results), results[0].norms)
+    changed, held = (set().union(*(getattr(result, name) for result in results)) for name in ("changed", "held"))
+    assert held == changed, "what is frozen has no gradients and no optimizer state; what trains has moved"
+    elements = tuple(map(sum, zip(*(result.elements for result in results), strict=True)))
+    return Steps(changed, held, elements, sum(result.returned for result in results), results[0].norms)
 
 
 def in_language(name: str) -> bool:
@@ -117,6 +128,13 @@ def test_patterns_freeze_what_they_match(run_folder: Path) -> None:
     assert not any(".embed_tokens." in name for name in changed)
 
 
+def test_exceptions_train_what_patterns_would_freeze(run_folder: Path) -> None:
+    changed = steps_of_all(
+        run_folder, ONE_RANK, 1, "modules.vision.freeze=true", "modules.language.freeze=['*','!*.layers.5.*norm.weight']"
+    ).changed
+    assert changed and all(".language_model.layers.5." in name and name.endswith("norm.weight") for name in changed)
+
+
 @pytest.mark.parametrize(("layout", "ranks"), [(TENSOR_PARALLEL, 4), (CONTEXT_PARALLEL, 3)], ids=["tp 2 sp", "cp 2"])
 def test_a_frozen_language_model_trains_the_encoder_alone(run_folder: Path, layout: list[str], ranks: int) -> None:
     """Also where a microbatch, or one rank's part of it, has no media: three of the ten samples are text alone.
@@ -129,3 +147,34 @@ def test_a_frozen_language_model_trains_the_encoder_alone(run_folder: Path, layo
     assert steps.changed == alone.changed and not any(map(in_language, steps.changed))
     assert steps.norms[0] == pytest.approx(alone.norms[0], rel=1e-5)
     assert steps.norms[1] == pytest.approx(alone.norms[1], rel=1e-3)
+
+
+LORA = "{targets: ['*.q_proj', '*.v_proj', '*.mlp.*'], rank: 4}"
+
+
+def test_adapters_of_the_language_model_train_alone_behind_a_frozen_encoder(run_folder: Path) -> None:
+    """A starts from values that no layout changes: with B = 0 the first norm depends on them."""
+    arguments = ["modules.vision.freeze=true", f"modules.language.lora={LORA}"]
+    alone = steps_of_all(run_folder, ONE_RANK, 1, *arguments)
+    steps = steps_of_all(run_folder, TENSOR_PARALLEL, 4, *arguments)
+    assert steps.returned == 0
+    assert steps.changed == alone.changed and all(".lora_" in name for name in steps.changed)
+    assert any(".q_proj.lora_A" in name for name in steps.changed)
+    assert steps.norms[0] == pytest.approx(alone.norms[0], rel=1e-5)
+    trained, buffered = alone.elements
+    assert trained <= buffered < 1.5 * trained  # parameters start at multiples of 64 elements
+
+
+def test_adapters_of_an_encoder_train_below_a_frozen_language_model(run_folder: Path) -> None:
+    lora = "{targets: ['*.linear'], rank: 2}"
+    steps = steps_of_all(
+        run_folder,
+        TENSOR_PARALLEL,
+        4,
+        f"modules.vision.lora={lora}",
+        "modules.vision.freeze=tower",
+        "modules.language.freeze=true",
+    )
+    assert steps.returned > 0
+    assert PROJECTOR in steps.changed and any(".lora_B" in name for name in steps.changed)
+    assert all(name == PROJECTOR or ".lora_" in name for name in steps.changed)

@@ -67,6 +67,9 @@ def trained(language: Gemma4LanguageModel) -> set[str]:
         (["*.layers.1.*"], lambda name: name.startswith("layers.1.")),
         (["*norm*.weight", "*.layers.?.mlp.*"], lambda name: "norm" in name or ".mlp." in name),
         (["*.0.self_attn.[qkv]_proj.*"], lambda name: name in QUERY_KEY_VALUE),
+        (["*.layers.[0-3].*"], lambda name: name.startswith(tuple(f"layers.{number}." for number in range(4)))),
+        (["*", "!*.layers.5.*"], lambda name: not name.startswith("layers.5.")),
+        (["*", "!*.layers.5.*", "*.mlp.*"], lambda name: not name.startswith("layers.5.") or ".mlp." in name),
     ],
     ids=str,
 )
@@ -82,6 +85,7 @@ def test_a_rule_freezes_what_it_names_and_nothing_else(rule: FreezeRule, frozen:
     [
         ("tower", "modules.language.freeze is tower, but language has no projector"),
         (["*.layers.0.*", "*.layers.9.*"], f"no parameter matches '*.layers.9.*'; names look like '{PREFIX}"),
+        (["*", "!*.layers.9.*"], "no parameter matches '!*.layers.9.*'"),
         (["*NORM*"], "modules.language.freeze: no parameter matches '*NORM*'"),
         # Query, key and value are one tensor: a pattern for one of them must not silently freeze the others.
         (
@@ -89,7 +93,7 @@ def test_a_rule_freezes_what_it_names_and_nothing_else(rule: FreezeRule, frozen:
             f"matches ['{PREFIX}layers.0.self_attn.k_proj.weight'] but not ['{PREFIX}layers.0.self_attn.q_proj",
         ),
     ],
-    ids=["tower", "one of two matches nothing", "case", "part of a fused parameter"],
+    ids=["tower", "one of two matches nothing", "exception", "case", "part of a fused parameter"],
 )
 def test_a_rule_that_cannot_be_followed_is_refused_and_changes_nothing(rule: FreezeRule, message: str) -> None:
     result = apply(rule)
