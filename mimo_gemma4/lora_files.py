@@ -38,13 +38,16 @@ class TrainedAdapters:
     scales: Mapping[str, float]
     """By linear, the factor of its B A."""
 
-    def merged(self, name: str, weight: Tensor) -> Tensor:
-        """The Hugging Face tensor `name` plus the product of its adapter, added in fp32; without one, `weight`."""
+    def merged(self, name: str, rows: Tensor, start: int = 0) -> Tensor:
+        """Rows from number `start` on of the Hugging Face tensor `name`, plus the product of its adapter, added in fp32.
+
+        A tensor without adapter comes back as it is.
+        """
         linear = name.removesuffix(".weight")
         if linear not in self.scales:
-            return weight
+            return rows
         a, b = (self.tensors[linear + end].float() for end in (A, B))
-        return torch.addmm(weight.float(), b, a, alpha=self.scales[linear]).to(weight.dtype)
+        return torch.addmm(rows.float(), b[start : start + len(rows)], a, alpha=self.scales[linear]).to(rows.dtype)
 
     def save(self, folder: Path, base_model: str | None) -> None:
         """Write a new folder that `peft.PeftModel.from_pretrained` loads onto the model `base_model` (path or name)."""

@@ -85,7 +85,10 @@ def test_the_output_is_that_of_the_merged_weights() -> None:
     merged = Block()
     with torch.no_grad():
         for mine, its in zip(merged.bindings(), module.base.bindings(), strict=True):
-            mine.view().copy_(trained.merged(its.name, its.view().detach()))
+            first, rest = (
+                its.view().detach().split((1, len(its.view()) - 1))
+            )  # weights may be read a few rows at a time
+            mine.view().copy_(torch.cat((trained.merged(its.name, first), trained.merged(its.name, rest, start=1))))
     torch.testing.assert_close(merged(inputs), expected, rtol=1e-5, atol=1e-5)
 
 
