@@ -39,7 +39,7 @@ class TrainedAdapters:
     """By linear, the factor of its B A."""
 
     def merged(self, name: str, rows: Tensor, start: int = 0) -> Tensor:
-        """Rows from number `start` on of the Hugging Face tensor `name`, plus the product of its adapter, added in fp32.
+        """Rows from number `start` on of the Hugging Face tensor `name`, plus the product of its adapter in fp32.
 
         A tensor without adapter comes back as it is.
         """
