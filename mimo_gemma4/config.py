@@ -45,7 +45,8 @@ class ModelConfig:
     precision: Literal["fp32", "bf16", "fp8"] = "bf16"
     """`fp32` computes everything in fp32; `bf16` keeps fp32 main weights. `fp8` is not available yet."""
     backend: Literal["local", "te"] = "local"
-    """`local` needs PyTorch and megatron-core alone. `te` (Transformer Engine) is not available yet."""
+    """Kernels of attention. `local` needs PyTorch alone: FlexAttention on CUDA, plain torch on the CPU. `te` has
+    Transformer Engine do sliding layers without media groups, and FlexAttention the others."""
 
 
 @dataclass
@@ -334,15 +335,8 @@ def validate(config: Config, origin: Origin) -> None:
     for name, module in config.modules.items():
         if module.lora is not None:
             _check_lora(f"modules.{name}", module, module.lora, origin)
-    if config.model.backend == "te":
-        raise ConfigError(
-            f"`model.backend` te is not available yet; local runs on CPU and CUDA ({origin('model.backend')})"
-        )
     if config.model.precision == "fp8":
-        raise ConfigError(
-            f"`model.precision` fp8 needs `model.backend` te, which is not available yet; use bf16 or fp32 "
-            f"({origin('model.precision')})"
-        )
+        raise ConfigError(f"`model.precision` fp8 is not available yet; use bf16 or fp32 ({origin('model.precision')})")
     _check_ranges(config, origin)
 
 

@@ -17,7 +17,7 @@ from mimo_gemma4.bridge import Bridge
 from mimo_gemma4.config import Config
 from mimo_gemma4.data.collate import LanguageBatch
 from mimo_gemma4.data.manifest import Microbatch
-from mimo_gemma4.language.attention_context import AttentionContext
+from mimo_gemma4.language.attention_context import AttentionContext, attention_context
 from mimo_gemma4.language.config import Gemma4TextConfig
 from mimo_gemma4.language.model import Gemma4LanguageModel
 from mimo_gemma4.layout import Layout
@@ -40,7 +40,7 @@ class LocalTokens:
     labels: torch.Tensor
     """[B, S/cp] (local), -100 where there is no loss."""
     context: AttentionContext
-    """Positions, segments and groups of local queries and of all keys."""
+    """Positions, and what local queries see in each type of attention."""
 
 
 class MimoModel:
@@ -95,6 +95,7 @@ class MimoModel:
             dtype=self.dtype,
             device=self.platform.device,
             activation_checkpointing=self.config.train.activation_checkpointing,
+            backend=self.config.model.backend,
         )
         self.adapter = PartitionAdapter(
             PartitionConfig(
@@ -126,23 +127,21 @@ class MimoModel:
 
     def local_tokens(self, batch: LanguageBatch, microbatch: Microbatch) -> LocalTokens:
         """Cut a lane's microbatch (host tensors [B, S]) to this rank's CP part and move it to the device."""
-        adapter = self.adapter
+        adapter, cp = self.adapter, self.layout.language.cp
         assert adapter is not None
         length, starts, layout = microbatch.seq_length, microbatch.segment_starts, microbatch.cp_layout
         index = adapter.token_index(length, starts, layout)
-        grouped = self.text.use_bidirectional_attention == "vision"
-
-        def cut(whole: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
-            return self.platform.put(adapter.cut(whole, order))
-
-        names = ["positions", "segments"] + (["groups"] if grouped else [])
-        metadata = {name: cut(getattr(batch, name), index) for name in names}
-        of_keys = metadata
-        if (cp := self.layout.language.cp) > 1:
-            keys = torch.cat([cp_token_index(length, cp, rank, starts, layout) for rank in range(cp)])
-            of_keys = {name: cut(getattr(batch, name), keys) for name in names}
-        context = AttentionContext(**metadata, **{f"key_{name}": value for name, value in of_keys.items()})
-        return LocalTokens(cut(batch.input_ids, index), cut(batch.labels, index), context)
+        context = attention_context(
+            self.text,
+            batch.positions,
+            batch.segments,
+            batch.groups,
+            held=[cp_token_index(length, cp, rank, starts, layout) for rank in range(cp)],
+            cp_group=self.groups.modules["language"].cp,
+            put=self.platform.put,
+        )
+        input_ids, labels = (self.platform.put(adapter.cut(whole, index)) for whole in (batch.input_ids, batch.labels))
+        return LocalTokens(input_ids, labels, context)
 
     def hidden(self, tokens: LocalTokens, media: Media) -> torch.Tensor:
         """Final hidden states of a microbatch.

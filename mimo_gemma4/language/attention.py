@@ -12,16 +12,36 @@ from megatron.core.tensor_parallel.mappings import (
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import nn
 
+from mimo_gemma4.language.attention_backend import AttentionPlan
 from mimo_gemma4.language.config import Gemma4TextConfig, LayerConfig
+from mimo_gemma4.language.key_exchange import KeyExchange, States, arrive, depart
 from mimo_gemma4.language.norm import RMSNorm, normalise
-from mimo_gemma4.language.reference_attention import ReferenceAttention
 from mimo_gemma4.language.replicated import OneHeadLinear
 from mimo_gemma4.language.rotary import rotate
 from mimo_gemma4.weights import Binding, Constant, Normal, bind_replicated, bind_sharded
 
+Rotary = tuple[torch.Tensor, torch.Tensor]
+"""Cosine and sine, each [S, B, 1, head_dim]."""
+
+
+class AttentionInputs(NamedTuple):
+    """What all layers of one attention type share in a microbatch."""
+
+    rotary: Rotary
+    """Tables of the local tokens, [S/cp] (local)."""
+    key_rotary: Rotary
+    """Tables of the K keys that local queries see, for layers whose keys travel unrotated; else as `rotary`."""
+    exchange: KeyExchange | None
+    """How keys of other context parallel ranks come here."""
+    plan: AttentionPlan
+    """Attends."""
+
 
 class KeyValues(NamedTuple):
-    """Normalised, rotated keys and normalised values of all tokens, each [S, B, key/value heads (local), head_dim]."""
+    """Normalised, rotated keys and normalised values of the K keys that local queries see.
+
+    Each [K, B, key/value heads (local), head_dim].
+    """
 
     key: torch.Tensor
     value: torch.Tensor
@@ -40,13 +60,11 @@ class SelfAttention(nn.Module):
         layer: LayerConfig,
         config: TransformerConfig,
         groups: ProcessGroupCollection,
-        backend: ReferenceAttention,
         device: torch.device,
     ) -> None:
         """Allocate this rank's weights, uninitialised but for the norms."""
         super().__init__()
-        self.text, self.layer, self.config, self.backend = text, layer, config, backend
-        self.tp_group, self.cp_group = groups.tp, groups.cp
+        self.text, self.layer, self.config, self.tp_group = text, layer, config, groups.tp
         ranks, rank = groups.tp.size(), groups.tp.rank()
         heads, head_dim = layer.num_key_value_heads, layer.head_dim
         self.projections = 2 if layer.has_value_projection else 1
@@ -90,11 +108,7 @@ class SelfAttention(nn.Module):
                 )
 
     def forward(
-        self,
-        hidden: torch.Tensor,
-        rotary: tuple[torch.Tensor, torch.Tensor],
-        plan: torch.Tensor,
-        shared: KeyValues | None,
+        self, hidden: torch.Tensor, inputs: AttentionInputs, shared: KeyValues | None
     ) -> tuple[torch.Tensor, KeyValues]:
         """Attend from hidden [S/(cp*tp), B, H] (local) to `shared`, the source layer's keys and values, or to its own.
 
@@ -102,10 +116,15 @@ class SelfAttention(nn.Module):
         """
         projected, _ = self.linear_qkv(hidden)
         query, *own = projected.split(self.fused_sizes, dim=-1)
-        query = rotate(self.q_norm(self._heads(query)), rotary)
+        departed = None
         if shared is None:
-            shared = self._key_values([self._heads(raw) for raw in own or self._unsplit_key_values(hidden)], rotary)
-        output, _ = self.linear_proj(self.backend.attend(query, shared.key, shared.value, plan))
+            raw = [self._heads(part) for part in own or self._unsplit_key_values(hidden)]
+            departed = depart(inputs.exchange, self._travelling(raw, inputs.rotary))
+        query = rotate(self.q_norm(self._heads(query)), inputs.rotary)  # while keys and values are on their way
+        if departed is not None:
+            shared = self._key_values(arrive(departed), inputs.key_rotary)
+        assert shared is not None
+        output, _ = self.linear_proj(inputs.plan.attend(query, shared.key, shared.value))
         return output, shared
 
     def _heads(self, states: torch.Tensor) -> torch.Tensor:
@@ -119,15 +138,18 @@ class SelfAttention(nn.Module):
             hidden = copy_to_tensor_model_parallel_region(hidden, group=self.tp_group)
         return self.linear_key_value(hidden).chunk(self.projections, dim=-1)
 
-    def _key_values(self, own: list[torch.Tensor], rotary: tuple[torch.Tensor, torch.Tensor]) -> KeyValues:
-        """Norms, rotation and CP gather of raw keys and values (the keys again where there is no value projection)."""
-        key = rotate(self.k_norm(own[0]), rotary)
-        value = normalise(own[-1], self.text.rms_norm_eps)
-        if self.cp_group.size() > 1:
-            # Backward is a reduce-scatter; layers that share the result add up their gradients before it.
-            both = torch.stack((key, value), dim=1)
-            key, value = gather_from_sequence_parallel_region(both, group=self.cp_group).unbind(dim=1)
-        return KeyValues(key, value)
+    def _travelling(self, raw: list[torch.Tensor], rotary: Rotary) -> States:
+        """What other ranks need of the local tokens: keys and values, or the raw keys where both come from those."""
+        if not self.layer.has_value_projection:
+            return tuple(raw)
+        return rotate(self.k_norm(raw[0]), rotary), normalise(raw[1], self.text.rms_norm_eps)
+
+    def _key_values(self, arrived: States, rotary: Rotary) -> KeyValues:
+        """Keys and values from what has travelled; norms of raw keys see every rank's rows, in backward a part each."""
+        if self.layer.has_value_projection:
+            return KeyValues(*arrived)
+        (raw,) = arrived
+        return KeyValues(rotate(self.k_norm(raw), rotary), normalise(raw, self.text.rms_norm_eps))
 
     def bindings(self, prefix: str) -> list[Binding]:
         """Weights under `prefix` + `q_proj.weight` and so on."""

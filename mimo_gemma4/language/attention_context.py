@@ -1,45 +1,154 @@
-"""Who may attend to whom: positions, segments and media groups of one microbatch, and the mask they imply."""
+"""Who may attend to whom, worked out on the host: every query of Gemma 4 sees one run of consecutive tokens.
 
+Causality, window, segment and media group each bound that run, so a mask is two numbers per query. The runs also say
+which keys a context parallel rank needs, and thereby what the ranks have to exchange.
+"""
+
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
+import torch.distributed as dist
+
+from mimo_gemma4.language.config import FULL, SLIDING, Gemma4TextConfig
+from mimo_gemma4.language.key_exchange import KeyExchange, plan_exchange
+
+Put = Callable[[torch.Tensor], torch.Tensor]
+"""Moves a host tensor to the device without waiting (`Platform.put`)."""
+
+
+@dataclass(frozen=True)
+class MaskRule:
+    """What layers of one attention type let a query see, beside the earlier tokens of its segment."""
+
+    window: int | None
+    """Number of keys a query sees, itself included; None: all."""
+    groups: Literal["inside_window", "always"] | None = None
+    """Tokens of its own media item: None nothing more, `inside_window` later ones too, `always` the whole item."""
+
+
+def mask_rules(text: Gemma4TextConfig) -> dict[str, MaskRule]:
+    """The rule of every attention type. Gemma 4 widens sliding layers only; the unified model widens both, fully."""
+    if text.use_bidirectional_attention is None:
+        return {SLIDING: MaskRule(text.sliding_window), FULL: MaskRule(None)}
+    if text.groups_extend_window:
+        return {SLIDING: MaskRule(text.sliding_window, "always"), FULL: MaskRule(None, "always")}
+    return {SLIDING: MaskRule(text.sliding_window, "inside_window"), FULL: MaskRule(None)}
+
+
+@dataclass(frozen=True)
+class VisibleKeys:
+    """What this rank's queries see in layers of one attention type; keys are numbered in sequence order."""
+
+    rule: MaskRule
+    """The rule that the runs follow."""
+    count: int
+    """Number of keys, K: this rank's own and those of other ranks that some query here sees."""
+    first: torch.Tensor
+    """[B, S/cp] (local) int32 on the host: number of the first key that each query sees."""
+    last: torch.Tensor
+    """[B, S/cp] (local) int32 on the host: number of the last key that each query sees."""
+    segments: torch.Tensor
+    """[B, S/cp] (local) on the host: segment of each query, 0 in padding."""
+    grouped: bool
+    """Whether media groups make any run reach beyond what causality and window allow."""
+    runs: torch.Tensor
+    """[2, B, S/cp] (local) int32 on the device: `first` and `last`."""
+    positions: torch.Tensor | None
+    """[B, K] on the device: positions of the keys, where keys travel unrotated; None: they are the queries' own."""
+    exchange: KeyExchange | None
+    """How the keys of other ranks come here; None: every query sees local keys alone, on every rank."""
 
 
 @dataclass(frozen=True)
 class AttentionContext:
-    """Metadata of one microbatch. A token attends inside its own segment only."""
+    """Metadata of one microbatch."""
 
     positions: torch.Tensor
-    """[B, S/cp] (local): position of each token in its segment."""
-    segments: torch.Tensor
-    """[B, S/cp] (local): number of the token's segment in its row; 0 is padding."""
-    key_positions: torch.Tensor
-    """[B, S]: positions of all tokens, in the order in which context parallel ranks' keys are concatenated."""
-    key_segments: torch.Tensor
-    """[B, S]: segments of all tokens, in that order."""
-    groups: torch.Tensor | None = None
-    """[B, S/cp] (local): number of the media item the token belongs to, 0 for text; None: attention is causal."""
-    key_groups: torch.Tensor | None = None
-    """[B, S]: media groups of all tokens, in the order of the keys."""
+    """[B, S/cp] (local) on the device: position of each token in its segment."""
+    keys: dict[str, VisibleKeys]
+    """What queries see, by attention type."""
 
-    def mask(self, window: int | None, *, groups: str | None = None) -> torch.Tensor:
-        """What each local query may attend to, bool [B, 1, S/cp (local), S].
 
-        `window` is the number of keys a query sees, itself included (None: all). `groups` says what tokens of one media
-        item may see besides: None nothing, `inside_window` later tokens of the item, `always` the whole item. Every
-        query sees itself, padding too, so no row of the mask is empty.
-        """
-        query, key = self.positions[:, None, :, None], self.key_positions[:, None, None, :]
-        allowed = query >= key
-        near = None if window is None else key > query - window
-        same_group = None
-        if groups is not None and self.groups is not None and self.key_groups is not None:
-            query_group, key_group = self.groups[:, None, :, None], self.key_groups[:, None, None, :]
-            same_group = (query_group == key_group) & (query_group > 0)
-        if same_group is not None and groups == "inside_window":
-            allowed = allowed | same_group
-        if near is not None:
-            allowed = allowed & near
-        if same_group is not None and groups == "always":
-            allowed = allowed | same_group
-        return allowed & (self.segments[:, None, :, None] == self.key_segments[:, None, None, :])
+def attention_context(
+    text: Gemma4TextConfig,
+    positions: torch.Tensor,
+    segments: torch.Tensor,
+    groups: torch.Tensor | None,
+    *,
+    held: Sequence[torch.Tensor],
+    cp_group: dist.ProcessGroup,
+    put: Put,
+) -> AttentionContext:
+    """Plan the attention of one microbatch from whole host tensors; nothing is communicated.
+
+    Args:
+        text: the model's hyperparameters.
+        positions: [B, S] position of each token in its segment.
+        segments: [B, S] number of the token's segment in its row, each one run of tokens; 0 is padding.
+        groups: [B, S] number of the media item the token belongs to, each one run of tokens; 0 is text. None: no media.
+        held: for each context parallel rank the sequence indices that it holds, ascending.
+        cp_group: the context parallel group.
+        put: moves host tensors to the device.
+    """
+    mine = held[cp_group.rank()]
+    unrotated = {layer.attention for layer in text.layers if layer.owns_key_values and not layer.has_value_projection}
+    keys = {}
+    for attention, rule in mask_rules(text).items():
+        first, last = visible_runs(rule, segments, groups)
+        exchange = None
+        seen = mine
+        if cp_group.size() > 1:
+            needed = [_union(first[:, index], last[:, index], segments.shape[1]) for index in held]
+            exchange = plan_exchange(needed, held, cp_group, put, windowed=rule.window is not None)
+            seen = needed[cp_group.rank()].nonzero().squeeze(1)
+        # Every run lies inside `seen`, so its ends are found there and everything between them is consecutive.
+        first, last = (torch.searchsorted(seen, ends[:, mine].contiguous()).int() for ends in (first, last))
+        keys[attention] = VisibleKeys(
+            rule=rule,
+            count=seen.numel(),
+            first=first,
+            last=last,
+            segments=segments[:, mine],
+            grouped=rule.groups is not None and groups is not None and bool(groups.any()),
+            runs=put(torch.stack((first, last))),
+            positions=put(positions[:, seen]) if exchange is not None and attention in unrotated else None,
+            exchange=exchange,
+        )
+    return AttentionContext(put(positions[:, mine]), keys)
+
+
+def visible_runs(
+    rule: MaskRule, segments: torch.Tensor, groups: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """First and last sequence index, both [B, S], that the token at each index sees; padding sees itself alone.
+
+    Padding's runs keep every softmax finite at no cost, and nothing else sees padding.
+    """
+    index = torch.arange(segments.shape[1]).expand_as(segments)
+    first, last = _run_starts(segments, index), index
+    if rule.window is not None:
+        first = torch.maximum(first, index - rule.window + 1)
+    if rule.groups is not None and groups is not None:
+        start = _run_starts(groups, index)
+        end = segments.shape[1] - 1 - _run_starts(groups.flip(1), index).flip(1)
+        last = torch.where(groups > 0, end, last)
+        if rule.groups == "always":
+            first = torch.where(groups > 0, torch.minimum(first, start), first)
+    padding = segments == 0
+    return torch.where(padding, index, first), torch.where(padding, index, last)
+
+
+def _run_starts(numbers: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    """Where the run of equal numbers [B, S] that each index belongs to begins."""
+    begins = torch.ones_like(numbers, dtype=torch.bool)
+    begins[:, 1:] = numbers[:, 1:] != numbers[:, :-1]
+    return torch.where(begins, index, 0).cummax(dim=1).values
+
+
+def _union(first: torch.Tensor, last: torch.Tensor, length: int) -> torch.Tensor:
+    """Whether each of `length` indices lies in any of the runs: bool [length]."""
+    begun = torch.bincount(first.flatten(), minlength=length + 1)
+    ended = torch.bincount(last.flatten() + 1, minlength=length + 1)
+    return (begun - ended).cumsum(0)[:length] > 0

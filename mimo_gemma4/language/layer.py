@@ -7,12 +7,11 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import nn
 
-from mimo_gemma4.language.attention import KeyValues, SelfAttention
+from mimo_gemma4.language.attention import AttentionInputs, KeyValues, SelfAttention
 from mimo_gemma4.language.config import Gemma4TextConfig, LayerConfig
 from mimo_gemma4.language.mlp import GatedMLP
 from mimo_gemma4.language.norm import RMSNorm
 from mimo_gemma4.language.per_layer import PerLayerInput
-from mimo_gemma4.language.reference_attention import ReferenceAttention
 from mimo_gemma4.weights import ONES, Binding, bind_replicated, branch_norm
 
 
@@ -28,13 +27,12 @@ class DecoderLayer(nn.Module):
         layer: LayerConfig,
         config: TransformerConfig,
         groups: ProcessGroupCollection,
-        backend: ReferenceAttention,
         device: torch.device,
     ) -> None:
         """Allocate this rank's weights, uninitialised but for the norms and the scalar."""
         super().__init__()
         self.text = text
-        self.self_attention = SelfAttention(text, layer, config, groups, backend, device)
+        self.self_attention = SelfAttention(text, layer, config, groups, device)
         self.mlp = GatedMLP(layer.intermediate_size, config, groups.tp)
         norm = partial(
             RMSNorm,
@@ -56,12 +54,11 @@ class DecoderLayer(nn.Module):
         self,
         hidden: torch.Tensor,
         per_layer_input: torch.Tensor | None,
-        rotary: tuple[torch.Tensor, torch.Tensor],
-        plan: torch.Tensor,
+        attention: AttentionInputs,
         shared: KeyValues | None,
     ) -> tuple[torch.Tensor, KeyValues]:
         """Hidden states [S/(cp*tp), B, H] (local) of the next layer, and the keys and values attended to."""
-        attended, key_values = self.self_attention(self.input_layernorm(hidden), rotary, plan, shared)
+        attended, key_values = self.self_attention(self.input_layernorm(hidden), attention, shared)
         hidden = hidden + self.post_attention_layernorm(attended)
         hidden = hidden + self.post_feedforward_layernorm(self.mlp(self.pre_feedforward_layernorm(hidden)))
         if self.per_layer_input is not None:

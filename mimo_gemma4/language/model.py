@@ -14,7 +14,8 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from mimo_gemma4.errors import ConfigError
-from mimo_gemma4.language.attention import KeyValues
+from mimo_gemma4.language.attention import AttentionInputs, KeyValues
+from mimo_gemma4.language.attention_backend import attention_backend
 from mimo_gemma4.language.attention_context import AttentionContext
 from mimo_gemma4.language.config import Gemma4TextConfig
 from mimo_gemma4.language.embedding import TokenEmbedding
@@ -22,7 +23,6 @@ from mimo_gemma4.language.layer import DecoderLayer
 from mimo_gemma4.language.loss import most_likely, softcapped, summed_cross_entropy
 from mimo_gemma4.language.norm import RMSNorm
 from mimo_gemma4.language.per_layer import PerLayerEmbedding
-from mimo_gemma4.language.reference_attention import ReferenceAttention
 from mimo_gemma4.language.rotary import inverse_frequencies, rotary_tables
 from mimo_gemma4.weights import ONES, Binding, bind_replicated
 
@@ -44,6 +44,7 @@ class Gemma4LanguageModel(MegatronModule):
         dtype: torch.dtype,
         device: torch.device,
         activation_checkpointing: str = "none",
+        backend: str = "local",
         prefix: str = "model.language_model.",
     ) -> None:
         """Build this rank's part.
@@ -54,12 +55,14 @@ class Gemma4LanguageModel(MegatronModule):
             sequence_parallel: cut hidden states over the tensor parallel ranks along the sequence.
             dtype: of parameters and activations.
             device: where parameters live.
-            activation_checkpointing: what backward computes again: `none`, `selective` (attention) or `full` (layers).
+            activation_checkpointing: what backward computes again: `none`, `selective` (attention, which never keeps
+                scores: as `none`) or `full` (layers).
+            backend: kernels of attention, `local` or `te`.
             prefix: what Hugging Face names start with: `model.language_model.`, or `model.` in a text-only checkpoint.
 
         Raises:
             LayoutError: the tensor parallel size does not fit the model.
-            ConfigError: unknown `activation_checkpointing`.
+            ConfigError: unknown `activation_checkpointing`, or `backend` cannot be had.
         """
         if activation_checkpointing not in ("none", "selective", "full"):
             mode = activation_checkpointing
@@ -70,7 +73,7 @@ class Gemma4LanguageModel(MegatronModule):
         super().__init__(config)
         self.text, self.prefix, self.tp_group = text, prefix, groups.tp
         self.recompute_layers = activation_checkpointing == "full"
-        self.backend = ReferenceAttention(text, recompute=activation_checkpointing == "selective")
+        self.plan_attention = attention_backend(backend, device)
         self.embedding = TokenEmbedding(
             text.vocab_size,
             text.hidden_size,
@@ -82,9 +85,7 @@ class Gemma4LanguageModel(MegatronModule):
         self.per_layer_embedding = (
             PerLayerEmbedding(text, config, groups.tp, device) if text.hidden_size_per_layer_input else None
         )
-        self.layers = nn.ModuleList(
-            DecoderLayer(text, layer, config, groups, self.backend, device) for layer in text.layers
-        )
+        self.layers = nn.ModuleList(DecoderLayer(text, layer, config, groups, device) for layer in text.layers)
         self.norm = RMSNorm(
             text.hidden_size,
             text.rms_norm_eps,
@@ -92,6 +93,7 @@ class Gemma4LanguageModel(MegatronModule):
             device=device,
             partial_gradient=config.sequence_parallel,
         )
+        self.head_dims = {layer.attention: layer.head_dim for layer in text.layers}
         # Plain attributes: a buffer would be rounded by a cast of the module.
         self.frequencies = {
             layer.attention: inverse_frequencies(text.rope_parameters[layer.attention], layer.head_dim).to(device)
@@ -111,17 +113,12 @@ class Gemma4LanguageModel(MegatronModule):
         inputs: tuple[torch.Tensor | None, ...] = (None,) * len(self.layers)
         if self.per_layer_embedding is not None:
             inputs = self.per_layer_embedding(embeddings, self._without_placeholders(input_ids))
-        rotary = {
-            attention: rotary_tables(context.positions, frequencies, embeddings.dtype)
-            for attention, frequencies in self.frequencies.items()
-        }
-        plans = {attention: self.backend.plan(context, attention) for attention in self.frequencies}
+        attention = {name: self._attention_inputs(name, context, embeddings.dtype) for name in self.frequencies}
         sources = {layer.key_value_source for layer in self.text.layers if not layer.owns_key_values}
         shared: dict[int, KeyValues] = {}
         hidden = embeddings
         for layer, decode, layer_input in zip(self.text.layers, self.layers, inputs, strict=True):
-            name = layer.attention
-            arguments = (hidden, layer_input, rotary[name], plans[name], shared.get(layer.key_value_source))
+            arguments = (hidden, layer_input, attention[layer.attention], shared.get(layer.key_value_source))
             if self.recompute_layers and torch.is_grad_enabled():
                 hidden, key_values = checkpoint(decode, *arguments, use_reentrant=False, preserve_rng_state=False)
             else:
@@ -165,6 +162,14 @@ class Gemma4LanguageModel(MegatronModule):
         for number, layer in enumerate(self.layers):
             bound += cast(DecoderLayer, layer).bindings(f"{self.prefix}layers.{number}.")
         return [*bound, bind_replicated(f"{self.prefix}norm.weight", self.norm.weight, ONES)]
+
+    def _attention_inputs(self, name: str, context: AttentionContext, dtype: torch.dtype) -> AttentionInputs:
+        """What layers of attention type `name` share."""
+        keys, frequencies = context.keys[name], self.frequencies[name]
+        rotary = key_rotary = rotary_tables(context.positions, frequencies, dtype)
+        if keys.positions is not None:
+            key_rotary = rotary_tables(keys.positions, frequencies, dtype)
+        return AttentionInputs(rotary, key_rotary, keys.exchange, self.plan_attention(keys, self.head_dims[name]))
 
     def _without_placeholders(self, input_ids: torch.Tensor) -> torch.Tensor:
         for placeholder in self.text.placeholder_ids:

@@ -1,44 +1,72 @@
-"""Attention by torch's scaled-dot-product attention with an explicit mask: right everywhere, fast nowhere."""
+"""Attention by torch's scaled-dot-product attention, a block of queries at a time: right everywhere, fast nowhere."""
+
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch.utils.checkpoint import checkpoint
 
-from mimo_gemma4.language.attention_context import AttentionContext
-from mimo_gemma4.language.config import FULL, SLIDING, Gemma4TextConfig
+from mimo_gemma4.language.attention_context import VisibleKeys
 
-
-class ReferenceAttention:
-    """Masks from the metadata of a microbatch, once per attention type, and attention under such a mask."""
-
-    def __init__(self, text: Gemma4TextConfig, *, recompute: bool) -> None:
-        """Remember the model's window and bidirectional rule; `recompute`: keep only the inputs for backward."""
-        self.recompute = recompute
-        bidirectional = text.use_bidirectional_attention is not None
-        always = bidirectional and text.groups_extend_window
-        self.window = {SLIDING: text.sliding_window, FULL: None}
-        self.groups = {
-            SLIDING: "always" if always else "inside_window" if bidirectional else None,
-            FULL: "always" if always else None,
-        }
-
-    def plan(self, context: AttentionContext, attention: str) -> torch.Tensor:
-        """The mask of layers of type `attention`, bool [B, 1, S/cp (local), S]."""
-        return context.mask(self.window[attention], groups=self.groups[attention])
-
-    def attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, plan: torch.Tensor) -> torch.Tensor:
-        """Query [S/cp, B, heads, D] over key and value [S, B, key/value heads, D] (local heads) → [S/cp, B, heads * D].
-
-        Logits are not scaled: Gemma 4 normalises queries and keys instead.
-        """
-        if self.recompute and torch.is_grad_enabled():
-            return checkpoint(_attend, query, key, value, plan, use_reentrant=False, preserve_rng_state=False)
-        return _attend(query, key, value, plan)
+QUERIES_PER_BLOCK = 256
 
 
-def _attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    # Key/value heads are expanded here: with `enable_gqa`, torch 2.11 falls back to its O(S^2) kernel at D = 512.
-    repeats = query.shape[2] // key.shape[2]
-    key, value = (states.repeat_interleave(repeats, dim=2).permute(1, 2, 0, 3) for states in (key, value))
-    attended = F.scaled_dot_product_attention(query.permute(1, 2, 0, 3), key, value, attn_mask=mask, scale=1.0)
-    return attended.permute(2, 0, 1, 3).flatten(2)
+class ReferencePlan:
+    """The runs of keys that queries see, and the slice of the keys that each block of queries needs."""
+
+    def __init__(self, keys: VisibleKeys) -> None:
+        """Read the blocks' slices from the host copy of the runs."""
+        self.runs = keys.runs
+        self.blocks = [
+            (slice(start, start + first.shape[1]), slice(int(first.min()), int(last.max()) + 1))
+            for start, first, last in zip(
+                range(0, keys.first.shape[1], QUERIES_PER_BLOCK),
+                keys.first.split(QUERIES_PER_BLOCK, dim=1),
+                keys.last.split(QUERIES_PER_BLOCK, dim=1),
+                strict=True,
+            )
+        ]
+
+    def attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        """Attend as `AttentionPlan` says."""
+        return _BlockwiseAttention.apply(query, key, value, self)
+
+    def block(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, rows: slice, keys: slice) -> Any:
+        """Result [rows, B, heads * D] of the queries `rows` over the keys `keys`, both already cut out."""
+        numbers = torch.arange(keys.start, keys.stop, device=key.device)
+        first, last = self.runs[:, :, None, rows, None]
+        mask = (numbers >= first) & (numbers <= last)
+        # Key/value heads are expanded here: with `enable_gqa`, torch 2.11 falls back to its O(S^2) kernel at D = 512.
+        repeats = query.shape[2] // key.shape[2]
+        key, value = (states.repeat_interleave(repeats, dim=2).permute(1, 2, 0, 3) for states in (key, value))
+        attended = F.scaled_dot_product_attention(query.permute(1, 2, 0, 3), key, value, attn_mask=mask, scale=1.0)
+        return attended.permute(2, 0, 1, 3).flatten(2)
+
+
+class _BlockwiseAttention(torch.autograd.Function):
+    """Keeps its inputs alone; backward computes each block again, so that masks and scores exist for one at a time."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, plan: ReferencePlan
+    ) -> torch.Tensor:
+        ctx.plan = plan
+        ctx.save_for_backward(query, key, value)
+        attended = [plan.block(query[rows], key[keys], value[keys], rows, keys) for rows, keys in plan.blocks]
+        return torch.cat(attended)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        query, key, value = ctx.saved_tensors
+        query_gradients = []
+        # Blocks' contributions to a key are many: in bf16 their sum would lose them.
+        precise = torch.promote_types(key.dtype, torch.float32)
+        key_gradient, value_gradient = (torch.zeros_like(states, dtype=precise) for states in (key, value))
+        for rows, keys in ctx.plan.blocks:
+            inputs = [states.detach().requires_grad_() for states in (query[rows], key[keys], value[keys])]
+            with torch.enable_grad():
+                attended = ctx.plan.block(*inputs, rows, keys)
+            of_query, of_key, of_value = torch.autograd.grad(attended, inputs, gradients[0][rows])
+            query_gradients.append(of_query)
+            key_gradient[keys] += of_key
+            value_gradient[keys] += of_value
+        return torch.cat(query_gradients), key_gradient.to(key.dtype), value_gradient.to(value.dtype), None

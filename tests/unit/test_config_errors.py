@@ -52,7 +52,7 @@ def base(tmp_path: Path) -> Path:
         ("optim.beta2=1.0", ["`optim.beta2` must be in [0, 1)", "1.0"]),
         ("optim.lr=.nan", ["`optim.lr`", "nan"]),
         ("modules.vision.lr=-1", ["`modules.vision.lr` must not be negative"]),
-        ("model.precision=fp8", ["`model.precision` fp8 needs `model.backend` te", "not available yet"]),
+        ("model.precision=fp8", ["`model.precision` fp8", "not available yet"]),
         ("train.steps=${nothing}", ["nothing"]),
         ("run.dir.name=[", ["cannot be applied"]),
     ],

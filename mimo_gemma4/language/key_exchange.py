@@ -1,0 +1,244 @@
+"""How keys and values reach the context parallel ranks whose queries see them, and how their gradients return.
+
+All index tensors and split sizes are planned on the host, once per microbatch and attention type. `depart` launches the
+exchange and `arrive` waits for it, so that what is computed between the two overlaps with it; in backward the gradients
+depart from `arrive` and are waited for in `depart`. The layers that share keys and values use what one arrival brought:
+autograd adds up their gradients before the single way back.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, Protocol
+
+import torch
+import torch.distributed as dist
+
+States = tuple[torch.Tensor, ...]
+"""What travels together, each [S/cp, B, heads (local), D] before and [K, B, heads (local), D] after the exchange."""
+
+
+class Pending(NamedTuple):
+    """A collective under way."""
+
+    result: torch.Tensor
+    """What it fills: [rows, number of states, B, heads (local), D]."""
+    source: torch.Tensor
+    """What it reads; it must not be freed before the collective has finished."""
+    work: dist.Work | None
+    """To be waited for; torch's asynchronous collectives return None on ranks outside the group only."""
+
+    def wait(self) -> torch.Tensor:
+        """The result, once it is there (on a GPU: for what is enqueued from now on)."""
+        assert self.work is not None
+        self.work.wait()
+        return self.result
+
+
+class KeyExchange(Protocol):
+    """Both ways of an exchange, each in two halves."""
+
+    def send(self, states: States) -> Pending:
+        """Launch the way there."""
+
+    def assemble(self, states: States, received: torch.Tensor) -> States:
+        """All K keys in sequence order from the local states and what `send` has brought."""
+
+    def send_back(self, gradients: States) -> tuple[States, Pending]:
+        """The local rows' part of the gradients of all K keys, and the launched way back of the others."""
+
+    def add_returned(self, local: States, returned: torch.Tensor) -> States:
+        """Gradients of the local states: `local` and what `send_back` has brought."""
+
+
+def plan_exchange(
+    needed: Sequence[torch.Tensor],
+    held: Sequence[torch.Tensor],
+    group: dist.ProcessGroup,
+    put: Callable[[torch.Tensor], torch.Tensor],
+    *,
+    windowed: bool,
+) -> KeyExchange | None:
+    """The cheapest exchange that serves every rank, the same kind on all of them; None where no rank lacks a key.
+
+    Args:
+        needed: for each rank of `group`, bool [S]: the sequence indices of the keys that it needs.
+        held: for each rank the sequence indices that it holds, ascending; all equally many.
+        group: the context parallel group.
+        put: moves host tensors to the device.
+        windowed: whether only keys near the rank's own are needed.
+    """
+    most = max(int(rows.sum()) - index.numel() for rows, index in zip(needed, held, strict=True))
+    if most == 0:
+        return None
+    # A gather moves everything to everyone, in steps that keep all links busy and without a copy per receiver.
+    if not windowed and 2 * most >= needed[0].numel() - held[0].numel():
+        return GatherExchange(needed, held, group, put)
+    return HaloExchange(needed, held, group, put)
+
+
+class HaloExchange:
+    """Each rank gets from each other exactly the rows that it needs, however many ranks hold them."""
+
+    def __init__(
+        self,
+        needed: Sequence[torch.Tensor],
+        held: Sequence[torch.Tensor],
+        group: dist.ProcessGroup,
+        put: Callable[[torch.Tensor], torch.Tensor],
+    ) -> None:
+        """Plan as in `plan_exchange`."""
+        rank, ranks = group.rank(), group.size()
+        self.group = group
+        keys = needed[rank].nonzero().squeeze(1)
+        sends = [needed[peer][held[rank]].nonzero().squeeze(1) for peer in range(ranks)]
+        receives = [held[peer][needed[rank][held[peer]]] for peer in range(ranks)]
+        sends[rank] = receives[rank] = sends[rank][:0]
+        self.send_counts, self.receive_counts = ([rows.numel() for rows in lists] for lists in (sends, receives))
+        self.count = keys.numel()
+        self.send_rows = put(torch.cat(sends))
+        self.local_slots = put(torch.searchsorted(keys, held[rank]))
+        self.received_slots = put(torch.searchsorted(keys, torch.cat(receives)))
+
+    def send(self, states: States) -> Pending:
+        """Launch the rows that other ranks need."""
+        packed = torch.stack([state.index_select(0, self.send_rows) for state in states], dim=1)
+        return self._exchange(packed, self.send_counts, self.receive_counts)
+
+    def assemble(self, states: States, received: torch.Tensor) -> States:
+        """All K keys in sequence order."""
+        whole = []
+        for state, others in zip(states, received.unbind(1), strict=True):
+            keys = state.new_empty(self.count, *state.shape[1:])
+            keys.index_copy_(0, self.local_slots, state)
+            whole.append(keys.index_copy_(0, self.received_slots, others))
+        return tuple(whole)
+
+    def send_back(self, gradients: States) -> tuple[States, Pending]:
+        """Launch the gradients of other ranks' rows."""
+        packed = torch.stack([gradient.index_select(0, self.received_slots) for gradient in gradients], dim=1)
+        pending = self._exchange(packed, self.receive_counts, self.send_counts)
+        return tuple(gradient.index_select(0, self.local_slots) for gradient in gradients), pending
+
+    def add_returned(self, local: States, returned: torch.Tensor) -> States:
+        """Sum over the ranks that had used a row, one after the other: always in the same order."""
+        parts = zip(self.send_rows.split(self.send_counts), returned.split(self.send_counts), strict=True)
+        for rows, part in parts:
+            if rows.numel():
+                for gradient, addend in zip(local, part.unbind(1), strict=True):
+                    gradient.index_add_(0, rows, addend)  # `send_back` made it, for this alone
+        return local
+
+    def _exchange(self, packed: torch.Tensor, sends: list[int], receives: list[int]) -> Pending:
+        received = packed.new_empty(sum(receives), *packed.shape[1:])
+        work = dist.all_to_all_single(received, packed, receives, sends, group=self.group, async_op=True)
+        return Pending(received, packed, work)
+
+
+class GatherExchange:
+    """All ranks get all rows, and keep those that they need; gradients are summed by a reduce-scatter."""
+
+    def __init__(
+        self,
+        needed: Sequence[torch.Tensor],
+        held: Sequence[torch.Tensor],
+        group: dist.ProcessGroup,
+        put: Callable[[torch.Tensor], torch.Tensor],
+    ) -> None:
+        """Plan as in `plan_exchange`."""
+        self.group, self.local_count = group, held[0].numel()
+        gathered = torch.cat(list(held))
+        row_of_index = torch.empty_like(gathered)
+        row_of_index[gathered] = torch.arange(gathered.numel())
+        self.rows = put(row_of_index[needed[group.rank()]])
+
+    def send(self, states: States) -> Pending:
+        """Launch the all-gather."""
+        packed = torch.stack(states, dim=1)
+        gathered = packed.new_empty(packed.shape[0] * self.group.size(), *packed.shape[1:])
+        work = dist.all_gather_into_tensor(gathered, packed, group=self.group, async_op=True)
+        return Pending(gathered, packed, work)
+
+    def assemble(self, states: States, received: torch.Tensor) -> States:
+        """All K keys in sequence order, whatever the number of ranks: kernels then add them up in one order."""
+        return tuple(gathered.index_select(0, self.rows) for gathered in received.unbind(1))
+
+    def send_back(self, gradients: States) -> tuple[States, Pending]:
+        """Launch the reduce-scatter; it brings the local rows' gradients whole, so their part here is zero."""
+        rows, shape = self.local_count, gradients[0].shape[1:]
+        packed = gradients[0].new_zeros(rows * self.group.size(), len(gradients), *shape)
+        for number, gradient in enumerate(gradients):
+            packed[:, number].index_copy_(0, self.rows, gradient)
+        summed = packed.new_empty(rows, *packed.shape[1:])
+        work = dist.reduce_scatter_tensor(summed, packed, group=self.group, async_op=True)
+        nothing = packed.new_zeros(()).expand(rows, *shape)
+        return tuple(nothing for _ in gradients), Pending(summed, packed, work)
+
+    def add_returned(self, local: States, returned: torch.Tensor) -> States:
+        """What the reduce-scatter brought."""
+        return returned.unbind(1)
+
+
+class Transit:
+    """The exchange of one layer's states between its two halves, forward and then backward."""
+
+    def __init__(self, exchange: KeyExchange) -> None:
+        """Nothing is under way yet."""
+        self.exchange = exchange
+        self.pending: Pending | None = None
+
+    def wait(self) -> torch.Tensor:
+        """What the launched half brings; its buffers are let go."""
+        assert self.pending is not None
+        pending, self.pending = self.pending, None
+        return pending.wait()
+
+
+class Departed(NamedTuple):
+    """States whose exchange is under way."""
+
+    transit: Transit | None
+    """None: there is nothing to exchange."""
+    states: States
+    """The local states, as autograd is to see them."""
+
+
+def depart(exchange: KeyExchange | None, states: States) -> Departed:
+    """Launch the exchange of `states`, each [S/cp, B, heads (local), D]."""
+    if exchange is None:
+        return Departed(None, states)
+    transit = Transit(exchange)
+    return Departed(transit, _Depart.apply(transit, *states))
+
+
+def arrive(departed: Departed) -> States:
+    """The states of all K keys in sequence order, each [K, B, heads (local), D]."""
+    if departed.transit is None:
+        return departed.states
+    return _Arrive.apply(departed.transit, *departed.states)
+
+
+class _Depart(torch.autograd.Function):
+    """The identity, which launches the way there, and in backward ends the way back."""
+
+    @staticmethod
+    def forward(ctx: Any, transit: Transit, *states: torch.Tensor) -> States:
+        ctx.transit = transit
+        transit.pending = transit.exchange.send(states)
+        return tuple(state.view_as(state) for state in states)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        return None, *ctx.transit.exchange.add_returned(gradients, ctx.transit.wait())
+
+
+class _Arrive(torch.autograd.Function):
+    """Ends the way there, and in backward launches the way back."""
+
+    @staticmethod
+    def forward(ctx: Any, transit: Transit, *states: torch.Tensor) -> States:
+        ctx.transit = transit
+        return transit.exchange.assemble(states, transit.wait())
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        local, ctx.transit.pending = ctx.transit.exchange.send_back(gradients)
+        return None, *local
