@@ -38,7 +38,8 @@ def block_mask(first: torch.Tensor, last: torch.Tensor, count: int) -> BlockMask
     """The blocks of queries over `count` keys, of which each query sees those from `first` to `last`, int32 [B, S/cp].
 
     A block is full where all its queries see all its keys, and is left out where it lies beyond the keys that any of
-    its queries sees; the others ask `first` and `last` pair by pair.
+    its queries sees; the others ask `first` and `last` pair by pair. A query that sees nothing has `first` = `count`
+    and `last` = -1.
     """
     length = first.shape[1]
     key_blocks = -(-count // BLOCK)
@@ -54,7 +55,7 @@ def block_mask(first: torch.Tensor, last: torch.Tensor, count: int) -> BlockMask
     full_indices = full_begin[..., None] + offset
     partial_indices = begin[..., None] + offset
     partial_indices = partial_indices + full[..., None] * (partial_indices >= full_begin[..., None])
-    partial = end - begin - full
+    partial = (end - begin - full).clamp(min=0)
 
     def sees(batch: torch.Tensor, head: torch.Tensor, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
         return (key >= first[batch, query]) & (key <= last[batch, query])

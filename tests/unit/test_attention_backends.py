@@ -119,3 +119,6 @@ def test_stretches_for_transformer_engine_are_the_definition(monkeypatch: pytest
     assert TransformerEnginePlan.where_supported(keys, 512) is None
     assert TransformerEnginePlan.where_supported(visible(MaskRule(None)), 256) is None
     assert TransformerEnginePlan.where_supported(visible(MaskRule(70, "always")), 256) is None
+    # The two chunks' windows overlap: some keys would have to be in two stretches.
+    overlapping = torch.cat((torch.arange(100, 120), torch.arange(130, 150)))
+    assert TransformerEnginePlan.where_supported(visible(MaskRule(70), overlapping), 256) is None
