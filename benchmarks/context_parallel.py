@@ -191,15 +191,14 @@ def measured(ways: list[Way], tokens: int, device: torch.device) -> list[list[st
             spent = milliseconds(way.step, device)
             if turn >= WARM_UP:
                 times[way.name].append(spent)
-    rows = []
-    ring = median(times["full ring"])
-    for way in ways:
-        figures = torch.tensor([median(times[way.name]), peak_gib(way, device), communication_share(way, device)])
-        figures = figures.to(device)
-        dist.all_reduce(figures, op=dist.ReduceOp.MAX, group=dist.group.WORLD)  # the slowest, fullest, busiest rank
-        spent, peak, share = figures.tolist()
-        rows.append([f"{tokens}", way.name, f"{spent:.1f}", f"{peak:.2f}", f"{100 * share:.1f}", f"{spent / ring:.2f}"])
-    return rows
+    found = [[median(times[way.name]), peak_gib(way, device), communication_share(way, device)] for way in ways]
+    figures = torch.tensor(found, device=device)
+    dist.all_reduce(figures, op=dist.ReduceOp.MAX, group=dist.group.WORLD)  # the slowest, fullest, busiest rank
+    of_ring = figures[[way.name for way in ways].index("full ring"), 0].item()
+    return [
+        [f"{tokens}", way.name, f"{spent:.1f}", f"{peak:.2f}", f"{100 * share:.1f}", f"{spent / of_ring:.2f}"]
+        for way, (spent, peak, share) in zip(ways, figures.tolist(), strict=True)
+    ]
 
 
 def main() -> None:
