@@ -120,7 +120,8 @@ class TrainConfig:
     microbatch_size: int = 1
     """Rows per forward pass and language lane: samples when padded, packs when packed."""
     activation_checkpointing: Literal["none", "selective", "full"] = "none"
-    """What the backward pass computes again instead of keeping: nothing, the attention, or every layer."""
+    """What the backward pass computes again instead of keeping: nothing, the attention (no backend ever keeps its
+    scores, so `selective` is as `none`), or every layer."""
 
 
 @dataclass
