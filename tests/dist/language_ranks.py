@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 from megatron.core.process_groups_config import ProcessGroupCollection
 
-from mimo_gemma4.language.attention_context import AttentionContext
+from mimo_gemma4.language.attention_context import AttentionContext, attention_context
 from mimo_gemma4.language.config import Gemma4TextConfig
 from mimo_gemma4.language.model import Gemma4LanguageModel
 from mimo_gemma4.partition import cp_token_index
@@ -97,19 +97,19 @@ def built_model(case: Case, groups: ProcessGroupCollection) -> tuple[Gemma4Langu
     return model, bindings
 
 
-def local_context(batch: Batch, held: list[torch.Tensor], cp_rank: int) -> AttentionContext:
-    """Metadata of this rank's tokens and of all keys; `held`: the tokens of every context parallel rank, in order."""
-    mine, keys = held[cp_rank], torch.cat(held)
+def local_context(
+    model: Gemma4LanguageModel, groups: ProcessGroupCollection, batch: Batch, held: list[torch.Tensor]
+) -> AttentionContext:
+    """Metadata of this rank's tokens; `held`: the tokens of every context parallel rank."""
     metadata = (batch.positions, batch.segments, batch.groups)
-    positions, segments, groups = (whole[:, mine] for whole in metadata)
-    key_positions, key_segments, key_groups = (whole[:, keys] for whole in metadata)
-    return AttentionContext(positions, segments, key_positions, key_segments, groups, key_groups)
+    return attention_context(model.text, *metadata, held=held, cp_group=groups.cp, put=torch.clone)
 
 
 def rank_result(rank: int, case: Case) -> RankResult:
     """Loss, logits and gradients of one forward and backward pass of the packed batch on this rank."""
     tp_rank, cp_rank = rank % case.tp, rank // case.tp
-    model, bindings = built_model(case, language_groups(rank, case.tp, case.cp))
+    groups = language_groups(rank, case.tp, case.cp)
+    model, bindings = built_model(case, groups)
     batch = Batch(case.variant)
     held = [cp_token_index(LENGTH, case.cp, other) for other in range(case.cp)]
     mine = held[cp_rank]
@@ -119,7 +119,7 @@ def rank_result(rank: int, case: Case) -> RankResult:
     embeddings = model.embed(batch.input_ids[:, mine])
     media = batch.media[:, rows_mine].t().unsqueeze(-1)
     embeddings = torch.where(media, rows[:, rows_mine].transpose(0, 1), embeddings)
-    hidden = model(embeddings, batch.input_ids[:, mine], local_context(batch, held, cp_rank))
+    hidden = model(embeddings, batch.input_ids[:, mine], local_context(model, groups, batch, held))
     loss = model.loss(hidden, batch.labels[:, mine])
     loss.backward()
     with torch.no_grad():

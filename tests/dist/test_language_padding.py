@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from megatron.core.process_groups_config import ProcessGroupCollection
 
 from mimo_gemma4.language.model import Gemma4LanguageModel
 from tests.dist.harness import run_ranks
@@ -12,16 +13,20 @@ PADDING = 3  # of this variant
 VARIANT = "per layer embeddings without sharing"
 
 
-def hidden_states(model: Gemma4LanguageModel, batch: Batch, input_ids: torch.Tensor) -> torch.Tensor:
-    return model(model.embed(input_ids), input_ids, local_context(batch, [torch.arange(LENGTH)], cp_rank=0))
+def hidden_states(
+    model: Gemma4LanguageModel, groups: ProcessGroupCollection, batch: Batch, input_ids: torch.Tensor
+) -> torch.Tensor:
+    context = local_context(model, groups, batch, [torch.arange(LENGTH)])
+    return model(model.embed(input_ids), input_ids, context)
 
 
 def row_gradients(rank: int, tp: int) -> dict[str, torch.Tensor]:
     """Norm of the gradient of every row of both tables that this rank holds, from embedding and from the head."""
-    model, bindings = built_model(Case(VARIANT, tp), language_groups(rank, tp, 1))
+    groups = language_groups(rank, tp, 1)
+    model, bindings = built_model(Case(VARIANT, tp), groups)
     tables = {b.name.split(".")[-2]: b for b in bindings if ".embed_tokens" in b.name}
     batch = Batch(VARIANT)
-    hidden = hidden_states(model, batch, batch.input_ids)
+    hidden = hidden_states(model, groups, batch, batch.input_ids)
 
     def rows() -> dict[str, torch.Tensor]:
         found = {}
@@ -50,12 +55,13 @@ def test_padding_row_gets_its_gradient_from_the_head_alone(tp: int) -> None:
 
 
 def placeholders_as_padding(rank: int) -> bool:
-    model, _ = built_model(Case(VARIANT), language_groups(rank, 1, 1))
+    groups = language_groups(rank, 1, 1)
+    model, _ = built_model(Case(VARIANT), groups)
     batch = Batch(VARIANT)
     assert (batch.types > 0).any()
     replaced = batch.input_ids.masked_fill(batch.types > 0, PADDING)
     with torch.no_grad():
-        return torch.equal(hidden_states(model, batch, batch.input_ids), hidden_states(model, batch, replaced))
+        return torch.equal(hidden_states(model, groups, batch, batch.input_ids), hidden_states(model, groups, batch, replaced))
 
 
 def test_placeholders_count_as_padding() -> None:
