@@ -3,7 +3,7 @@
 Counted: matrix products (two operations per multiply-add) and attention over the key positions that the causal mask or
 the window lets through. Not counted: embedding and per-layer-embedding look-ups, norms, activations, recomputation,
 padding, and the key/value projections that layers with shared keys and values do not have. Image groups that attend
-both ways are counted as causal.
+both ways are counted as causal. Of experts, those that a token goes to are counted, whichever rank computes them.
 """
 
 from collections.abc import Iterable, Sequence
@@ -77,6 +77,21 @@ class TextShape(Protocol):
         ...
 
     @property
+    def num_experts(self) -> int:
+        """Experts of a layer, over all ranks; 0: the model has none."""
+        ...
+
+    @property
+    def top_k_experts(self) -> int:
+        """Experts that a token goes to."""
+        ...
+
+    @property
+    def moe_intermediate_size(self) -> int:
+        """Width of one expert."""
+        ...
+
+    @property
     def layers(self) -> Sequence[LayerShape]:
         """Every decoder layer."""
         ...
@@ -133,6 +148,8 @@ def linear_parameters(text: TextShape) -> int:
             projections += layer.num_key_value_heads * (2 if layer.has_value_projection else 1)
         total += text.hidden_size * layer.head_dim * projections
         total += 3 * text.hidden_size * layer.intermediate_size  # gate, up, down
+        total += text.hidden_size * text.num_experts  # router
+        total += 3 * text.hidden_size * text.moe_intermediate_size * text.top_k_experts
         total += 3 * per_layer_embedding  # gate, projection back, and this layer's rows of the model's projection
     return total
 

@@ -31,7 +31,9 @@ def greedy_answers(
     max_new_tokens: int,
     stop_ids: frozenset[int],
 ) -> list[Answer]:
-    """Answer the first assistant turn of every sample of a padded microbatch. Collective over the language lane.
+    """Answer the first assistant turn of every sample of a padded microbatch, or of an empty one.
+
+    Collective over the language lane and the lanes that share its experts.
 
     A prompt ends at the first position that has a label; everything behind it is blanked, so nothing of the true answer
     is seen. Every round runs the whole microbatch again: exact under any layout, and evaluation answers are short.
@@ -44,6 +46,9 @@ def greedy_answers(
         max_new_tokens: longest answer; an answer also ends at the end of its row.
         stop_ids: token ids that end an answer.
     """
+    if not microbatch.rows:
+        _serve_other_lanes(model, max_new_tokens)
+        return []
     labelled = (batch.labels != IGNORE).any(dim=1)  # a sample masked for corrupt media has no label and no answer
     last_prompt = (batch.labels != IGNORE).int().argmax(dim=1)  # [B]
     media = [_of_prompts(model, microbatch, part, last_prompt) for part in media]
@@ -61,7 +66,9 @@ def greedy_answers(
         at = last_prompt + offset
         done |= at + 1 >= microbatch.seq_length
         if done.all():
+            _serve_other_lanes(model, max_new_tokens - offset)
             break
+        _any_lane_goes_on(model, True)
         tokens = _next_tokens(model, open_batch, microbatch, media, at.clamp(max=microbatch.seq_length - 1))
         tokens = tokens.masked_fill(done, 0)
         open_batch.input_ids[rows[~done], at[~done] + 1] = tokens[~done]
@@ -77,6 +84,25 @@ def greedy_answers(
         for slot in microbatch.samples
         if labelled[slot.row]
     ]
+
+
+def _serve_other_lanes(model: MimoModel, rounds: int) -> None:
+    """Run this rank's experts for the lanes that share them and still extend answers, for at most `rounds` tokens."""
+    assert model.language is not None
+    for _ in range(rounds):
+        if not _any_lane_goes_on(model, False):
+            return
+        model.language.serve_experts()
+
+
+def _any_lane_goes_on(model: MimoModel, this_lane: bool) -> bool:
+    """Whether this lane, or one that shares its experts, has an answer to extend by another token."""
+    assert model.language is not None
+    if not model.language.shares_experts:
+        return this_lane
+    going = torch.tensor(int(this_lane), device=model.platform.device)
+    dist.all_reduce(going, op=dist.ReduceOp.MAX, group=model.groups.modules["language"].ep)
+    return bool(going.item())
 
 
 def _of_prompts(

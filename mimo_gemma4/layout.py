@@ -115,11 +115,8 @@ def _check_sizes(name: str, module: ModuleLayout) -> None:
             f"`layout.{name}.pp` is {module.pp}: pipeline parallelism is not available yet, set it to 1 and raise "
             f"`layout.{name}.tp` or `layout.{name}.cp` if the module does not fit"
         )
-    if module.ep > 1:
-        raise LayoutError(
-            f"`layout.{name}.ep` is {module.ep}: expert parallelism is not available yet, set it to 1 (every rank then "
-            "holds all experts)"
-        )
+    if name != LANGUAGE and module.ep > 1:
+        raise LayoutError(f"`layout.{name}.ep` is {module.ep}: an encoder has no experts, set it to 1")
 
 
 def _disjoint(modules: Mapping[str, ModuleLayout], world_size: int) -> dict[str, tuple[int, ...]]:
@@ -226,6 +223,12 @@ def _grid(name: str, module: ModuleLayout, ranks: tuple[int, ...]) -> ModuleGrid
             f"`layout.{name}.cp`"
         )
     dp = len(ranks) // model_parallel
+    if dp * module.cp % module.ep:
+        raise LayoutError(
+            f"`layout.{name}.ep` is {module.ep}, which does not divide dp {dp} * cp {module.cp} = {dp * module.cp}: "
+            "experts are cut over data- and context-parallel ranks; change "
+            f"`layout.{name}.ep` or `layout.{name}.ranks`"
+        )
     return ModuleGrid(name, ranks, module.tp, module.cp, dp, module.pp, module.ep, module.sequence_parallel)
 
 

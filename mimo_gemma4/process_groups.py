@@ -105,8 +105,9 @@ def create_process_groups(layout: Layout, platform: Platform) -> ProcessGroups:
 def group_members(grid: ModuleGrid) -> dict[str, list[Members]]:
     """Global ranks of every group of a module, by field of `ProcessGroupCollection`; a pure function.
 
-    Experts are cut over `ep` lanes of dp*cp and never over tensor parallel ranks: each tensor parallel rank has its own
-    expert-parallel groups, and `expt_tp` is a single rank.
+    Experts are cut over `ep` neighbours of dp*cp and never over tensor parallel ranks: each tensor parallel rank has
+    its own expert-parallel groups, and `expt_tp` is a single rank. Tensor parallel ranks route different tokens, so
+    what they hold of the experts are replicas like those of data-parallel ranks: `expt_dp` spans both.
     """
     # HyperCommGrid knows contiguous ranks only, so it enumerates positions in the grid's list.
     hyper = HyperCommGrid([grid.tp, grid.cp, grid.dp, grid.pp], ["tp", "cp", "dp", "pp"])
@@ -128,7 +129,7 @@ def group_members(grid: ModuleGrid) -> dict[str, list[Members]]:
         "tp_ep": members("ep", view="expert"),
         "dp": members("dp"),
         "dp_cp": members("cp", "dp"),
-        "expt_dp": members("expt_dp", view="expert"),
+        "expt_dp": members("tp", "expt_dp", view="expert"),
         "mp": members("tp", "pp"),
         "tp_dp_cp": members("tp", "cp", "dp"),
         "tp_ep_pp": members("tp", "ep", "pp", view="expert"),

@@ -48,7 +48,8 @@ class StepRunner:
         Args:
             data: this rank's inputs.
             train: false leaves out the backward pass and the gradient transfers.
-            observe: called on language ranks after each microbatch's forward, with its rows in place.
+            observe: called on language ranks after each microbatch's forward, with its rows in place; on an idle lane
+                with a microbatch of no rows.
         """
         self._finished_stopwatch, self._stopwatch = self._stopwatch, Stopwatch(self.model.platform.device)
         edges = self.trainable_edges if train else frozenset()
@@ -127,9 +128,13 @@ class _Execution:
         assert language is not None
         lane = self.model.layout.language.coordinate(self.model.rank).dp
         microbatch = self.data.manifest.microbatch(lane, round_)
-        if not microbatch.rows:  # the lane idles; its peers on tensor and context parallel groups do so alike
-            return
         batch = self.data.language[round_]
+        if not microbatch.rows:  # the lane idles; its peers on tensor and context parallel groups do so alike
+            if language.shares_experts:
+                language.serve_experts()
+            if self.observe is not None:
+                self.observe(batch, microbatch, [])
+            return
         tokens = self.model.local_tokens(batch, microbatch)
         media = [
             (self.routes[name, round_].positions, self.received[name, round_])

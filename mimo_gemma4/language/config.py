@@ -87,6 +87,14 @@ class Gemma4TextConfig:
     """The last so many layers attend to keys and values of earlier layers."""
     use_double_wide_mlp: bool = False
     """Layers with shared keys and values have twice the `intermediate_size`."""
+    enable_moe_block: bool = False
+    """Every layer has experts beside its dense feed-forward network."""
+    num_experts: int = 0
+    """Experts of a layer, over all ranks; 0 without `enable_moe_block`."""
+    top_k_experts: int = 0
+    """Experts that a token goes to; 0 without `enable_moe_block`."""
+    moe_intermediate_size: int = 0
+    """Width of one expert; 0 without `enable_moe_block`."""
     model_type: str = "gemma4_text"
     placeholder_ids: tuple[int, ...] = ()
     """Token ids that stand for media rows (`image_token_id`, `audio_token_id`, `video_token_id` of the whole model)."""
@@ -95,7 +103,7 @@ class Gemma4TextConfig:
     def from_hf(cls, hf_config: Mapping[str, Any]) -> "Gemma4TextConfig":
         """Read a whole model's `config.json` dict, or its `text_config` alone.
 
-        Raises `ConfigError` for mixture-of-experts models and for values that no Gemma 4 dense model has.
+        Raises `ConfigError` for values that no Gemma 4 model has.
         """
         text = dict(hf_config.get("text_config", hf_config))
         _reject_unsupported(text)
@@ -125,10 +133,23 @@ class Gemma4TextConfig:
                 f"text_config.num_kv_shared_layers = {self.num_kv_shared_layers} of {count} layers leaves no layer of "
                 f"type {sorted(missing)} with keys and values of its own"
             )
+        self._check_experts()
         for name in set(self.layer_types):
             rope, known = self.rope_parameters.get(name, {}).get("rope_type"), ("default", "proportional")
             if rope not in known:
                 raise ConfigError(f"text_config.rope_parameters.{name}.rope_type is {rope!r}; known: {known}")
+
+    def _check_experts(self) -> None:
+        for name in ("num_experts", "top_k_experts", "moe_intermediate_size"):
+            if not self.enable_moe_block:
+                object.__setattr__(self, name, 0)
+            elif getattr(self, name) < 1:
+                value = getattr(self, name)
+                raise ConfigError(f"text_config.{name} is {value}; with `enable_moe_block` it must be at least 1")
+        if self.top_k_experts > self.num_experts:
+            raise ConfigError(
+                f"text_config.top_k_experts = {self.top_k_experts} is more than num_experts = {self.num_experts}"
+            )
 
     @property
     def layers(self) -> tuple[LayerConfig, ...]:
@@ -160,10 +181,19 @@ class Gemma4TextConfig:
         return self.model_type.startswith("gemma4_unified")
 
     def transformer_config(
-        self, *, tp: int, cp: int, sequence_parallel: bool, dtype: torch.dtype, device: torch.device
+        self, *, tp: int, cp: int, ep: int = 1, sequence_parallel: bool, dtype: torch.dtype, device: torch.device
     ) -> TransformerConfig:
-        """megatron-core's view of the model. Raises `LayoutError` where `tp` does not divide it."""
+        """megatron-core's view of the model. Raises `LayoutError` where `tp` or `ep` does not divide it."""
         self._check_tensor_parallel(tp)
+        self._check_expert_parallel(ep)
+        experts: dict[str, Any] = {}
+        if self.num_experts:
+            experts = {
+                "num_moe_experts": self.num_experts,
+                "moe_router_topk": self.top_k_experts,
+                "moe_ffn_hidden_size": self.moe_intermediate_size,
+                "moe_router_dtype": "fp32",
+            }
         return TransformerConfig(
             num_layers=self.num_hidden_layers,
             hidden_size=self.hidden_size,
@@ -184,12 +214,14 @@ class Gemma4TextConfig:
             calculate_per_token_loss=True,
             tensor_model_parallel_size=tp,
             context_parallel_size=cp,
+            expert_model_parallel_size=ep,
             sequence_parallel=sequence_parallel and tp > 1,
             params_dtype=dtype,
             bf16=dtype == torch.bfloat16,
             use_cpu_initialization=device.type != "cuda",
             perform_initialization=False,
             gradient_accumulation_fusion=False,
+            **experts,
         )
 
     def _check_tensor_parallel(self, tp: int) -> None:
@@ -204,10 +236,14 @@ class Gemma4TextConfig:
             if heads % tp and tp % heads:
                 raise LayoutError(f"layout.language.tp = {tp} is no divisor or multiple of {heads} key/value heads")
 
+    def _check_expert_parallel(self, ep: int) -> None:
+        if ep > 1 and not self.num_experts:
+            raise LayoutError(f"layout.language.ep = {ep}, but the model has no experts: set it to 1")
+        if self.num_experts % ep:
+            raise LayoutError(f"layout.language.ep = {ep} does not divide the model's num_experts = {self.num_experts}")
+
 
 def _reject_unsupported(text: Mapping[str, Any]) -> None:
-    if text.get("enable_moe_block"):
-        raise ConfigError("text_config.enable_moe_block: MoE is not supported yet; use a dense Gemma 4 model")
     expected = {
         "attention_bias": False,
         "attention_dropout": 0.0,

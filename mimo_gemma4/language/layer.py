@@ -10,6 +10,7 @@ from torch import nn
 from mimo_gemma4.language.attention import AttentionInputs, KeyValues, SelfAttention
 from mimo_gemma4.language.config import Gemma4TextConfig, LayerConfig
 from mimo_gemma4.language.mlp import GatedMLP
+from mimo_gemma4.language.moe import MixtureOfExperts
 from mimo_gemma4.language.norm import RMSNorm
 from mimo_gemma4.language.per_layer import PerLayerInput
 from mimo_gemma4.weights import ONES, Binding, bind_replicated, branch_norm
@@ -17,6 +18,8 @@ from mimo_gemma4.weights import ONES, Binding, bind_replicated, branch_norm
 
 class DecoderLayer(nn.Module):
     """Attention, feed-forward network and per-layer input, each normalised before and after, then a fixed scalar.
+
+    Where the model has experts, they see the same residual as the dense network, and the normalised results are added.
 
     Keys and values come in and go out as arguments, never through state, so recomputing the layer is exact.
     """
@@ -46,6 +49,10 @@ class DecoderLayer(nn.Module):
         self.post_attention_layernorm = norm()
         self.pre_feedforward_layernorm = norm()
         self.post_feedforward_layernorm = norm()
+        self.moe: MixtureOfExperts | None = None
+        if text.num_experts:
+            self.moe = MixtureOfExperts(text, config, groups, device)
+            self.post_feedforward_layernorm_1 = norm()
         self.per_layer_input = PerLayerInput(text, config, device) if text.hidden_size_per_layer_input else None
         self.layer_scalar: torch.Tensor
         self.register_buffer("layer_scalar", torch.ones(1, dtype=config.params_dtype, device=device))
@@ -60,10 +67,22 @@ class DecoderLayer(nn.Module):
         """Hidden states [S/(cp*tp), B, H] (local) of the next layer, and the keys and values attended to."""
         attended, key_values = self.self_attention(self.input_layernorm(hidden), attention, shared)
         hidden = hidden + self.post_attention_layernorm(attended)
-        hidden = hidden + self.post_feedforward_layernorm(self.mlp(self.pre_feedforward_layernorm(hidden)))
+        hidden = hidden + self.post_feedforward_layernorm(self._feed_forward(hidden))
         if self.per_layer_input is not None:
             hidden = hidden + self.per_layer_input(hidden, per_layer_input)
         return hidden * self.layer_scalar, key_values
+
+    def _feed_forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        if self.moe is None:
+            return self.mlp(self.pre_feedforward_layernorm(hidden))
+        routed = self.moe.route(hidden)  # first, so that its copy to the host is hidden by the dense network
+        dense = self.mlp(self.pre_feedforward_layernorm(hidden))
+        return self.post_feedforward_layernorm_1(dense) + self.moe(routed)
+
+    def serve_experts(self, nothing: torch.Tensor) -> torch.Tensor:
+        """What `forward` does for other lanes' tokens, on a lane that has none itself: [0, 1, H] → [0, 1, H]."""
+        assert self.moe is not None
+        return self.moe(self.moe.route(nothing))
 
     def bindings(self, prefix: str) -> list[Binding]:
         """Weights under the names of transformers' decoder layer."""
@@ -74,9 +93,12 @@ class DecoderLayer(nn.Module):
             "pre_feedforward_layernorm": (self.pre_feedforward_layernorm, ONES),
             "post_feedforward_layernorm": (self.post_feedforward_layernorm, quiet),
         }
+        if self.moe is not None:
+            norms["post_feedforward_layernorm_1"] = (self.post_feedforward_layernorm_1, ONES)
         return [
             *self.self_attention.bindings(f"{prefix}self_attn."),
             *self.mlp.bindings(f"{prefix}mlp."),
+            *(self.moe.bindings(prefix) if self.moe is not None else ()),
             *(
                 bind_replicated(f"{prefix}{name}.weight", norm.weight, initial)
                 for name, (norm, initial) in norms.items()

@@ -1,6 +1,7 @@
 """The Gemma 4 language model of one rank: tensor, sequence and context parallel over explicit process groups."""
 
-from typing import cast
+from collections.abc import Callable
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -51,7 +52,7 @@ class Gemma4LanguageModel(MegatronModule):
 
         Args:
             text: hyperparameters.
-            groups: process groups of the language grid; `tp` and `cp` are read.
+            groups: process groups of the language grid; `tp`, `cp` and, where the model has experts, `ep` are read.
             sequence_parallel: cut hidden states over the tensor parallel ranks along the sequence.
             dtype: of parameters and activations.
             device: where parameters live.
@@ -61,17 +62,24 @@ class Gemma4LanguageModel(MegatronModule):
             prefix: what Hugging Face names start with: `model.language_model.`, or `model.` in a text-only checkpoint.
 
         Raises:
-            LayoutError: the tensor parallel size does not fit the model.
+            LayoutError: the tensor or expert parallel size does not fit the model.
             ConfigError: unknown `activation_checkpointing`, or `backend` cannot be had.
         """
         if activation_checkpointing not in ("none", "selective", "full"):
             mode = activation_checkpointing
             raise ConfigError(f"train.activation_checkpointing = {mode!r}; known: none, selective, full")
         config = text.transformer_config(
-            tp=groups.tp.size(), cp=groups.cp.size(), sequence_parallel=sequence_parallel, dtype=dtype, device=device
+            tp=groups.tp.size(),
+            cp=groups.cp.size(),
+            ep=groups.ep.size(),
+            sequence_parallel=sequence_parallel,
+            dtype=dtype,
+            device=device,
         )
         super().__init__(config)
         self.text, self.prefix, self.tp_group = text, prefix, groups.tp
+        self.shares_experts = text.num_experts > 0 and groups.ep.size() > 1
+        """Whether this rank's experts serve tokens of other ranks too."""
         self.recompute_layers = activation_checkpointing == "full"
         self.plan_attention = attention_backend(backend, device)
         self.embedding = TokenEmbedding(
@@ -119,13 +127,30 @@ class Gemma4LanguageModel(MegatronModule):
         hidden = embeddings
         for layer, decode, layer_input in zip(self.text.layers, self.layers, inputs, strict=True):
             arguments = (hidden, layer_input, attention[layer.attention], shared.get(layer.key_value_source))
-            if self.recompute_layers and torch.is_grad_enabled():
-                hidden, key_values = checkpoint(decode, *arguments, use_reentrant=False, preserve_rng_state=False)
-            else:
-                hidden, key_values = decode(*arguments)
+            hidden, key_values = self._recomputed(decode, *arguments)
             if layer.index in sources:
                 shared[layer.index] = key_values
         return self.norm(hidden)
+
+    def serve_experts(self) -> None:
+        """Run this rank's experts for a microbatch of which other lanes have tokens and this one has none.
+
+        Enters each collective of the expert parallel group that `forward`, and with gradients enabled the backward
+        pass, enter on the other lanes, and leaves the gradients of the experts in their parameters.
+        """
+        weight = self.norm.weight
+        nothing = weight.new_empty((0, 1, self.text.hidden_size), requires_grad=torch.is_grad_enabled())
+        hidden = nothing
+        for layer in self.layers:
+            hidden = self._recomputed(cast(DecoderLayer, layer).serve_experts, hidden)
+        if torch.is_grad_enabled():
+            hidden.sum().backward()
+
+    def _recomputed(self, function: Callable[..., Any], *arguments: Any) -> Any:
+        """The function's result; backward computes what is inside again where activation checkpointing is `full`."""
+        if self.recompute_layers and torch.is_grad_enabled():
+            return checkpoint(function, *arguments, use_reentrant=False, preserve_rng_state=False)
+        return function(*arguments)
 
     def loss(self, hidden: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         """Cross entropy in nats summed over this context parallel rank's tokens with labels [B, S/cp] (local) != -100.

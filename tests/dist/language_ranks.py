@@ -28,7 +28,7 @@ class StateDict:
 
 
 def language_groups(rank: int, tp: int, cp: int) -> ProcessGroupCollection:
-    """Groups of a grid of tp * cp ranks, tp fastest; megatron-core is made to run on this platform."""
+    """Groups of a grid of tp * cp ranks, tp fastest; experts are whole on every rank; megatron-core is made to run here."""
     install(Platform.detect())
     groups = ProcessGroupCollection()
     for c in range(cp):
@@ -39,6 +39,10 @@ def language_groups(rank: int, tp: int, cp: int) -> ProcessGroupCollection:
         group = dist.new_group([c * tp + t for c in range(cp)])
         if rank % tp == t:
             groups.cp = group
+    for alone in range(tp * cp):
+        group = dist.new_group([alone])
+        if rank == alone:
+            groups.ep = group
     return groups
 
 

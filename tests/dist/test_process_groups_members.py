@@ -30,15 +30,15 @@ SPANS = {
     "intra_dist_opt": "tp cp dp pp",
     "embd": "pp",
     "pos_embd": "",
-    # One expert parallel lane: experts are whole on every rank, and replicated as everything else is.
+    # One expert parallel lane: experts are whole on every rank, tensor parallel ones included.
     "ep": "",
     "expt_tp": "",
     "tp_ep": "",
     "tp_ep_pp": "tp pp",
     "tp_ep_pp_with_egtp_remat": "tp pp",
-    "expt_dp": "dp cp",
-    "expt_dp_gtp_remat": "dp cp",
-    "intra_expt_dp": "dp cp",
+    "expt_dp": "tp dp cp",
+    "expt_dp_gtp_remat": "tp dp cp",
+    "intra_expt_dp": "tp dp cp",
 }
 """The dimensions that each group spans."""
 
@@ -162,11 +162,11 @@ def test_expert_groups_cut_lanes_and_never_tensor_parallel_ranks(
         coordinate = grid.coordinate(rank)
         return coordinate.dp * cp + coordinate.cp
 
-    for field, size in (("ep", ep), ("expt_dp", cp * dp // ep)):
+    for field, size, tp_ranks in (("ep", ep, 1), ("expt_dp", tp * cp * dp // ep, tp)):
         assert sorted(rank for group in members[field] for rank in group) == list(range(8)), field
         for group in members[field]:
             assert len(group) == size
-            assert len({grid.coordinate(rank).tp for rank in group}) == 1
+            assert len({grid.coordinate(rank).tp for rank in group}) == tp_ranks
     for group in members["ep"]:
         assert len({lane(rank) // ep for rank in group}) == 1, "lanes of an expert parallel group are neighbours"
     for group in members["expt_dp"]:

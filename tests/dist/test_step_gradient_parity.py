@@ -131,8 +131,9 @@ def step_on_rank(rank: int, folder: Path, overrides: list[str]) -> tuple[dict, l
         whole = {id(parameter): torch.zeros(parameter.numel(), device=platform.device) for parameter in trainable}
         for shard in optimizer.trainable_shards:
             whole[id(shard.tensor)][shard.start : shard.end] = shard.gradient
-        for gradient in whole.values():  # ZeRO-1 shards of the replicas make one gradient
-            dist.all_reduce(gradient, group=optimizer.groups.dp_cp)
+        for parameter in trainable:  # ZeRO-1 shards of the replicas make one gradient
+            replicas = optimizer.groups.dp_cp if getattr(parameter, "allreduce", True) else optimizer.groups.expt_dp
+            dist.all_reduce(whole[id(parameter)], group=replicas)
         for binding in optimizer.owned:
             if id(binding.tensor) in whole:
                 local = whole[id(binding.tensor)].view(binding.tensor.shape)

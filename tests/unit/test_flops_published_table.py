@@ -2,8 +2,10 @@
 
 import pytest
 
+from mimo_gemma4.config import ModelConfig
 from mimo_gemma4.flops import linear_parameters, peak_flops, text_flops
 from mimo_gemma4.language.config import Gemma4TextConfig
+from mimo_gemma4.presets import load_model_config
 
 E4B = Gemma4TextConfig.from_hf(
     {
@@ -40,6 +42,18 @@ def test_e4b_training_flops_per_token(length: int):
 
 def test_e4b_linear_parameters():
     assert linear_parameters(E4B) / 1e9 == pytest.approx(3.973, abs=0.0005)
+
+
+def test_of_experts_only_the_active_ones_count():
+    """26B-A4B: published as 3.8 billion active parameters of 25.8, the output head included."""
+    text = Gemma4TextConfig.from_hf(load_model_config(ModelConfig(preset="gemma4_26b_a4b")))
+    head = text.vocab_size * text.hidden_size
+    active = linear_parameters(text) + head
+    assert active / 1e9 == pytest.approx(3.82, abs=0.005)
+    idle = (text.num_experts - text.top_k_experts) * 3 * text.hidden_size * text.moe_intermediate_size
+    vision, projector, norms = 0.5695e9, 1152 * text.hidden_size, 7 * text.num_hidden_layers * text.hidden_size
+    total = active + idle * text.num_hidden_layers + vision + projector + norms
+    assert total / 1e9 == pytest.approx(25.81, abs=0.005)
 
 
 def test_packed_sequences_do_not_see_one_another():

@@ -17,7 +17,7 @@ from mimo_gemma4.language.config import FULL, SLIDING, Gemma4TextConfig
 from mimo_gemma4.language.rotary import inverse_frequencies, rotary_tables
 from mimo_gemma4.presets import load_model_config
 
-PRESETS = ("gemma4_tiny", "gemma4_e2b", "gemma4_e4b", "gemma4_12b", "gemma4_31b")
+PRESETS = ("gemma4_tiny", "gemma4_e2b", "gemma4_e4b", "gemma4_12b", "gemma4_26b_a4b", "gemma4_31b")
 
 
 def preset(name: str) -> dict[str, Any]:
@@ -52,7 +52,12 @@ def test_layers_are_those_of_transformers(name: str) -> None:
 # Published totals of the language models (without towers), in millions of parameters.
 @pytest.mark.parametrize(
     ("name", "sources", "embedding", "per_layer_table"),
-    [("gemma4_e2b", (13, 14), 403, 2349), ("gemma4_e4b", (22, 23), 671, 2819), ("gemma4_31b", None, 1409, 0)],
+    [
+        ("gemma4_e2b", (13, 14), 403, 2349),
+        ("gemma4_e4b", (22, 23), 671, 2819),
+        ("gemma4_26b_a4b", None, 738, 0),
+        ("gemma4_31b", None, 1409, 0),
+    ],
 )
 def test_published_sizes(name: str, sources: tuple[int, int] | None, embedding: int, per_layer_table: int) -> None:
     text = Gemma4TextConfig.from_hf(preset(name))
@@ -135,7 +140,8 @@ def test_a_preset_reads_back_equal_after_transformers_saved_it(name: str, tmp_pa
 @pytest.mark.parametrize(
     "wrong",
     [
-        {"enable_moe_block": True},
+        {"num_experts": None, "enable_moe_block": True, "top_k_experts": 2, "moe_intermediate_size": 8},
+        {"top_k_experts": 5, "enable_moe_block": True, "num_experts": 4, "moe_intermediate_size": 8},
         {"attention_bias": True},
         {"hidden_activation": "silu"},
         {"tie_word_embeddings": False},
@@ -157,6 +163,16 @@ def test_tensor_parallel_sizes_that_do_not_fit_are_refused() -> None:
     assert text.transformer_config(tp=4, **arguments).tensor_model_parallel_size == 4
     with pytest.raises(LayoutError, match="tp = 3 .* num_attention_heads = 4"):
         text.transformer_config(tp=3, **arguments)
+
+
+def test_expert_parallel_sizes_that_do_not_fit_are_refused() -> None:
+    arguments = {"tp": 1, "cp": 1, "sequence_parallel": False, "dtype": torch.float32, "device": torch.device("cpu")}
+    experts = Gemma4TextConfig.from_hf(preset("gemma4_26b_a4b"))
+    assert experts.transformer_config(ep=8, **arguments).expert_model_parallel_size == 8
+    with pytest.raises(LayoutError, match="ep = 3 .* num_experts = 128"):
+        experts.transformer_config(ep=3, **arguments)
+    with pytest.raises(LayoutError, match="ep = 2, but the model has no experts"):
+        Gemma4TextConfig.from_hf(preset("gemma4_tiny")).transformer_config(ep=2, **arguments)
 
 
 @pytest.mark.parametrize("attention", [SLIDING, FULL])

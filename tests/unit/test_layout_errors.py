@@ -53,7 +53,18 @@ VISION = {"vision": ModuleLayout(2)}
         ({"language": ModuleLayout(3, tp=2, cp=2)}, 3, "disjoint", ["3 ranks", "cp 2", "to 4"]),
         ({"language": ModuleLayout(2, tp=0)}, 2, "disjoint", ["`layout.language.tp` is 0"]),
         ({"language": ModuleLayout(2, pp=2)}, 2, "disjoint", ["`layout.language.pp` is 2", "not available yet"]),
-        ({"language": ModuleLayout(2, ep=2)}, 2, "disjoint", ["`layout.language.ep` is 2", "not available yet"]),
+        (
+            {"language": ModuleLayout(8, tp=2, cp=2, ep=3)},
+            8,
+            "disjoint",
+            ["`layout.language.ep` is 3", "does not divide dp 2 * cp 2 = 4"],
+        ),
+        (
+            {"vision": ModuleLayout(2, ep=2), "language": ModuleLayout(2)},
+            4,
+            "disjoint",
+            ["`layout.vision.ep` is 2", "no experts"],
+        ),
         (
             VISION | {"language": ModuleLayout()},
             4,
