@@ -130,8 +130,7 @@ class _Execution:
         microbatch = self.data.manifest.microbatch(lane, round_)
         batch = self.data.language[round_]
         if not microbatch.rows:  # the lane idles; its peers on tensor and context parallel groups do so alike
-            if language.shares_experts:
-                language.serve_experts()
+            language.serve_experts()
             if self.observe is not None:
                 self.observe(batch, microbatch, [])
             return

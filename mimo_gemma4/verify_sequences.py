@@ -102,6 +102,10 @@ class DatasetSequences:
         parts: list[Part] = []
 
         def observe(batch: LanguageBatch, microbatch: Microbatch, media: Media) -> None:
+            if not microbatch.rows:
+                assert model.language is not None
+                model.language.serve_experts()
+                return
             places = [(slot.index, slot.row, slot.length) for slot in microbatch.samples]
             parts.append(compute(model, batch, microbatch, media, places))
 
@@ -145,7 +149,7 @@ def compute(
     media: Media,
     places: list[tuple[int, int, int]],
 ) -> Part:
-    """One microbatch on a language rank; collective over its lane."""
+    """One microbatch on a language rank; collective over its lane and those that share its experts."""
     language, adapter = model.language, model.adapter
     assert language is not None and adapter is not None
     hidden: list[torch.Tensor] = []

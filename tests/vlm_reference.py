@@ -4,6 +4,7 @@ import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -38,11 +39,15 @@ class Reference:
         return math.sqrt(sum(float(g.double().square().sum()) for g in self.gradients.values()))
 
 
-def write_model(folder: Path) -> Path:
-    """`gemma4_tiny` with random norms, scalars and clip bounds, and attention that is well conditioned."""
+def write_model(folder: Path, **text: Any) -> Path:
+    """`gemma4_tiny` with random norms, scalars and clip bounds, and attention that is well conditioned.
+
+    `text` replaces values of its `text_config`.
+    """
     hf_config = yaml.safe_load((REPOSITORY / "configs/model/gemma4_tiny.yaml").read_text())
     hf_config.pop("audio_config", None)
     hf_config["vision_processor"]["max_soft_tokens"] = 6
+    hf_config["text_config"] |= text
     torch.manual_seed(0)
     options = {key: value for key, value in hf_config.items() if key != "vision_processor"}
     model = Gemma4ForConditionalGeneration(Gemma4Config(**options, attn_implementation="eager"))

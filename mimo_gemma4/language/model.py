@@ -136,8 +136,11 @@ class Gemma4LanguageModel(MegatronModule):
         """Run this rank's experts for a microbatch of which other lanes have tokens and this one has none.
 
         Enters each collective of the expert parallel group that `forward`, and with gradients enabled the backward
-        pass, enter on the other lanes, and leaves the gradients of the experts in their parameters.
+        pass, enter on the other lanes, and leaves the gradients of the experts in their parameters. Nothing happens
+        where experts serve no other ranks.
         """
+        if not self.shares_experts:
+            return
         weight = self.norm.weight
         nothing = weight.new_empty((0, 1, self.text.hidden_size), requires_grad=torch.is_grad_enabled())
         hidden = nothing

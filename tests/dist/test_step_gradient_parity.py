@@ -8,6 +8,7 @@ of the whole gradient. Sums in another order differ by a few fp32 roundings (6e-
 import os
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -39,6 +40,8 @@ class Case:
     rows: int = 2
     packing: bool = False
     colocated: bool = False
+    ep: int = 1
+    checkpointing: str = "none"
 
     @property
     def world(self) -> int:
@@ -48,15 +51,16 @@ class Case:
     @property
     def overrides(self) -> list[str]:
         vision = f"ranks: {self.vision * self.vision_tp}, tp: {self.vision_tp}"
-        language = f"ranks: {self.dp * self.tp * self.cp}, tp: {self.tp}, cp: {self.cp}"
+        language = f"ranks: {self.dp * self.tp * self.cp}, tp: {self.tp}, cp: {self.cp}, ep: {self.ep}"
         if self.colocated:
-            vision, language = f"tp: {self.vision_tp}", f"tp: {self.tp}, cp: {self.cp}"
+            vision, language = f"tp: {self.vision_tp}", f"tp: {self.tp}, cp: {self.cp}, ep: {self.ep}"
         return [
             f"layout.vision={{{vision}}}",
             f"layout.language={{{language}, sequence_parallel: {str(self.sp).lower()}}}",
             f"layout.placement={'colocated' if self.colocated else 'disjoint'}",
             f"train.microbatch_size={self.rows}",
             f"data.packing={str(self.packing).lower()}",
+            f"train.activation_checkpointing={self.checkpointing}",
         ]
 
 
@@ -85,8 +89,12 @@ COMPLETE = [
 
 @pytest.fixture(scope="module")
 def run_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("parity")
-    write_model(folder / "model")
+    return write_run(tmp_path_factory.mktemp("parity"))
+
+
+def write_run(folder: Path, **text: Any) -> Path:
+    """A model, whose `text_config` has these values, shards and a configuration."""
+    write_model(folder / "model", **text)
     write_shards(folder)
     (folder / "run.yaml").write_text(
         f"""

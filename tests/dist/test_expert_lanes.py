@@ -1,0 +1,118 @@
+"""A model whose experts are cut over lanes trains, answers and is saved like one that is whole, idle lanes included.
+
+Seven samples in microbatches of one row leave a lane without any in the last round, whether there are two lanes or
+four. Tolerances of the gradients: those of `test_step_gradient_parity`, whose checks these are.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from mimo_gemma4 import checkpoint
+from mimo_gemma4.build import build_trainer, lay_foundation
+from mimo_gemma4.config import load_config
+from mimo_gemma4.trainer import Trainer
+from tests.dist.harness import run_ranks
+from tests.dist.test_checkpoint_resume import same_bits, whole_tensors
+from tests.dist.test_generate_matches_transformers import own_answers, transformers_answers
+from tests.dist.test_step_gradient_parity import BATCH, SEED, STEP, Case, check, write_run
+from tests.vlm_reference import SAMPLES, Reference, huggingface_step
+
+TEXT: dict[str, Any] = dict(
+    enable_moe_block=True,
+    num_experts=8,
+    top_k_experts=2,
+    moe_intermediate_size=24,
+    attention_k_eq_v=True,
+    num_global_key_value_heads=1,
+    num_kv_shared_layers=0,
+    use_double_wide_mlp=False,
+    hidden_size_per_layer_input=0,
+    use_bidirectional_attention="vision",
+)
+CASES = [
+    Case(dp=2, ep=2, rows=1),
+    Case(dp=4, ep=4, rows=1, checkpointing="full"),
+    Case(dp=2, tp=2, ep=2, rows=1, checkpointing="full"),
+    Case(dp=2, cp=2, ep=4, rows=1),
+    Case(dp=2, tp=2, sp=True, ep=2, rows=1, packing=True, colocated=True),
+]
+EP2 = Case(dp=2, ep=2, rows=1)
+WHOLE = Case(colocated=True)
+OTHER = Case(tp=2, dp=2, ep=2, rows=1, colocated=True)
+
+
+@pytest.fixture(scope="module")
+def run_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_run(tmp_path_factory.mktemp("experts"), **TEXT)
+
+
+@pytest.fixture(scope="module")
+def reference(run_folder: Path) -> Reference:
+    return run_ranks(1, _reference_rank, run_folder)[0]
+
+
+def _reference_rank(rank: int, folder: Path) -> Reference:
+    return huggingface_step(folder / "model", folder / "train-000000.tar", STEP, BATCH, SEED)
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_step_gradients(case: Case, run_folder: Path, reference: Reference) -> None:
+    check(case, run_folder, reference)
+
+
+def test_answers(run_folder: Path) -> None:
+    """The last of three samples a batch leave one lane of four idle; the others' answers end with their rows."""
+    expected = run_ranks(1, transformers_answers, run_folder)[0]
+    overrides = [
+        *Case(dp=4, ep=4, rows=1).overrides,
+        f"data.valid={{shards: {run_folder}/train-000000.tar}}",
+        f"eval.batch_size={BATCH}",
+    ]
+    found = {
+        answer.index: (answer.predicted, space)
+        for answers in run_ranks(5, own_answers, run_folder, overrides)
+        for answer, space in answers
+    }
+    assert sorted(found) == list(range(SAMPLES))
+    for index, (predicted, space) in found.items():
+        assert predicted == expected[index][:space]
+
+
+def trainer_of(folder: Path, case: Case) -> Trainer:
+    return build_trainer(lay_foundation(load_config([f"config={folder}/run.yaml", *case.overrides])))
+
+
+def saved(folder: Path, trainer: Trainer) -> Path:
+    trainer.loader.close()
+    return checkpoint.save(folder, 1, trainer.optimizers, {"step": 1}, host=trainer.model.groups.host)
+
+
+def train_and_save(rank: int, folder: Path, target: Path, case: Case) -> None:
+    trainer = trainer_of(folder, case)
+    trainer.train_step()
+    saved(target, trainer)
+
+
+def load_and_save(rank: int, folder: Path, source: Path, target: Path, case: Case) -> None:
+    trainer = trainer_of(folder, case)
+    for optimizer in trainer.optimizers.values():
+        for binding in optimizer.bindings:
+            binding.view().detach().zero_()
+    checkpoint.load(source, trainer.optimizers, host=trainer.model.groups.host)
+    saved(target, trainer)
+
+
+def test_checkpoints_change_their_expert_parallel_size(tmp_path: Path, run_folder: Path) -> None:
+    run_ranks(EP2.world, train_and_save, run_folder, tmp_path / "ep2", EP2)
+    written = whole_tensors(tmp_path / "ep2" / "step_00000001")
+    experts = {key: value for key, value in written.items() if "experts" in key}
+    assert {key.split(".")[1] for key in experts} == {"weight", "exp_avg", "exp_avg_sq"}
+    assert all(value.count_nonzero() > value.numel() // 2 for value in experts.values())
+    for name, case in (("whole", WHOLE), ("other", OTHER)):
+        run_ranks(
+            case.world, load_and_save, run_folder, tmp_path / "ep2" / "step_00000001", tmp_path / name, case
+        )
+        assert same_bits(written, whole_tensors(tmp_path / name / "step_00000001"))
