@@ -84,7 +84,8 @@ def whole_tensors(path: Path) -> dict[str, torch.Tensor]:
 
 def same_bits(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
     return one.keys() == other.keys() and all(
-        one[k].dtype == other[k].dtype and one[k].view(torch.uint8).equal(other[k].view(torch.uint8)) for k in one
+        one[k].dtype == other[k].dtype and one[k].flatten().view(torch.uint8).equal(other[k].flatten().view(torch.uint8))
+        for k in one
     )
 
 
