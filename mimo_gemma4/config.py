@@ -62,7 +62,7 @@ class ModuleLayout:
     pp: int = 1
     """Pipeline-parallel size."""
     ep: int = 1
-    """Expert-parallel size: ranks of dp * cp, which it divides, that hold a share of the experts each."""
+    """Expert-parallel size: over how many ranks of dp * cp, which it divides, experts are cut."""
     sequence_parallel: bool = False
     """Cut activations between tensor-parallel layers along the sequence. Needs tp > 1."""
 
