@@ -51,10 +51,10 @@ def run_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def reference(run_folder: Path) -> Reference:
-    return run_ranks(1, _reference_rank, run_folder)[0]
+    return run_ranks(1, reference_rank, run_folder)[0]
 
 
-def _reference_rank(rank: int, folder: Path) -> Reference:
+def reference_rank(rank: int, folder: Path) -> Reference:
     return huggingface_step(folder / "model", folder / "train-000000.tar", STEP, BATCH, SEED)
 
 
