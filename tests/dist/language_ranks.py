@@ -1,6 +1,7 @@
 """The language model on gloo ranks: process groups, a weight source, one rank's results, and all ranks' put together."""
 
 from dataclasses import dataclass
+from itertools import product
 from typing import Any
 
 import torch
@@ -27,8 +28,8 @@ class StateDict:
         return self.tensors[name][index]
 
 
-def language_groups(rank: int, tp: int, cp: int) -> ProcessGroupCollection:
-    """Groups of a grid of tp * cp ranks, tp fastest; experts are whole on every rank; megatron-core is made to run here."""
+def language_groups(rank: int, tp: int, cp: int, ep: int = 1) -> ProcessGroupCollection:
+    """Groups of a grid of tp * cp ranks, tp fastest, experts cut over `ep` of cp; megatron-core is made to run here."""
     install(Platform.detect())
     groups = ProcessGroupCollection()
     for c in range(cp):
@@ -39,9 +40,10 @@ def language_groups(rank: int, tp: int, cp: int) -> ProcessGroupCollection:
         group = dist.new_group([c * tp + t for c in range(cp)])
         if rank % tp == t:
             groups.cp = group
-    for alone in range(tp * cp):
-        group = dist.new_group([alone])
-        if rank == alone:
+    for t, first in product(range(tp), range(0, cp, ep)):
+        members = [c * tp + t for c in range(first, first + ep)]
+        group = dist.new_group(members)
+        if rank in members:
             groups.ep = group
     return groups
 
@@ -55,6 +57,7 @@ class Case:
     cp: int = 1
     sequence_parallel: bool = False
     checkpointing: str = "none"
+    ep: int = 1
 
 
 @dataclass(frozen=True)
@@ -112,7 +115,7 @@ def local_context(
 def rank_result(rank: int, case: Case) -> RankResult:
     """Loss, logits and gradients of one forward and backward pass of the packed batch on this rank."""
     tp_rank, cp_rank = rank % case.tp, rank // case.tp
-    groups = language_groups(rank, case.tp, case.cp)
+    groups = language_groups(rank, case.tp, case.cp, case.ep)
     model, bindings = built_model(case, groups)
     batch = Batch(case.variant)
     held = [cp_token_index(LENGTH, case.cp, other) for other in range(case.cp)]
@@ -132,11 +135,17 @@ def rank_result(rank: int, case: Case) -> RankResult:
     parts = []
     for bound in bindings:
         if bound.tensor.requires_grad:
-            marks = (getattr(bound.tensor, mark, False) for mark in ("tensor_model_parallel", "tp_gradient_partial"))
-            parts.append(GradientPart(bound.name, bound.shape, bound.index, bound.view(bound.tensor.grad), any(marks)))
+            gradient = bound.view(bound.tensor.grad)
+            parts.append(GradientPart(bound.name, bound.shape, bound.index, gradient, gradient_is_part(bound.tensor)))
     everything = tuple(slice(0, size) for size in rows.shape)
     parts.append(GradientPart("rows", tuple(rows.shape), everything, rows.grad, case.sequence_parallel))
     return RankResult(tp_rank, cp_rank, loss.item(), logits, mine, parts)
+
+
+def gradient_is_part(tensor: torch.Tensor) -> bool:
+    """Whether tensor parallel ranks hold slices or terms of the gradient; else each has all of it."""
+    marks = ("tensor_model_parallel", "tp_gradient_partial")
+    return any(getattr(tensor, mark, False) for mark in marks) or not getattr(tensor, "allreduce", True)
 
 
 def assembled_gradients(results: list[RankResult]) -> tuple[dict[str, torch.Tensor], list[str]]:

@@ -45,6 +45,11 @@ VARIANTS: dict[str, dict[str, Any]] = {
     | VISION
     | dict(hidden_size=60, intermediate_size=104, num_attention_heads=24, num_key_value_heads=8)
     | dict(num_global_key_value_heads=4, head_dim=4, global_head_dim=6, layer_types=[S, S, S, F, S, F]),
+    "26b": COMMON
+    | VISION
+    | dict(hidden_size=44, intermediate_size=56, num_attention_heads=8, num_key_value_heads=8)
+    | dict(num_global_key_value_heads=2, head_dim=4, global_head_dim=6, layer_types=[S, S, F, S, F])
+    | dict(enable_moe_block=True, num_experts=12, top_k_experts=3, moe_intermediate_size=12),
     # Mixtures that no released model has, for what only shows where features are apart or together.
     "per layer embeddings without sharing": COMMON
     | dict(hidden_size=28, intermediate_size=40, num_attention_heads=8, num_key_value_heads=4, pad_token_id=3)

@@ -20,7 +20,8 @@ from mimo_gemma4.platform import create_platform
 from mimo_gemma4.process_groups import create_process_groups
 from mimo_gemma4.weights import load
 from tests.dist.harness import run_ranks
-from tests.dist.language_ranks import StateDict
+from tests.dist.language_ranks import StateDict, gradient_is_part
+from tests.random_weights import vary_norms
 
 VOCABULARY = 96
 TEXT = dict(
@@ -109,14 +110,7 @@ def huggingface_model(variant: str) -> Gemma4ForConditionalGeneration:
         experts_implementation="eager",
     )
     model = Gemma4ForConditionalGeneration(config)
-    with torch.no_grad():
-        for name, tensor in model.state_dict().items():
-            if "norm" in name or name.endswith(("layer_scalar", "router.scale", "per_expert_scale")):
-                tensor.uniform_(0.7, 1.3)
-            if "q_norm" in name or "k_norm" in name:
-                tensor.mul_(tensor.shape[0] ** -0.25)
-            if name.endswith("router.scale"):
-                tensor.mul_(10.0)  # choices that differ by more than rounding
+    vary_norms(model)
     return model
 
 
@@ -181,7 +175,7 @@ def partial_results(rank: int, case: Case) -> dict[str, Any]:
     result["gradients"] = [
         (binding.name, binding.shape, binding.index, binding.view(gradient_of(binding.tensor)))
         for binding in bindings
-        if binding.tensor.requires_grad and (at.tp == 0 or is_part(binding.tensor))
+        if binding.tensor.requires_grad and (at.tp == 0 or gradient_is_part(binding.tensor))
     ]
     groups.destroy()
     return result
@@ -206,12 +200,6 @@ def forward_and_backward(
 def gradient_of(tensor: torch.Tensor) -> torch.Tensor:
     """An idle lane has gradients of its experts only, and not even those where no token came."""
     return torch.zeros_like(tensor) if tensor.grad is None else tensor.grad
-
-
-def is_part(tensor: torch.Tensor) -> bool:
-    """Whether tensor parallel ranks hold slices or terms of the gradient; else each has all of it."""
-    marks = ("tensor_model_parallel", "tp_gradient_partial")
-    return any(getattr(tensor, mark, False) for mark in marks) or not getattr(tensor, "allreduce", True)
 
 
 def check(case: Case, expected: dict[str, Any]) -> None:

@@ -23,6 +23,9 @@ QUICK += [
     Case("e2b", 2, cp=2, sequence_parallel=True, checkpointing="full"),
     Case("31b", 2, cp=2, checkpointing="selective"),
     Case("12b", cp=4),
+    Case("26b", 2, cp=2, ep=2, checkpointing="full"),
+    Case("26b", 2, cp=2, ep=2, sequence_parallel=True),
+    Case("26b", cp=4, ep=4),
 ]
 COMPLETE = [
     Case(variant, tp, sequence_parallel=sequence_parallel, checkpointing=checkpointing)

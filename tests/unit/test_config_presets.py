@@ -42,6 +42,11 @@ PUBLISHED = {
     "gemma4_12b": ((5, 8), LARGE)
     + (dict(hidden_size=3840, intermediate_size=15360, num_attention_heads=16, num_key_value_heads=8),)
     + (dict(num_global_key_value_heads=1, attention_k_eq_v=True, num_kv_shared_layers=0),),
+    "gemma4_26b_a4b": ((5, 5), LARGE)
+    + (dict(hidden_size=2816, intermediate_size=2112, num_attention_heads=16, num_key_value_heads=8),)
+    + (dict(num_global_key_value_heads=2, attention_k_eq_v=True, num_kv_shared_layers=0),)
+    + (dict(hidden_size_per_layer_input=0, enable_moe_block=True, num_experts=128, top_k_experts=8),)
+    + (dict(moe_intermediate_size=704),),
     "gemma4_31b": ((5, 10), LARGE)
     + (dict(hidden_size=5376, intermediate_size=21504, num_attention_heads=32, num_key_value_heads=16),)
     + (dict(num_global_key_value_heads=4, attention_k_eq_v=True, num_kv_shared_layers=0),)
