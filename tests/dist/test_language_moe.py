@@ -9,9 +9,10 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from transformers import Gemma4Config, Gemma4ForConditionalGeneration
 
-from mimo_gemma4.language.attention_context import AttentionContext
+from mimo_gemma4.language.attention_context import attention_context
 from mimo_gemma4.language.config import Gemma4TextConfig
 from mimo_gemma4.language.model import Gemma4LanguageModel
 from mimo_gemma4.layout import Layout, ModuleGrid
@@ -167,7 +168,7 @@ def partial_results(rank: int, case: Case) -> dict[str, Any]:
     result: dict[str, Any] = {"numbers": numbers, "loss": 0.0}
     if numbers:
         multiple = sequence_multiple(case.cp, case.tp if case.sequence_parallel else 1)
-        result |= forward_and_backward(model, lane_batch(numbers, multiple), case.cp, at.cp)
+        result |= forward_and_backward(model, lane_batch(numbers, multiple), groups.modules["language"].cp)
     else:
         model.serve_experts()
     result["vocabulary"] = at.tp
@@ -182,15 +183,15 @@ def partial_results(rank: int, case: Case) -> dict[str, Any]:
 
 
 def forward_and_backward(
-    model: Gemma4LanguageModel, batch: dict[str, torch.Tensor], cp: int, cp_rank: int
+    model: Gemma4LanguageModel, batch: dict[str, torch.Tensor], cp_group: dist.ProcessGroup
 ) -> dict[str, Any]:
     length = batch["ids"].shape[1]
-    mine = cp_token_index(length, cp, cp_rank)
-    keys = torch.cat([cp_token_index(length, cp, peer) for peer in range(cp)])
-    of = {"": mine, "key_": keys}
-    metadata = {f"{of_}{name}": batch[name][:, index] for of_, index in of.items() for name in ("positions", "segments", "groups")}
+    held = [cp_token_index(length, cp_group.size(), peer) for peer in range(cp_group.size())]
+    mine = held[cp_group.rank()]
+    metadata = (batch["positions"], batch["segments"], batch["groups"])
+    context = attention_context(model.text, *metadata, held=held, cp_group=cp_group, put=torch.clone)
     ids = batch["ids"][:, mine]
-    hidden = model(model.embed(ids), ids, AttentionContext(**metadata))
+    hidden = model(model.embed(ids), ids, context)
     loss = model.loss(hidden, batch["labels"][:, mine])
     loss.backward()
     with torch.no_grad():
