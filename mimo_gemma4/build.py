@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +14,14 @@ from mimo_gemma4 import checkpoint
 from mimo_gemma4.config import Config, LoraConfig, ShardsConfig
 from mimo_gemma4.cp_cost import AttentionCosts, cheaper_layout
 from mimo_gemma4.data.chat import ConversationEncoder
-from mimo_gemma4.data.dataset import ShardDataset
+from mimo_gemma4.data.dataset import ShardDataset, Source
 from mimo_gemma4.data.digits import ensure_digits
 from mimo_gemma4.data.loader import StepLoader
 from mimo_gemma4.data.planner import StepPlanner
 from mimo_gemma4.data.tokenizer import load_tokenizer, media_tokens
 from mimo_gemma4.errors import ConfigError, DataError
 from mimo_gemma4.evaluate import Evaluator
+from mimo_gemma4.flops import text_flops
 from mimo_gemma4.freezing import freeze
 from mimo_gemma4.health import together
 from mimo_gemma4.huggingface import HuggingFaceSource
@@ -104,7 +105,7 @@ def open_dataset(
     data = foundation.config.data
     try:
         return ShardDataset.open(
-            shards.shards,
+            shards.shards or [Source(source.shards, source.weight) for source in shards.sources.values()],
             encoder,
             seq_length=data.seq_length,
             on_bad_sample=data.on_bad_sample,
@@ -121,6 +122,12 @@ def build_loader(foundation: Foundation, dataset: ShardDataset, *, train: bool) 
     language = layout.language
     tp = language.tp if language.sequence_parallel else 1
     packing = config.data.packing and train
+    text = Gemma4TextConfig.from_hf(foundation.hf_config)
+
+    @cache
+    def sample_cost(length: int) -> float:
+        return text_flops(text, [length]).forward
+
     planner = StepPlanner(
         dataset,
         global_batch_size=config.train.global_batch_size if train else config.eval.batch_size,
@@ -131,6 +138,7 @@ def build_loader(foundation: Foundation, dataset: ShardDataset, *, train: bool) 
         packing=packing,
         row_multiple=segment_multiple(language.cp) if packing else sequence_multiple(language.cp, tp),
         total_multiple=pack_multiple(language.cp, tp),
+        sample_cost=sample_cost,
         shuffle=train,
         repeat=train,
         limit=None if train else config.eval.samples,
@@ -142,10 +150,11 @@ def build_loader(foundation: Foundation, dataset: ShardDataset, *, train: bool) 
         encoder_lanes={
             name: layout.grids[name].coordinate(rank).dp for name in layout.encoders if rank in layout.grids[name]
         },
-        group=foundation.groups.host,
+        group=foundation.groups.loading["train" if train else "valid"],
         on_bad_sample=config.data.on_bad_sample,
         max_bad_fraction=config.data.max_bad_fraction,
         workers=config.data.workers,
+        stop=config.train.steps if train else None,
     )
 
 

@@ -71,7 +71,7 @@ class ModuleLayout:
 class LayoutConfig:
     """Which module runs on which ranks: one entry per module (`language`, `vision`, `audio`, …), in rank order."""
 
-    modules: dict[str, ModuleLayout] = inline()
+    modules: dict[str, ModuleLayout] = inline("module")
     placement: Literal["disjoint", "colocated"] = "disjoint"
     """`disjoint`: every rank holds one module. `colocated`: all modules share the same ranks."""
     allow_tp_across_hosts: bool = False
@@ -79,11 +79,22 @@ class LayoutConfig:
 
 
 @dataclass
-class ShardsConfig:
-    """A set of WebDataset tar files."""
+class SourceConfig:
+    """One of several sets of WebDataset tar files that are mixed."""
 
     shards: str | list[str]
-    """Path or paths; `{000000..000007}` and `*` expand."""
+    """As `shards` of a single set."""
+    weight: float = 1.0
+    """Its share of the samples of a step, relative to the other sets. Each set has passes of its own."""
+
+
+@dataclass
+class ShardsConfig:
+    """WebDataset tar files: `shards`, or several named sets of them with weights."""
+
+    shards: str | list[str] | None = None
+    """Paths or fsspec URLs (`s3://…`); `{000000..000007}` and `*` expand."""
+    sources: dict[str, SourceConfig] = inline("name")
 
 
 @dataclass
@@ -101,12 +112,12 @@ class DataConfig:
     packing: bool = True
     """Lay samples end to end in one row that keeps them apart (THD). False: one sample a row, padded on the right."""
     on_bad_sample: Literal["skip", "fail"] = "skip"
-    """`skip`: leave out samples that are malformed or too long, mask those whose media cannot be decoded, and log them.
-    `fail`: end the run at the first."""
+    """`skip`: leave out samples that are malformed or too long, put others in the places of those whose media cannot be
+    decoded, and log them to `<run.dir>/bad_samples.jsonl`. `fail`: end the run at the first."""
     max_bad_fraction: float = 0.01
     """Share of malformed or undecodable samples that ends the run in spite of `skip`."""
     workers: int = 2
-    """Threads per rank that decode media ahead of the training step."""
+    """Threads per rank that decode media ahead of the training step. 0: the one that reads ahead decodes, too."""
 
 
 @dataclass
@@ -338,6 +349,9 @@ def validate(config: Config, origin: Origin) -> None:
             _check_lora(f"modules.{name}", module, module.lora, origin)
     if config.model.precision == "fp8":
         raise ConfigError(f"`model.precision` fp8 is not available yet; use bf16 or fp32 ({origin('model.precision')})")
+    for key, shards in (("data.train", config.data.train), ("data.valid", config.data.valid)):
+        if shards is not None:
+            _check_shards(key, shards, origin)
     _check_ranges(config, origin)
 
 
@@ -351,11 +365,22 @@ def _check_lora(key: str, module: ModuleConfig, lora: LoraConfig, origin: Origin
         )
 
 
+def _check_shards(key: str, shards: ShardsConfig, origin: Origin) -> None:
+    if shards.shards is None and not shards.sources:
+        raise ConfigError(f"`{key}.shards` is missing ({origin(f'{key}.shards')})")
+    if shards.shards is not None and shards.sources:
+        names = ", ".join(f"`{key}.{name}`" for name in shards.sources)
+        raise ConfigError(f"`{key}` has both `shards` and the sets {names}; it takes one or the others ({origin(key)})")
+    for name, source in shards.sources.items():
+        if not source.weight > 0:
+            weight = f"{key}.{name}.weight"
+            raise ConfigError(f"`{weight}` must be greater than 0, not {source.weight} ({origin(weight)})")
+
+
 def _check_ranges(config: Config, origin: Origin) -> None:
     positive: dict[str, float | None] = {
         "run.timeout_seconds": config.run.timeout_seconds,
         "data.seq_length": config.data.seq_length,
-        "data.workers": config.data.workers,
         "train.global_batch_size": config.train.global_batch_size,
         "train.microbatch_size": config.train.microbatch_size,
         "optim.eps": config.optim.eps,
@@ -369,6 +394,7 @@ def _check_ranges(config: Config, origin: Origin) -> None:
     }
     not_negative: dict[str, float | None] = {
         "train.steps": config.train.steps,
+        "data.workers": config.data.workers,
         "data.max_bad_fraction": config.data.max_bad_fraction,
         "optim.lr": config.optim.lr,
         "optim.min_lr": config.optim.min_lr,

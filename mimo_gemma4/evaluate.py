@@ -41,7 +41,7 @@ class Evaluator:
         """Evaluate; rank 0 returns `{step, loss, accuracy, items, per_modality}`, the others None."""
         for module in self.model.modules.values():
             module.eval()
-        loss, tokens = 0.0, 0.0
+        loss, tokens, items = 0.0, 0.0, 0
         answers: list[Answer] = []
 
         def observe(batch: LanguageBatch, microbatch: Microbatch, media: Media) -> None:
@@ -49,16 +49,18 @@ class Evaluator:
 
         generating = self.config.eval.max_new_tokens > 0
         for number in range(self.loader.planner.steps or 0):
-            totals = self.runner.run(self.loader.load(number), train=False, observe=observe if generating else None)
+            data = self.loader.load(number)
+            totals = self.runner.run(data, train=False, observe=observe if generating else None)
             report = StepReport(self.agreement.reduce({}, totals.loss_sum, totals.loss_tokens, totals.tokens)).read()
             loss += report["loss"] * report["loss_tokens"]
             tokens += report["loss_tokens"]
+            items += len(data.manifest.samples)
         for module in self.model.modules.values():
             module.train()
         self.readings = self._gather(answers)
         if self.model.rank != 0:
             return None
-        return {"step": step, "loss": loss / max(tokens, 1.0)} | self._score(generating)
+        return {"step": step, "loss": loss / max(tokens, 1.0)} | self._score(generating, items)
 
     def _answers(self, batch: LanguageBatch, microbatch: Microbatch, media: Media) -> Sequence[Answer]:
         """Answers of a microbatch, kept on one rank of the lane."""
@@ -82,10 +84,10 @@ class Evaluator:
         found = sorted((answer for part in everyone for answer in part), key=lambda answer: answer.index)
         return [Reading(answer.index, decode(answer.predicted), decode(answer.true)) for answer in found]
 
-    def _score(self, generating: bool) -> dict[str, Any]:
+    def _score(self, generating: bool, items: int) -> dict[str, Any]:
         dataset = self.loader.dataset
         if not generating:
-            return {"accuracy": None, "items": self.loader.planner.count, "per_modality": {}}
+            return {"accuracy": None, "items": items, "per_modality": {}}
         hits: dict[str, list[bool]] = defaultdict(list)
         for reading in self.readings:
             kinds = sorted({item.modality for item in dataset.media(reading.index)}) or ["text"]

@@ -2,9 +2,19 @@
 
 from collections.abc import Callable
 
+import torch
 import torch.distributed as dist
 
 from mimo_gemma4.errors import MimoError
+
+
+def highest(value: int, group: dist.ProcessGroup | None) -> int:
+    """The largest `value` of all ranks of a host group; None is this rank alone. Collective."""
+    if group is None or group.size() == 1:
+        return value
+    agreed = torch.tensor(value)
+    dist.all_reduce(agreed, op=dist.ReduceOp.MAX, group=group)
+    return int(agreed)
 
 
 def together[T](group: dist.ProcessGroup | None, action: Callable[[], T]) -> T:
@@ -22,7 +32,7 @@ def together[T](group: dist.ProcessGroup | None, action: Callable[[], T]) -> T:
         result = action()
     except Exception as raised:
         error = raised
-    if group is not None and group.size() > 1:
+    if highest(int(error is not None), group) and group is not None:
         reports: list[tuple[type, str] | None] = [None] * group.size()
         report = None if error is None else (type(error), str(error))
         dist.all_gather_object(reports, report, group=group)

@@ -50,7 +50,7 @@ class MediaProcessor(Protocol):
         ...
 
     def placeholder(self, header: MediaHeader) -> dict[str, torch.Tensor]:
-        """Tensors of the shapes `decode` would give for this header: stands in for a corrupt item that is skipped."""
+        """Tensors of the shapes that `decode` must give for this header; a file that decodes to others is corrupt."""
         ...
 
     def collate(self, items: list[dict[str, torch.Tensor]]) -> dict[str, Any]:

@@ -1,9 +1,12 @@
 """What a run tells: `metrics.jsonl`, log lines, TensorBoard, Weights & Biases, and the pictures of a finished run.
 
 Only global rank 0 makes a `MetricsLog`; it takes plain dicts. A step's record is
-`{step, loss, grad_norm, lr, tokens, loss_tokens, tokens_per_second, step_seconds, modules: {<name>: {mfu, busy, wait,
-memory_gib}}}`: loss in nats per loss token, grad_norm before clipping, busy and wait as shares of the step, mfu as a
-share of the peak; what is not known is None. An evaluation's record is `{step, loss, accuracy, items, per_modality}`.
+`{step, loss, grad_norm, lr, tokens, loss_tokens, tokens_per_second, step_seconds, bad_samples: {<fault>: count},
+imbalance: {<name>: {before, after}}, modules: {<name>: {mfu, busy, wait, memory_gib}}}`: loss in nats per loss token,
+grad_norm before clipping, busy and wait as shares of the step, mfu as a share of the peak; what is not known is None.
+bad_samples counts those that others took the places of in this step; imbalance is the cost of a module's costliest lane
+over the mean of its lanes, before and after balancing. An evaluation's record is `{step, loss, accuracy, items,
+per_modality}`.
 """
 
 import json
@@ -42,6 +45,7 @@ class MetricsLog:
         """Open the sinks of `config.logging`; old records of `first_step` or later are dropped."""
         directory = Path(config.run.dir)
         directory.mkdir(parents=True, exist_ok=True)
+        self._bad_samples = BadSampleLines(directory, first_step)
         self.sinks: list[Sink] = [JsonLines(directory, first_step), LogLines(config, first_step)]
         if config.logging.tensorboard:
             self.sinks.append(TensorBoard(directory / "tensorboard", first_step))
@@ -58,10 +62,33 @@ class MetricsLog:
         for sink in self.sinks:
             sink.evaluation(record)
 
+    def bad_samples(self, records: Sequence[Record]) -> None:
+        """Record samples that are not trained on: `{step, shard, key, fault, reason}`."""
+        self._bad_samples.add(records)
+
     def close(self) -> None:
         """Finish writing."""
         for sink in self.sinks:
             sink.close()
+
+
+class BadSampleLines:
+    """`bad_samples.jsonl`, an object for every sample that is not trained on, once each."""
+
+    def __init__(self, directory: Path, first_step: int):
+        """Keep what was found before `first_step`; samples that indexing left out are told anew by every run."""
+        self.path = directory / "bad_samples.jsonl"
+        kept = [record for record in read_records(self.path) if (record["step"] or first_step) < first_step]
+        self.told = {(record["shard"], record["key"]) for record in kept}
+        _replace(self.path, "".join(json.dumps(record) + "\n" for record in kept))
+
+    def add(self, records: Sequence[Record]) -> None:
+        """Append those that are not in the file yet."""
+        fresh = [record for record in records if (record["shard"], record["key"]) not in self.told]
+        if fresh:
+            self.told |= {(record["shard"], record["key"]) for record in fresh}
+            with self.path.open("a", encoding="utf-8") as file:
+                file.writelines(json.dumps(record) + "\n" for record in fresh)
 
 
 class JsonLines:
@@ -71,10 +98,8 @@ class JsonLines:
         """Continue the files in `directory` at `first_step`."""
         self.directory = directory
         for name in ("metrics.jsonl", "evaluations.jsonl"):
-            path, partial = directory / name, directory / f"{name}.tmp"
-            kept = [record for record in read_records(path) if record["step"] < first_step]
-            partial.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
-            os.replace(partial, path)
+            kept = [record for record in read_records(directory / name) if record["step"] < first_step]
+            _replace(directory / name, "".join(json.dumps(record) + "\n" for record in kept))
         self.steps = (directory / "metrics.jsonl").open("a", encoding="utf-8")
 
     def step(self, record: Record) -> None:
@@ -87,9 +112,7 @@ class JsonLines:
         text = json.dumps(_jsonable(record))
         with (self.directory / "evaluations.jsonl").open("a", encoding="utf-8") as history:
             history.write(text + "\n")
-        partial = self.directory / "eval.json.tmp"
-        partial.write_text(text + "\n", encoding="utf-8")
-        os.replace(partial, self.directory / "eval.json")
+        _replace(self.directory / "eval.json", text + "\n")
 
     def close(self) -> None:
         """Close the file."""
@@ -104,6 +127,7 @@ class LogLines:
         self.every, self.last_step, self.first_step = config.logging.every, config.train.steps, first_step
         self.seconds: list[float] = []
         self.tokens = 0
+        self.bad_samples = 0
         self.bar: Any = None
         if sys.stdout.isatty():
             from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
@@ -116,13 +140,15 @@ class LogLines:
         """Print if it is time to; speed and ETA are means over the steps since the last line."""
         self.seconds.append(record["step_seconds"])
         self.tokens += record["tokens"]
+        self.bad_samples += sum(record.get("bad_samples", {}).values())
         if self.bar is not None:
             self.bar.update(self.task, completed=record["step"])
         if record["step"] % self.every and record["step"] not in (self.first_step, self.last_step):
             return
         total = sum(self.seconds)
         mean = total / len(self.seconds)
-        self._print(format_step(record, self.last_step, mean, self.tokens / total if total else 0.0))
+        line = format_step(record, self.last_step, mean, self.tokens / total if total else 0.0)
+        self._print(f"{line}  bad samples {self.bad_samples}" if self.bad_samples else line)
         self.seconds.clear()
         self.tokens = 0
 
@@ -209,7 +235,7 @@ def format_step(record: Record, last_step: int, seconds_per_step: float, tokens_
     for name, module in record.get("modules", {}).items():
         busy, wait = (_percent(module.get(key)) for key in ("busy", "wait"))
         mfu = "" if module.get("mfu") is None else f" mfu {_percent(module['mfu'])}"
-        parts.append(f"{name} busy {busy} wait {wait}{mfu}")
+        parts.append(f"{name} busy {busy} wait {wait}{mfu}{_imbalance(record, name)}")
     remaining = timedelta(seconds=round((last_step - record["step"]) * seconds_per_step))
     return "  ".join([*parts, f"ETA {remaining}"])
 
@@ -271,6 +297,21 @@ def save_samples(
         title = answer if right else f"{answer} ({truth})"
         axes.set_title(title, color="green" if right else "red", fontsize=10, parse_math=False)
     figure.savefig(path, dpi=120)
+
+
+def _replace(path: Path, text: str) -> None:
+    """Write a file of which readers see the old content or all of the new one."""
+    partial = path.with_name(f"{path.name}.tmp")
+    partial.write_text(text, encoding="utf-8")
+    os.replace(partial, path)
+
+
+def _imbalance(record: Record, module: str) -> str:
+    """Imbalance of a module's lanes before and after balancing; nothing where it cannot be uneven."""
+    imbalance = record.get("imbalance", {}).get(module)
+    if imbalance is None or imbalance["before"] == imbalance["after"] == 1.0:
+        return ""
+    return f" uneven {imbalance['before']:.2f}>{imbalance['after']:.2f}"
 
 
 def _percent(share: float | None) -> str:

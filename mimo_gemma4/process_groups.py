@@ -62,6 +62,8 @@ class ProcessGroups:
 
     host: ProcessGroup
     """gloo over all ranks, for agreement on the host beside the device's work."""
+    loading: dict[str, ProcessGroup] = field(default_factory=dict)
+    """gloo over all ranks, one for each split of the data: its loading thread talks on it, and nothing else does."""
     modules: dict[str, ProcessGroupCollection] = field(default_factory=dict)
     """Groups of the modules that this rank holds."""
     bridge_forward: dict[str, ProcessGroup | None] = field(default_factory=dict)
@@ -90,6 +92,10 @@ def create_process_groups(layout: Layout, platform: Platform) -> ProcessGroups:
     assert host is not None
     alone = {rank: maker.new((rank,), "alone") for rank in everyone}
     groups = ProcessGroups(host=host)
+    for split in ("train", "valid"):
+        loading = maker.new(everyone, f"loading.{split}", backend="gloo")
+        assert loading is not None
+        groups.loading[split] = loading
     for name, grid in layout.grids.items():
         collection = _module_groups(grid, maker, alone)
         if maker.rank in grid:

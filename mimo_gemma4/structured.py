@@ -1,7 +1,7 @@
 """Nested plain values (YAML, command line) to dataclasses and back; errors name the key and where it was set.
 
 Supported field types: bool, int, float, str, None, `Literal`, unions, `list[T]`, `dict[str, T]` and dataclasses. One
-field of a dataclass may be `inline()`: a `dict[str, T]` whose entries are written directly among the other fields.
+field of a dataclass may be `inline(…)`: a `dict[str, T]` whose entries are written directly among the other fields.
 """
 
 import ast
@@ -20,9 +20,9 @@ Origin = Callable[[str], str]
 """From a dotted key to the file or argument that set it."""
 
 
-def inline() -> Any:
-    """A `dict[str, T]` field whose entries stand among the other keys of its dataclass."""
-    return field(default_factory=dict, metadata={"inline": True})
+def inline(entry: str) -> Any:
+    """A `dict[str, T]` field whose entries stand among the other keys of its dataclass; `entry` names one of them."""
+    return field(default_factory=dict, metadata={"inline": entry})
 
 
 def build[T](cls: type[T], tree: Mapping[str, Any], origin: Origin, prefix: str = "") -> T:
@@ -118,7 +118,8 @@ def _reference_rows(cls: type, prefix: str) -> list[str]:
         if nested := _dataclass_in(annotation):
             if not entry.metadata.get("inline"):
                 rows.append(_row(key, "mapping", entry, docs[entry.name]))
-            rows += _reference_rows(nested, f"{prefix}.<module>" if entry.metadata.get("inline") else key)
+            label = entry.metadata.get("inline")
+            rows += _reference_rows(nested, f"{prefix}.<{label}>" if label else key)
         else:
             rows.append(_row(key, type_name(annotation), entry, docs[entry.name]))
     return rows

@@ -1,8 +1,8 @@
 """The training loop: step, agree, update, tell; evaluate and save when due. The same code on every rank."""
 
 import time
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ import torch
 from mimo_gemma4 import checkpoint
 from mimo_gemma4.agreement import Agreement, StepAgreement, StepReport, sample_hash
 from mimo_gemma4.config import Config
+from mimo_gemma4.data.dataset import BadSample
 from mimo_gemma4.data.loader import StepData, StepLoader
 from mimo_gemma4.data.manifest import StepManifest
 from mimo_gemma4.errors import DataError, NumericsError
@@ -62,6 +63,10 @@ class Trainer:
         self.agreement = StepAgreement(model.layout, config.optim.clip_grad, model.platform.device)
         self.meter = UsageMeter(model, loader.planner.dataset)
         self.log = MetricsLog(config, finished_steps + 1) if model.rank == 0 else None
+        self._tell_bad(None, [*loader.dataset.unusable, *loader.dataset.too_long])
+        if evaluator is not None:
+            held_out = evaluator.loader.dataset
+            self._tell_bad(None, [*held_out.unusable, *held_out.too_long])
         self._pending: _Pending | None = None
         self._measured: _Measured | None = None
         device = model.platform.device
@@ -146,6 +151,7 @@ class Trainer:
         record = self.evaluator.run(self.step)
         if self.log is not None and record is not None:
             self.log.evaluation(record)
+            self._tell_bad(self.step, self.evaluator.loader.bad.values())
         return record
 
     def save(self) -> None:
@@ -176,6 +182,13 @@ class Trainer:
         self._check(pending, result)
         if self.log is not None:
             self.log.step(self._record(pending, result))
+            passed_over = pending.measured.manifest.passed_over
+            self._tell_bad(pending.step, [self.loader.bad[index] for index in passed_over])
+
+    def _tell_bad(self, step: int | None, samples: Iterable[BadSample]) -> None:
+        """Record samples that are not trained on; `step` is None for those that were found by indexing."""
+        if self.log is not None:
+            self.log.bad_samples([{"step": step, **sample.record()} for sample in samples])
 
     def _check(self, pending: _Pending, result: Mapping[str, Any]) -> None:
         """Stop at the first step that did not happen as planned; equal on every rank, so all of them stop."""
@@ -219,5 +232,7 @@ class Trainer:
             "loss_tokens": int(result["loss_tokens"]),
             "tokens_per_second": result["tokens"] / seconds,
             "step_seconds": seconds,
+            "bad_samples": self.loader.faults(pending.measured.manifest),
+            "imbalance": {name: asdict(part) for name, part in pending.measured.manifest.imbalance.items()},
             "modules": modules,
         }

@@ -2,7 +2,6 @@
 
 from typing import Literal
 
-import numpy as np
 import torch
 from torch import distributed as dist
 
@@ -15,15 +14,6 @@ BadSamplePolicy = Literal["skip", "fail"]
 def allowed_bad(samples: int, max_bad_fraction: float) -> float:
     """How many of `samples` may be bad. A single one never stops a run, unless the fraction is 0."""
     return max(1.0, max_bad_fraction * samples) if max_bad_fraction > 0 else 0.0
-
-
-def agree_on_worst(status: np.ndarray, group: dist.ProcessGroup | None) -> np.ndarray:
-    """Element-wise maximum of `status` (uint8, one size on all ranks) over a host group; None is a single process."""
-    if group is None or group.size() == 1:
-        return status
-    agreed = torch.from_numpy(status.copy())
-    dist.all_reduce(agreed, op=dist.ReduceOp.MAX, group=group)
-    return agreed.numpy()
 
 
 def require_equal(value: int, what: str, group: dist.ProcessGroup) -> None:

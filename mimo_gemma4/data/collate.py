@@ -9,7 +9,7 @@ from torch import Tensor
 
 from mimo_gemma4.data.chat import IGNORE, EncodedConversation
 from mimo_gemma4.data.dataset import MediaItem
-from mimo_gemma4.data.manifest import Microbatch, SampleSlot
+from mimo_gemma4.data.manifest import Microbatch
 
 _ATTENDED_AS_ONE = ("image", "video")
 """Media types whose soft tokens may attend in both directions; audio stays causal (the mask rule of Gemma 4)."""
@@ -52,8 +52,3 @@ def collate_language(
                 start = slot.start + item.start
                 groups[slot.row, start : start + item.rows] = groups[slot.row].max(initial=0) + 1
     return LanguageBatch(*map(torch.from_numpy, (input_ids, labels, positions, segments, groups)))
-
-
-def mask_sample(batch: LanguageBatch, slot: SampleSlot) -> None:
-    """Take a sample out of the loss, in place; its positions stay, so that no shape changes."""
-    batch.labels[slot.row, slot.start : slot.start + slot.length] = IGNORE

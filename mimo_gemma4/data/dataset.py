@@ -2,9 +2,11 @@
 
 import logging
 import zlib
+from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cached_property
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +16,8 @@ from torch import distributed as dist
 from mimo_gemma4.data.agreement import BadSamplePolicy, allowed_bad, require_equal
 from mimo_gemma4.data.chat import ConversationEncoder, EncodedConversation
 from mimo_gemma4.data.index import ShardIndex, progress
-from mimo_gemma4.data.sample import MEDIA_TYPES, parse_messages
-from mimo_gemma4.data.shards import expand_shards, read_range
+from mimo_gemma4.data.sample import MEDIA_TYPES, Fault, parse_messages
+from mimo_gemma4.data.shards import Shard, expand_shards, read_range, require_distinct
 from mimo_gemma4.data.token_index import TokenIndex
 from mimo_gemma4.errors import DataError
 from mimo_gemma4.health import together
@@ -40,7 +42,7 @@ class MediaItem:
     """Soft tokens."""
     start: int
     """Position in its sample of its first soft token."""
-    shard: Path
+    shard: Shard
     offset: int
     """First byte in the shard."""
     size: int
@@ -48,25 +50,41 @@ class MediaItem:
 
 
 @dataclass(frozen=True)
-class ExcludedSample:
-    """A sample that the dataset leaves out."""
+class BadSample:
+    """A sample that cannot be trained on."""
 
-    shard: Path
+    shard: Shard
     key: str
     """`__key__`; empty where the shard itself breaks off."""
+    fault: Fault
     reason: str
 
     def __str__(self) -> str:
         """Shard, key and reason."""
         return f"{self.shard}: {f'__key__ {self.key!r}: ' if self.key else ''}{self.reason}"
 
+    def record(self) -> dict[str, str]:
+        """Its fields, for a log."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Source:
+    """Shards that share one weight."""
+
+    shards: str | Path | Sequence[str | Path]
+    """As `expand_shards` takes them."""
+    weight: float = 1.0
+    """Share of the samples of a step, relative to the other sources."""
+
 
 class ShardDataset:
-    """Samples 0 … len - 1 of a list of shards, in shard order. Knows lengths and places; reads a sample on request."""
+    """Samples 0 … len - 1 of some sources, in shard order. Knows lengths and places; reads a sample on request."""
 
     def __init__(
         self,
-        paths: Sequence[Path],
+        sources: Sequence[tuple[Source, int]],
+        shards: Sequence[Shard],
         indexes: Sequence[ShardIndex],
         tokens: Sequence[TokenIndex],
         encoder: ConversationEncoder,
@@ -77,13 +95,14 @@ class ShardDataset:
     ) -> None:
         """Number the usable samples; `open` reads the indexes.
 
+        `sources`: each with its number of `shards`, which stand one source after the other.
         `seq_length`: samples with more tokens are left out. With `on_bad_sample="fail"` any sample that has to be left
         out raises `DataError`; with `skip` they are counted and logged, and more than `max_bad_fraction` unusable ones
         (too long ones not counted) raise.
         """
         self.encoder = encoder
         self.seq_length = seq_length
-        self._paths, self._indexes, self._tokens = tuple(paths), tuple(indexes), tuple(tokens)
+        self._shards, self._indexes, self._tokens = tuple(shards), tuple(indexes), tuple(tokens)
         kept = [np.flatnonzero((t.length > 0) & (t.length <= seq_length)) for t in tokens]
         self._shard_of = np.repeat(np.arange(len(kept)), [len(rows) for rows in kept])
         self._row_of = np.concatenate(kept) if kept else np.zeros(0, np.int64)
@@ -91,6 +110,12 @@ class ShardDataset:
         """[samples] int32: tokens of every sample, media rows included."""
         self.loss_tokens = np.concatenate([t.loss_tokens[rows] for t, rows in zip(tokens, kept, strict=True)])
         """[samples] int32: positions of every sample that have a label."""
+        self.weights = tuple(source.weight for source, _ in sources)
+        """Weight of every source."""
+        self._counts = [count for _, count in sources]
+        remaining = iter(len(rows) for rows in kept)
+        self.sizes = tuple(sum(islice(remaining, count)) for count in self._counts)
+        """Samples of every source; they are numbered one source after the other."""
         self.unusable = self._unusable()
         """Samples whose tar members, JSON, media headers or placeholders are wrong."""
         self.too_long = self._too_long()
@@ -100,7 +125,7 @@ class ShardDataset:
     @classmethod
     def open(
         cls,
-        shards: str | Path | Sequence[str | Path],
+        sources: str | Path | Sequence[str | Path] | Sequence[Source],
         encoder: ConversationEncoder,
         *,
         seq_length: int,
@@ -110,16 +135,20 @@ class ShardDataset:
     ) -> "ShardDataset":
         """Find the shards, index those that are not indexed yet, and number their samples.
 
+        `sources`: what is mixed, or the shards of a single source.
+
         With a host `group`, all of its ranks call this: each indexes a part of the shards, and all check that they see
         the same samples. Raises `DataError` (on every rank of the group) for missing shards or as `on_bad_sample` asks.
         """
 
+        several = _sources(sources)
+
         def read() -> ShardDataset:
-            paths = expand_shards(shards)
-            indexes = [ShardIndex.open(path) for path in progress(paths, len(paths), "reading index")]
-            tokens = [TokenIndex.open(path, index, encoder) for path, index in zip(paths, indexes, strict=True)]
+            shards, counts = _expand(several)
+            indexes = [ShardIndex.open(shard) for shard in progress(shards, len(shards), "reading index")]
+            tokens = [TokenIndex.open(shard, index, encoder) for shard, index in zip(shards, indexes, strict=True)]
             return cls(
-                paths, indexes, tokens, encoder,
+                list(zip(several, counts, strict=True)), shards, indexes, tokens, encoder,
                 seq_length=seq_length, on_bad_sample=on_bad_sample, max_bad_fraction=max_bad_fraction,
             )  # fmt: skip
 
@@ -127,14 +156,14 @@ class ShardDataset:
             return read()
 
         def index_part() -> None:
-            paths = expand_shards(shards)[group.rank() :: group.size()]
-            for path in progress(paths, len(paths), "indexing") if group.rank() == 0 else paths:
-                TokenIndex.open(path, ShardIndex.open(path), encoder)
+            mine = _expand(several)[0][group.rank() :: group.size()]
+            for shard in progress(mine, len(mine), "indexing") if group.rank() == 0 else mine:
+                TokenIndex.open(shard, ShardIndex.open(shard), encoder)
 
         together(group, index_part)
         dataset = together(group, read)
         require_equal(len(dataset), "the number of samples", group)
-        require_equal(dataset.fingerprint, "keys or lengths of samples", group)
+        require_equal(dataset.fingerprint, "sizes of shards, keys or lengths of samples", group)
         return dataset
 
     def __len__(self) -> int:
@@ -145,9 +174,9 @@ class ShardDataset:
         """`__key__` of a sample."""
         return self._index(index).keys[self._row_of[index]].decode()
 
-    def shard(self, index: int) -> Path:
+    def shard(self, index: int) -> Shard:
         """The shard that holds a sample."""
-        return self._paths[self._shard_of[index]]
+        return self._shards[self._shard_of[index]]
 
     def describe(self, index: int) -> str:
         """Shard and `__key__` of a sample, for messages."""
@@ -204,8 +233,10 @@ class ShardDataset:
 
     @cached_property
     def fingerprint(self) -> int:
-        """Checksum of all keys and lengths, in order: equal on two ranks that see the same samples."""
-        checksum = zlib.crc32(self.lengths.astype("<i4").tobytes())
+        """Checksum of all shard sizes, keys and lengths, in order: equal on two ranks that see the same samples."""
+        sizes = np.array([table.shard_size for table in self._indexes], "<i8")
+        checksum = zlib.crc32(sizes.tobytes())
+        checksum = zlib.crc32(self.lengths.astype("<i4").tobytes(), checksum)
         for table, row in ((t, np.flatnonzero(k.length)) for t, k in zip(self._indexes, self._tokens, strict=True)):
             checksum = zlib.crc32(b"\0".join(table.keys[row].tolist()), checksum)
         return checksum
@@ -213,42 +244,60 @@ class ShardDataset:
     def _index(self, index: int) -> ShardIndex:
         return self._indexes[self._shard_of[index]]
 
-    def _unusable(self) -> tuple[ExcludedSample, ...]:
-        excluded = []
-        for path, table, tokens in zip(self._paths, self._indexes, self._tokens, strict=True):
-            for key, reason in zip(table.bad_keys, table.bad_reasons, strict=True):
-                excluded.append(ExcludedSample(path, str(key), str(reason)))
-            for row, reason in zip(tokens.bad_samples, tokens.bad_reasons, strict=True):
-                excluded.append(ExcludedSample(path, table.keys[row].decode(), str(reason)))
-        return tuple(excluded)
+    def _unusable(self) -> tuple[BadSample, ...]:
+        bad = []
+        for shard, table, tokens in zip(self._shards, self._indexes, self._tokens, strict=True):
+            for key, fault, reason in zip(table.bad_keys, table.bad_faults, table.bad_reasons, strict=True):
+                bad.append(BadSample(shard, str(key), fault.item(), str(reason)))
+            for row, fault, reason in zip(tokens.bad_samples, tokens.bad_faults, tokens.bad_reasons, strict=True):
+                bad.append(BadSample(shard, table.keys[row].decode(), fault.item(), str(reason)))
+        return tuple(bad)
 
-    def _too_long(self) -> tuple[ExcludedSample, ...]:
-        excluded = []
-        for path, table, tokens in zip(self._paths, self._indexes, self._tokens, strict=True):
+    def _too_long(self) -> tuple[BadSample, ...]:
+        bad = []
+        for shard, table, tokens in zip(self._shards, self._indexes, self._tokens, strict=True):
             for row in np.flatnonzero(tokens.length > self.seq_length):
                 reason = f"{tokens.length[row]} tokens, more than data.seq_length={self.seq_length}"
-                excluded.append(ExcludedSample(path, table.keys[row].decode(), reason))
-        return tuple(excluded)
+                bad.append(BadSample(shard, table.keys[row].decode(), "length", reason))
+        return tuple(bad)
 
     def _judge(self, on_bad_sample: BadSamplePolicy, max_bad_fraction: float) -> None:
-        for excluded, remedy in (
+        for bad, remedy in (
             (self.unusable, "mend or remove them, or set data.on_bad_sample=skip"),
             (self.too_long, "raise data.seq_length, shorten them, or set data.on_bad_sample=skip"),
         ):
-            if not excluded:
+            if not bad:
                 continue
             total = len(self) + len(self.unusable) + len(self.too_long)
             if on_bad_sample == "fail":
-                count = f"{len(excluded)} of {total} samples cannot be used"
-                raise DataError(f"{count}; {remedy}. The first: {excluded[0]}")
-            for sample in excluded[:_REPORTED]:
+                count = f"{len(bad)} of {total} samples cannot be used"
+                raise DataError(f"{count}; {remedy}. The first: {bad[0]}")
+            for sample in bad[:_REPORTED]:
                 logger.warning("left out: %s", sample)
-            logger.warning("left out %d of %d samples in all", len(excluded), total)
+            faults = ", ".join(f"{count} {fault}" for fault, count in Counter(s.fault for s in bad).most_common())
+            logger.warning("left out %d of %d samples in all (%s)", len(bad), total, faults)
         considered = len(self) + len(self.unusable)
         if len(self.unusable) > allowed_bad(considered, max_bad_fraction):
             raise DataError(
                 f"{len(self.unusable)} of {considered} samples cannot be used, more than "
                 f"data.max_bad_fraction={max_bad_fraction} allows. The first: {self.unusable[0]}"
             )
-        if not len(self):
-            raise DataError(f"{', '.join(map(str, self._paths[:3]))} hold no usable sample")
+        empty = [number for number, size in enumerate(self.sizes) if not size]
+        if empty:
+            start = sum(self._counts[: empty[0]])
+            some = self._shards[start : start + self._counts[empty[0]]][:3]
+            raise DataError(f"{', '.join(some)} hold no usable sample")
+
+
+def _sources(given: str | Path | Sequence[str | Path] | Sequence[Source]) -> list[Source]:
+    if not isinstance(given, str | Path) and given and all(isinstance(source, Source) for source in given):
+        return [source for source in given if isinstance(source, Source)]
+    return [Source(given)]  # type: ignore[arg-type]
+
+
+def _expand(sources: Sequence[Source]) -> tuple[list[Shard], list[int]]:
+    """All shards, and how many each source has. Raises `DataError`, also for a shard that two sources share."""
+    groups = [expand_shards(source.shards) for source in sources]
+    shards = [shard for group in groups for shard in group]
+    require_distinct(shards)
+    return shards, [len(group) for group in groups]

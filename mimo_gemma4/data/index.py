@@ -2,29 +2,42 @@
 
     python -m mimo_gemma4.data.index SHARDS…        index shards ahead of a training and report what is in them
 
+SHARDS are tar files, brace lists or globs, on local disk or behind any fsspec URL (`s3://bucket/train-{000..127}.tar`).
+
 A sample is a run of consecutive tar members that share the name up to the first dot of the base name: `<key>.json` and
 its media `<key>.0.jpg`, `<key>.1.png`, `<key>.0.wav`, …, which the messages name in the order of their numbers (images
-and sounds may be numbered together or apart). No pixel and no sound is decoded here.
+and sounds may be numbered together or apart). No pixel and no sound is decoded here. Member names are keys, never
+paths: nothing is unpacked, and links, devices and sparse files are no members.
 """
 
 import argparse
+import io
 import re
 import sys
 import tarfile
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, fields
-from pathlib import Path
 from typing import BinaryIO, Self
 
 import numpy as np
 
-from mimo_gemma4.data.sample import MEDIA_TYPES, media_type_of, media_types, parse_messages, read_header
-from mimo_gemma4.data.shards import expand_shards
+from mimo_gemma4.data.sample import (
+    MEDIA_TYPES,
+    BadSampleError,
+    Fault,
+    media_type_of,
+    media_types,
+    parse_messages,
+    read_header,
+)
+from mimo_gemma4.data.shards import Shard, expand_shards, open_shard
 from mimo_gemma4.data.sidecar import load_sidecar, save_sidecar
 from mimo_gemma4.errors import DataError
 from mimo_gemma4.media import MediaHeader
 
+_LONGEST_KEY = 512
+"""Bytes of a `__key__`; keys are kept in one array as wide as the longest."""
 _MEDIA_FIELD = re.compile(r"(?:(?P<number>\d+)\.)?(?P<extension>[^.]+)")
 
 
@@ -50,11 +63,15 @@ class ShardIndex:
     """[media, 4] int64: the fields of `MediaHeader`."""
     bad_keys: np.ndarray
     """[bad] str: `__key__` of samples that cannot be used; empty where the shard itself breaks off …"""
+    bad_faults: np.ndarray
+    """[bad] str: … what is wrong with them (`sample.Fault`) …"""
     bad_reasons: np.ndarray
-    """[bad] str: … and why."""
+    """[bad] str: … and in words."""
+    shard_size: np.ndarray
+    """int64: bytes of the shard."""
 
     @classmethod
-    def open(cls, shard: Path) -> Self:
+    def open(cls, shard: Shard) -> Self:
         """The index of a shard, from its sidecar or by reading the shard."""
         arrays = load_sidecar(shard, "index")
         if arrays is not None and set(arrays) == {field.name for field in fields(cls)}:
@@ -64,21 +81,22 @@ class ShardIndex:
         return index
 
     @classmethod
-    def build(cls, shard: Path) -> Self:
+    def build(cls, shard: Shard) -> Self:
         """Read a shard: tar headers, JSON and media headers. Unusable samples are recorded, not raised."""
         entries: list[_Entry] = []
-        bad: list[tuple[str, str]] = []
-        with open(shard, "rb") as file:
+        bad: list[tuple[str, Fault, str]] = []
+        with open_shard(shard) as file:
             try:
                 for members in _samples(_members(file)):
                     try:
                         entries.append(_read_sample(file, members))
-                    except DataError as error:
-                        bad.append((members[0].key, str(error)))
-            except tarfile.TarError as error:
-                bad.append(("", f"not a whole uncompressed tar file: {error}"))
+                    except BadSampleError as error:
+                        bad.append((members[0].key[:_LONGEST_KEY], error.fault, str(error)))
+            except (tarfile.TarError, ValueError, OverflowError, EOFError) as error:
+                bad.append(("", "tar", f"not a whole uncompressed tar file: {error}"))
+            size = file.seek(0, io.SEEK_END)
         if not entries and not bad:
-            bad.append(("", "the shard holds no samples"))
+            bad.append(("", "tar", "the shard holds no samples"))
         return cls(
             keys=np.array([entry.key.encode() for entry in entries], dtype=np.bytes_),
             json_offset=np.array([entry.json_offset for entry in entries], np.int64),
@@ -90,8 +108,10 @@ class ShardIndex:
             media_header=np.array(
                 [(h.width, h.height, h.samples, h.sample_rate) for e in entries for h in e.headers], np.int64
             ).reshape(-1, 4),
-            bad_keys=np.array([key for key, _ in bad], np.str_),
-            bad_reasons=np.array([reason for _, reason in bad], np.str_),
+            bad_keys=np.array([key for key, _, _ in bad], np.str_),
+            bad_faults=np.array([fault for _, fault, _ in bad], np.str_),
+            bad_reasons=np.array([reason for _, _, reason in bad], np.str_),
+            shard_size=np.array(size, np.int64),
         )
 
     def __len__(self) -> int:
@@ -138,11 +158,12 @@ class _Entry:
 
 
 def _members(file: BinaryIO) -> Iterator[_Member]:
-    with tarfile.open(fileobj=file, mode="r:") as tar:
+    # Whatever bytes a name holds, it becomes text that can be printed and encoded.
+    with tarfile.open(fileobj=file, mode="r:", encoding="utf-8", errors="backslashreplace") as tar:
         for info in tar:
             folder, slash, base = info.name.rpartition("/")
             stem, dot, field = base.partition(".")
-            if info.isreg() and dot and stem:
+            if info.isreg() and not info.issparse() and dot and stem:
                 yield _Member(f"{folder}{slash}{stem}", field, info.offset_data, info.size)
             tar.members = []  # type: ignore[attr-defined]  # tarfile would keep every header
 
@@ -159,11 +180,13 @@ def _samples(members: Iterator[_Member]) -> Iterator[list[_Member]]:
 
 
 def _read_sample(file: BinaryIO, members: list[_Member]) -> _Entry:
+    if len(members[0].key.encode()) > _LONGEST_KEY:
+        raise BadSampleError("members", f"its key has more than {_LONGEST_KEY} bytes")
     by_field = {member.field: member for member in members}
     if len(by_field) < len(members):
-        raise DataError(f"a member occurs twice: {sorted(member.field for member in members)}")
+        raise BadSampleError("members", f"a member occurs twice: {sorted(member.field for member in members)}")
     if "json" not in by_field:
-        raise DataError(f"it has no .json member, only {sorted(by_field)}")
+        raise BadSampleError("members", f"it has no .json member, only {sorted(by_field)}")
     document = by_field["json"]
     file.seek(document.offset)
     types = media_types(parse_messages(file.read(document.size)))
@@ -172,8 +195,8 @@ def _read_sample(file: BinaryIO, members: list[_Member]) -> _Entry:
     for media_type, member in zip(types, media, strict=True):
         try:
             headers.append(read_header(media_type, member.extension, file, member.offset, member.size))
-        except DataError as error:
-            raise DataError(f"{member.field}: {error}") from error
+        except BadSampleError as error:
+            raise BadSampleError(error.fault, f"{member.field}: {error}") from error
     return _Entry(document.key, document.offset, document.size, media, headers)
 
 
@@ -185,13 +208,16 @@ def _match(types: list[str], members: list[_Member]) -> list[_Member]:
             files.setdefault(member.media_type, []).append(member)
     named, found = Counter(types), Counter({media_type: len(group) for media_type, group in files.items()})
     if named != found:
-        raise DataError(
+        raise BadSampleError(
+            "members",
             f"its messages name {_count(named)}, but its members {sorted(member.field for member in members)} "
-            f"hold {_count(found)}"
+            f"hold {_count(found)}",
         )
     for media_type, group in files.items():
         if len({member.number for member in group}) < len(group):
-            raise DataError(f"two {media_type} members have one number: {[member.field for member in group]}")
+            raise BadSampleError(
+                "members", f"two {media_type} members have one number: {[member.field for member in group]}"
+            )
     remaining = {media_type: iter(group) for media_type, group in files.items()}
     return [next(remaining[media_type]) for media_type in types]
 
@@ -200,7 +226,7 @@ def _count(counter: Counter[str]) -> str:
     return ", ".join(f"{counter[media_type]} {media_type}" for media_type in MEDIA_TYPES)
 
 
-def progress(items: Iterable[Path], total: int, description: str) -> Iterator[Path]:
+def progress(items: Iterable[Shard], total: int, description: str) -> Iterator[Shard]:
     """The items, with a progress bar on standard error if that is a terminal."""
     if not sys.stderr.isatty():
         yield from items
@@ -214,22 +240,23 @@ def progress(items: Iterable[Path], total: int, description: str) -> Iterator[Pa
 def main(arguments: list[str] | None = None) -> int:
     """Index the shards named on the command line; the exit code is 1 if a sample cannot be used, 2 for a wrong list."""
     parser = argparse.ArgumentParser(prog="python -m mimo_gemma4.data.index", description=__doc__.partition("\n")[0])
-    parser.add_argument("shards", nargs="+", metavar="SHARDS", help="tar files, brace lists or globs")
+    parser.add_argument("shards", nargs="+", metavar="SHARDS", help="tar files, brace lists or globs; paths or URLs")
     try:
-        paths = expand_shards(parser.parse_args(arguments).shards)
+        shards = expand_shards(parser.parse_args(arguments).shards)
     except DataError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    samples, bad, media = 0, 0, Counter[str]()
-    for path in progress(paths, len(paths), "indexing"):
-        index = ShardIndex.open(path)
+    samples, media, faults = 0, Counter[str](), Counter[str]()
+    for shard in progress(shards, len(shards), "indexing"):
+        index = ShardIndex.open(shard)
         counts = Counter(MEDIA_TYPES[number] for number in index.media_type)
-        print(f"{path}: {len(index)} samples, {_count(counts)}, {len(index.bad_keys)} unusable")
-        for key, reason in zip(index.bad_keys, index.bad_reasons, strict=True):
-            print(f"  __key__ {str(key)!r}: {reason}")
-        samples, bad, media = samples + len(index), bad + len(index.bad_keys), media + counts
-    print(f"{len(paths)} shards: {samples} samples, {_count(media)}, {bad} unusable")
-    return 1 if bad else 0
+        print(f"{shard}: {len(index)} samples, {_count(counts)}, {len(index.bad_keys)} unusable")
+        for key, fault, reason in zip(index.bad_keys, index.bad_faults, index.bad_reasons, strict=True):
+            print(f"  {fault}: __key__ {str(key)!r}: {reason}")
+        samples, media, faults = samples + len(index), media + counts, faults + Counter(index.bad_faults.tolist())
+    by_fault = "".join(f", {count} {fault}" for fault, count in sorted(faults.items()))
+    print(f"{len(shards)} shards: {samples} samples, {_count(media)}, {faults.total()} unusable{by_fault}")
+    return 1 if faults else 0
 
 
 if __name__ == "__main__":

@@ -1,27 +1,34 @@
-"""Reads what one rank needs of a global step, ahead of the step, and agrees with the other ranks on corrupt media."""
+"""Reads what one rank needs of a global step, ahead of the step, and agrees with the other ranks on corrupt media.
+
+Whether a media file can be decoded is known only once a rank has decoded it. So the ranks read a step, tell one another
+which of its samples are bad, plan it anew with others in their places, and read those, until all is good. That takes
+place in the background, on a host group of its own, while earlier steps are trained on. The outcome depends on the data
+alone: not on which rank found what, nor on what happened before a run was resumed.
+"""
 
 import logging
-from collections import deque
-from collections.abc import Mapping
+from collections import Counter, deque
+from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
 import torch
 from torch import distributed as dist
 
-from mimo_gemma4.data.agreement import BadSamplePolicy, agree_on_worst, allowed_bad
-from mimo_gemma4.data.collate import LanguageBatch, collate_language, mask_sample
+from mimo_gemma4.data.agreement import BadSamplePolicy, allowed_bad
+from mimo_gemma4.data.chat import EncodedConversation
+from mimo_gemma4.data.collate import LanguageBatch, collate_language
+from mimo_gemma4.data.dataset import BadSample
 from mimo_gemma4.data.manifest import MediaSlot, StepManifest
 from mimo_gemma4.data.planner import StepPlanner
+from mimo_gemma4.data.sample import media_fault
 from mimo_gemma4.data.shards import read_range
 from mimo_gemma4.errors import DataError
-from mimo_gemma4.health import together
+from mimo_gemma4.health import highest, together
 
 logger = logging.getLogger(__name__)
 
-_FINE, _SKIPPED, _FATAL = 0, 1, 2
 _RECENT = 10_000
 """Of how many samples the share of corrupt ones is taken; the whole dataset where that is smaller."""
 
@@ -35,8 +42,6 @@ class StepData:
     """Microbatch number → batch of this rank's language lane, of zero rows where the lane idles; empty off its grid."""
     media: dict[tuple[str, int], dict[str, Any]]
     """(modality, round) → encoder inputs, for the rounds in which this rank's encoder lane has items."""
-    skipped: frozenset[int]
-    """Global batch positions of the samples that are masked because of corrupt media; equal on all ranks."""
     encoded: dict[str, list[tuple[int, str]]]
     """Modality → (language lane, identity) of every item that this rank's encoder lane was given."""
     expected: list[str]
@@ -44,18 +49,15 @@ class StepData:
 
 
 @dataclass
-class _Prepared:
-    """A step as read by this rank alone."""
+class _Reading:
+    """What this rank has read for a step so far."""
 
-    manifest: StepManifest | None = None
-    language: dict[int, LanguageBatch] = field(default_factory=dict)
-    media: dict[tuple[str, int], dict[str, Any]] = field(default_factory=dict)
-    encoded: dict[str, list[tuple[int, str]]] = field(default_factory=dict)
-    expected: list[str] = field(default_factory=list)
-    reasons: dict[int, str] = field(default_factory=dict)
-    """Global batch position → why this rank could not decode its media."""
-    error: Exception | None = None
-    """Anything else that went wrong."""
+    conversations: dict[int, EncodedConversation] = field(default_factory=dict)
+    """By dataset number."""
+    media: dict[tuple[int, int], dict[str, torch.Tensor]] = field(default_factory=dict)
+    """Tensors of the good media, by (dataset number, ordinal)."""
+    bad: dict[int, BadSample] = field(default_factory=dict)
+    """Samples with media that cannot be decoded, by dataset number."""
 
 
 class StepLoader:
@@ -72,25 +74,27 @@ class StepLoader:
         max_bad_fraction: float = 0.01,
         prefetch: int = 1,
         workers: int = 2,
+        stop: int | None = None,
     ) -> None:
         """`language_lane`: this rank's, None off the language grid; `encoder_lanes`: this rank's, by modality.
 
-        `group`: host group of all ranks, used by `load` in the calling thread only; None for a single process.
-        `on_bad_sample`: `skip` masks samples with corrupt media, up to `max_bad_fraction` of the last 10,000 samples
-        (of the dataset, if it is smaller; repetitions do not count).
-        `prefetch`: steps read ahead in the background; `workers`: threads that decode media.
+        `group`: host group of all ranks that nothing else uses, as the loading thread talks on it; None for a single
+        process. `on_bad_sample`: `skip` replaces samples with corrupt media, up to `max_bad_fraction` of the last
+        10,000 samples (of the dataset, if it is smaller; repetitions do not count).
+        `prefetch`: steps read ahead in the background; `workers`: threads that decode media, 0: the loading thread.
+        `stop`: the first step that will not be asked for.
         """
         self.planner = planner
         self.dataset = planner.dataset
-        self.skipped_samples = 0
-        """Samples masked so far."""
+        self.bad: dict[int, BadSample] = {}
+        """Samples with corrupt media met so far, by dataset number; equal on all ranks."""
         self._language_lane, self._encoder_lanes = language_lane, dict(encoder_lanes)
         self._processors = {p.modality: p for p in self.dataset.encoder.processors.values()}
         self._group, self._on_bad_sample, self._max_bad_fraction = group, on_bad_sample, max_bad_fraction
-        self._prefetch = prefetch
+        self._prefetch, self._stop = prefetch, planner.steps if stop is None else stop
         self._steps = ThreadPoolExecutor(1, thread_name_prefix="load-step")
-        self._decoders = ThreadPoolExecutor(max(1, workers), thread_name_prefix="decode-media")
-        self._pending: dict[int, Future[_Prepared]] = {}
+        self._decoders = ThreadPoolExecutor(workers, thread_name_prefix="decode-media") if workers else None
+        self._pending: dict[int, Future[StepData]] = {}
         self._recent: deque[tuple[int, frozenset[int]]] = deque()
 
     def load(self, step: int) -> StepData:
@@ -99,125 +103,132 @@ class StepLoader:
         Raises `DataError` on every rank if one of them cannot read its part, if media are corrupt and
         `on_bad_sample` is `fail`, or if too many samples are corrupt.
         """
-        prepared = self._submit(step).result()
+        data = self._submit(step).result()
         self._pending = {number: future for number, future in self._pending.items() if number > step}
         for following in range(step + 1, step + 1 + self._prefetch):
-            if self.planner.steps is None or following < self.planner.steps:
+            if self._stop is None or following < self._stop:
                 self._submit(following)
-        status = agree_on_worst(self._status(prepared), self._group)
-        self._raise_if_fatal(step, prepared, status)
-        assert prepared.manifest is not None
-        skipped = frozenset(np.flatnonzero(status == _SKIPPED).tolist())
-        self._count(prepared, skipped)
-        for microbatch in prepared.manifest.microbatches:
-            for slot in microbatch.samples:
-                if microbatch.lane == self._language_lane and slot.sample in skipped:
-                    mask_sample(prepared.language[microbatch.number], slot)
-        return StepData(
-            prepared.manifest, prepared.language, prepared.media, skipped, prepared.encoded, prepared.expected
-        )
+        return data
+
+    def faults(self, manifest: StepManifest) -> dict[str, int]:
+        """How many samples were passed over for a step, by what is wrong with them."""
+        return dict(Counter(self.bad[index].fault for index in manifest.passed_over))
 
     def close(self) -> None:
-        """Stop reading ahead."""
-        self._steps.shutdown(wait=True, cancel_futures=True)
-        self._decoders.shutdown(wait=True, cancel_futures=True)
+        """Stop reading ahead. What has been started is finished: other ranks may wait for this one's part in it."""
+        self._steps.shutdown(wait=True)
+        if self._decoders is not None:
+            self._decoders.shutdown(wait=True)
 
-    def _submit(self, step: int) -> Future[_Prepared]:
+    def _submit(self, step: int) -> Future[StepData]:
         if step not in self._pending:
             self._pending[step] = self._steps.submit(self._prepare, step)
         return self._pending[step]
 
-    def _prepare(self, step: int) -> _Prepared:
-        """Read this rank's part of a step. Errors are kept: they are raised when all ranks know of them."""
-        prepared = _Prepared()
-        try:
-            prepared.manifest = self.planner.plan(step)
-            self._read_language(prepared.manifest, prepared)
-            self._read_media(prepared.manifest, prepared)
-        except Exception as error:
-            prepared.error = error
-        return prepared
+    def _prepare(self, step: int) -> StepData:
+        """Read this rank's part of a step; in the loading thread of all ranks at once."""
+        reading = _Reading()
+        manifest = self._read_good(step, reading)
+        return together(self._group, lambda: self._collate(manifest, reading))
 
-    def _read_language(self, manifest: StepManifest, prepared: _Prepared) -> None:
-        if self._language_lane is None:
-            return
-        for number in range(manifest.rounds):
-            microbatch = manifest.microbatch(self._language_lane, number)
-            prepared.language[number] = collate_language(
-                microbatch, self.dataset.encode, self.dataset.media, self.dataset.encoder.pad_id
-            )
-            for slot in microbatch.samples:
-                media = range(len(self.dataset.media(slot.index)))
-                prepared.expected += [self.dataset.identity(slot.index, ordinal) for ordinal in media]
+    def _read_good(self, step: int, reading: _Reading) -> StepManifest:
+        """Read, and plan anew, until no rank finds a bad sample."""
+        while True:
+            manifest = together(self._group, lambda: self._read(step, reading))
+            found = self._share(reading.bad)
+            self._judge(manifest, found)
+            if not found:
+                return manifest
+            for sample in reading.bad.values():
+                logger.warning("step %d: left out %s", step, sample)
+            reading.bad.clear()
 
-    def _read_media(self, manifest: StepManifest, prepared: _Prepared) -> None:
+    def _read(self, step: int, reading: _Reading) -> StepManifest:
+        """Plan the step without the samples known to be bad, and read what has not been read yet."""
+        manifest = self.planner.plan(step, self.bad)
+        for index in (sample.index for sample in manifest.samples if sample.lane == self._language_lane):
+            if index not in reading.conversations:
+                reading.conversations[index] = self.dataset.encode(index)
+        slots = {(slot.index, slot.ordinal): slot for slot in self._encoded_here(manifest)}
+        missing = [slot for key, slot in slots.items() if key not in reading.media]
+        decode = map if self._decoders is None else self._decoders.map
+        for slot, item in zip(missing, decode(self._decode, missing), strict=True):
+            if isinstance(item, BadSample):
+                reading.bad[slot.index] = item
+            else:
+                reading.media[slot.index, slot.ordinal] = item
+        return manifest
+
+    def _encoded_here(self, manifest: StepManifest) -> Iterator[MediaSlot]:
+        """The media that this rank's encoder lanes encode."""
         for modality, lane in self._encoder_lanes.items():
             for number in range(manifest.rounds):
-                slots = manifest.encoded(modality, number, lane)
-                if not slots:
-                    continue
-                items = []
-                for slot, (item, reason) in zip(slots, self._decoders.map(self._decode, slots), strict=True):
-                    items.append(item)
-                    if reason is not None:
-                        prepared.reasons[slot.sample] = reason
-                prepared.media[modality, number] = self._processors[modality].collate(items)
-                prepared.encoded.setdefault(modality, []).extend(
-                    (slot.lane, self.dataset.identity(slot.index, slot.ordinal)) for slot in slots
-                )
+                yield from manifest.encoded(modality, number, lane)
 
-    def _decode(self, slot: MediaSlot) -> tuple[dict[str, torch.Tensor], str | None]:
-        """Tensors of a media item and None; or zeros in their place and why the file is corrupt."""
+    def _decode(self, slot: MediaSlot) -> dict[str, torch.Tensor] | BadSample:
+        """Tensors of a media item, or why it cannot be had."""
         item, processor = self.dataset.media(slot.index)[slot.ordinal], self._processors[slot.modality]
         data = read_range(item.shard, item.offset, item.size)
         try:
-            return processor.decode(data), None
+            tensors = processor.decode(data)
+            expected = processor.placeholder(item.header)
+            shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+            promised = {name: tuple(tensor.shape) for name, tensor in expected.items()}
+            if shapes != promised:
+                raise ValueError(f"it holds {shapes}, but its header promises {promised}")
         except (ValueError, OSError) as error:
-            return processor.placeholder(item.header), f"media {slot.ordinal} ({item.media_type}): {error}"
+            fault = media_fault(item.media_type, error)
+            reason = f"media {slot.ordinal} ({item.media_type}): {error}"
+            return BadSample(item.shard, self.dataset.key(slot.index), fault, reason)
+        return tensors
 
-    def _status(self, prepared: _Prepared) -> np.ndarray:
-        """[global_batch_size + 1] uint8: what this rank holds of each sample, and last, of reading as a whole."""
-        status = np.full(self.planner.global_batch_size + 1, _FINE, np.uint8)
-        status[list(prepared.reasons)] = _FATAL if self._on_bad_sample == "fail" else _SKIPPED
-        if prepared.error is not None:
-            status[-1] = _FATAL
-        return status
+    def _share(self, bad: dict[int, BadSample]) -> dict[int, BadSample]:
+        """What all ranks found to be bad, the same everywhere. Collective."""
+        if not highest(len(bad), self._group):
+            return {}
+        if self._group is None:
+            return dict(bad)
+        everyone: list[dict[int, BadSample]] = [{} for _ in range(self._group.size())]
+        dist.all_gather_object(everyone, bad, group=self._group)
+        return {index: sample for found in reversed(everyone) for index, sample in found.items()}
 
-    def _raise_if_fatal(self, step: int, prepared: _Prepared, status: np.ndarray) -> None:
-        """Where `status`, equal on all ranks, is fatal, raise what went wrong on every rank, whoever found it."""
-        fatal = np.flatnonzero(status == _FATAL)
-        if not len(fatal):
-            return
-
-        def fail() -> None:
-            if prepared.error is not None:
-                raise prepared.error
-            for sample in fatal.tolist():
-                if sample in prepared.reasons:
-                    assert prepared.manifest is not None
-                    where = self.dataset.describe(prepared.manifest.samples[sample].index)
-                    reason = prepared.reasons[sample]
-                    raise DataError(f"{where}: {reason}; mend or remove it, or set data.on_bad_sample=skip")
-
-        together(self._group, fail)
-        raise AssertionError(f"step {step}: ranks agreed on a failure that none of them has")
-
-    def _count(self, prepared: _Prepared, skipped: frozenset[int]) -> None:
-        """Log and count masked samples; the same on every rank. Raises `DataError` if they are too many."""
-        assert prepared.manifest is not None
-        samples = prepared.manifest.samples
-        for sample in sorted(skipped):
-            if sample in prepared.reasons:
-                where = self.dataset.describe(samples[sample].index)
-                logger.warning("step %d: masked %s: %s", prepared.manifest.step, where, prepared.reasons[sample])
-        self.skipped_samples += len(skipped)
-        self._recent.append((len(samples), frozenset(samples[sample].index for sample in skipped)))
-        while sum(count for count, _ in self._recent) - self._recent[0][0] >= _RECENT:
-            self._recent.popleft()
-        bad = frozenset().union(*(indexes for _, indexes in self._recent))
+    def _judge(self, manifest: StepManifest, found: dict[int, BadSample]) -> None:
+        """Remember what was found. Raises `DataError`, alike on all ranks, if it must not be or is too much."""
+        if found and self._on_bad_sample == "fail":
+            raise DataError(f"{found[min(found)]}; mend or remove it, or set data.on_bad_sample=skip")
+        self.bad.update(found)
+        bad = frozenset(found) | frozenset(manifest.passed_over)
+        if not found:
+            self._recent.append((len(manifest.samples), bad))
+            while sum(count for count, _ in self._recent) - self._recent[0][0] >= _RECENT:
+                self._recent.popleft()
+        met = bad.union(*(indexes for _, indexes in self._recent))
         considered = min(len(self.dataset), _RECENT)
-        if len(bad) > allowed_bad(considered, self._max_bad_fraction):
+        if len(met) > allowed_bad(considered, self._max_bad_fraction):
             raise DataError(
-                f"{len(bad)} samples met so far have corrupt media, more than data.max_bad_fraction="
-                f"{self._max_bad_fraction} of {considered} allows; one is {self.dataset.describe(min(bad))}"
+                f"{len(met)} samples met so far have corrupt media, more than data.max_bad_fraction="
+                f"{self._max_bad_fraction} of {considered} allows; one is {self.bad[min(met)]}"
             )
+
+    def _collate(self, manifest: StepManifest, reading: _Reading) -> StepData:
+        """Tensors of the step from what has been read."""
+        data = StepData(manifest, {}, {}, {}, [])
+        if self._language_lane is not None:
+            for number in range(manifest.rounds):
+                microbatch = manifest.microbatch(self._language_lane, number)
+                data.language[number] = collate_language(
+                    microbatch, reading.conversations.__getitem__, self.dataset.media, self.dataset.encoder.pad_id
+                )
+                for slot in microbatch.samples:
+                    media = range(len(self.dataset.media(slot.index)))
+                    data.expected += [self.dataset.identity(slot.index, ordinal) for ordinal in media]
+        for modality, lane in self._encoder_lanes.items():
+            for number in range(manifest.rounds):
+                slots = manifest.encoded(modality, number, lane)
+                if slots:
+                    items = [reading.media[slot.index, slot.ordinal] for slot in slots]
+                    data.media[modality, number] = self._processors[modality].collate(items)
+                    data.encoded.setdefault(modality, []).extend(
+                        (slot.lane, self.dataset.identity(slot.index, slot.ordinal)) for slot in slots
+                    )
+        return data

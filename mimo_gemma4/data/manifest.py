@@ -1,6 +1,7 @@
-"""The plan of one global step: who reads, encodes and trains on what. Integers only, equal on every rank."""
+"""The plan of one global step: who reads, encodes and trains on what. Numbers only, equal on every rank."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Literal
 
@@ -83,6 +84,16 @@ class Microbatch:
 
 
 @dataclass(frozen=True)
+class Imbalance:
+    """Cost of a module's costliest data-parallel lane in a step, over the mean of its lanes; 1 is even."""
+
+    before: float
+    """If every sample went to the lane of its position in the global batch, in turn."""
+    after: float
+    """As planned."""
+
+
+@dataclass(frozen=True)
 class StepManifest:
     """The whole plan of one global step."""
 
@@ -93,6 +104,10 @@ class StepManifest:
     """All lanes' microbatches, ordered by (lane, number)."""
     media: tuple[MediaSlot, ...]
     """All media items, ordered by (modality, microbatch, encoder_lane, encoder_offset)."""
+    passed_over: tuple[int, ...] = ()
+    """Numbers in the dataset index of the bad samples whose places others took (in one pass over the data: nobody)."""
+    imbalance: Mapping[str, Imbalance] = field(default_factory=dict)
+    """Of the language model and of every modality."""
 
     @cached_property
     def samples(self) -> tuple[SampleSlot, ...]:

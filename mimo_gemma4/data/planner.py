@@ -1,17 +1,17 @@
 """Plans global steps: which sample is trained on where, and which media item is encoded where.
 
-A plan is a pure function of (dataset, seed, step, lanes), computed alike on every rank. The samples of a step depend on
-(seed, epoch, global index) only; where they go depends on the layout.
+A plan is a pure function of (dataset, seed, step, lanes, bad samples), computed alike on every rank. The samples of a
+step depend on (seed, global index) and on which samples are bad only; where they go depends on the layout.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
-import numpy as np
-
 from mimo_gemma4.data.dataset import ShardDataset
-from mimo_gemma4.data.manifest import MediaSlot, Microbatch, SampleSlot, StepManifest
+from mimo_gemma4.data.manifest import Imbalance, MediaSlot, Microbatch, SampleSlot, StepManifest
+from mimo_gemma4.data.order import Mixture
 from mimo_gemma4.errors import ConfigError, DataError
 
 
@@ -21,8 +21,10 @@ class _Row:
 
     samples: tuple[int, ...]
     """Positions in the global batch."""
-    cost: int
+    size: int
     """Positions that the row takes."""
+    cost: float
+    """What training on it costs the language model."""
 
 
 class StepPlanner:
@@ -40,6 +42,7 @@ class StepPlanner:
         packing: bool,
         row_multiple: int = 1,
         total_multiple: int = 1,
+        sample_cost: Callable[[int], float] = float,
         shuffle: bool = True,
         repeat: bool = True,
         limit: int | None = None,
@@ -49,10 +52,11 @@ class StepPlanner:
 
         `row_multiple`: padded, what the length of a microbatch is rounded up to; packed, what every sample of a pack is
         padded to. `total_multiple`: packed, what the length of a microbatch is rounded up to by padding at its end.
-        `shuffle`: a new order every epoch, instead of shard order. `repeat=False`: one epoch, the last batch as long as
-        the samples reach; otherwise the last batch of an epoch continues into the next one. `limit`: use only so many
-        samples, the first of the dataset. `choose_cp_layout`: how context parallel ranks share a pack with these
-        segment starts; None: zigzag.
+        `sample_cost`: what a sample of so many tokens costs the language model, up to a factor; lanes are given equally
+        much. `shuffle`: a new order in every pass over a source, instead of shard order. `repeat=False`: one pass over
+        all sources in shard order, without bad samples, the last batch as long as the samples reach; otherwise sources
+        are mixed by weight without end. `limit`: of one pass, only so many samples, the first of the dataset.
+        `choose_cp_layout`: how context parallel ranks share a pack with these segment starts; None: zigzag.
 
         Raises `ConfigError` for sizes below 1, `DataError` for media that no module of the layout encodes.
         """
@@ -69,65 +73,82 @@ class StepPlanner:
             raise DataError(f"the data may hold media for the module {absent[0]!r}; add it to layout")
         self.dataset = dataset
         self.count = len(dataset) if limit is None else min(limit, len(dataset))
-        """Samples of one epoch."""
+        """Samples of one pass."""
         self.global_batch_size = global_batch_size
-        self._microbatch_size, self._seed, self._shuffle, self._repeat = microbatch_size, seed, shuffle, repeat
+        self._microbatch_size, self._repeat, self._sample_cost = microbatch_size, repeat, sample_cost
+        self._mixture = Mixture(dataset.sizes, dataset.weights, seed=seed, shuffle=shuffle)
         self._lanes, self._encoder_lanes = language_lanes, dict(encoder_lanes)
         self._packing, self._row_multiple, self._total_multiple = packing, row_multiple, total_multiple
         self._processors = {processor.modality: processor for processor in dataset.encoder.processors.values()}
         self._choose_cp_layout = choose_cp_layout
-        self._order: tuple[int, np.ndarray] | None = None
 
     @property
     def steps(self) -> int | None:
         """Number of steps without `repeat`; None with it."""
         return None if self._repeat else -(-self.count // self.global_batch_size)
 
-    def samples(self, step: int) -> list[int]:
-        """Dataset numbers of the samples of a step (counted from 0), in global batch order."""
-        first = step * self.global_batch_size
-        last = first + self.global_batch_size
-        if not self._repeat:
-            last = min(last, self.count)
-        return [self._sample(position) for position in range(first, last)]
+    def samples(self, step: int, bad: Collection[int] = ()) -> list[int]:
+        """Dataset numbers of the samples of a step (counted from 0), in global batch order.
 
-    def plan(self, step: int) -> StepManifest:
-        """The manifest of a step, counted from 0."""
-        indexes = self.samples(step)
+        The place of a `bad` one is taken by the next of its source's pass that is not, so that a source keeps its
+        share; in one pass over the data it stays empty. Raises `DataError` where a source has no other sample.
+        """
+        return self._choose(step, bad)[0]
+
+    def plan(self, step: int, bad: Collection[int] = ()) -> StepManifest:
+        """The manifest of a step, counted from 0, without the samples that are known to be `bad`."""
+        indexes, passed_over = self._choose(step, bad)
         lengths = [int(self.dataset.lengths[index]) for index in indexes]
-        rows = self._pack(lengths) if self._packing else [_Row((s,), length) for s, length in enumerate(lengths)]
-        assigned = _assign(rows, self._lanes, self._microbatch_size)
+        rows = self._pack(lengths) if self._packing else self._pad(lengths)
+        assigned = _assign(rows, self._lanes, self._microbatch_size, self._packing)
         place = self._place_packed if self._packing else self._place_padded
         microbatches = [
             place(indexes, lengths, lane, number, group)
             for lane, groups in enumerate(assigned)
             for number, group in enumerate(groups)
         ]
-        media = self._place_media([slot for microbatch in microbatches for slot in microbatch.samples])
-        return StepManifest(step, len(assigned[0]), tuple(microbatches), tuple(media))
+        slots = [slot for microbatch in microbatches for slot in microbatch.samples]
+        media = self._place_media(slots)
+        return StepManifest(
+            step, len(assigned[0]), tuple(microbatches), tuple(media), tuple(passed_over), self._imbalance(slots, media)
+        )
 
-    def _sample(self, position: int) -> int:
-        """Dataset number of the sample at a global position, counted over all epochs."""
-        epoch, place = divmod(position, self.count)
-        if not self._shuffle:
-            return place
-        # Held in one attribute, read and set once: planning may run in the training and in the loading thread.
-        order = self._order
-        if order is None or order[0] != epoch:
-            generator = np.random.Generator(np.random.PCG64([self._seed, epoch]))
-            self._order = order = (epoch, generator.permutation(self.count))
-        return int(order[1][place])
+    def _choose(self, step: int, bad: Collection[int]) -> tuple[list[int], list[int]]:
+        """The samples of a step, and the bad ones that were passed over for them."""
+        first = step * self.global_batch_size
+        if not self._repeat:
+            once = range(first, min(first + self.global_batch_size, self.count))
+            return [index for index in once if index not in bad], [index for index in once if index in bad]
+        chosen, passed_over = [], []
+        for position in range(first, first + self.global_batch_size):
+            source, turn = self._mixture.turn(position)
+            for shift in range(self.dataset.sizes[source]):
+                index = self._mixture.sample(source, turn, shift)
+                if index not in bad:
+                    chosen.append(index)
+                    break
+                passed_over.append(index)
+            else:
+                raise DataError(f"all samples are bad, the last one is {self.dataset.describe(passed_over[-1])}")
+        return chosen, passed_over
+
+    def _pad(self, lengths: Sequence[int]) -> list[_Row]:
+        return [_Row((sample,), length, self._sample_cost(length)) for sample, length in enumerate(lengths)]
 
     def _pack(self, lengths: Sequence[int]) -> list[_Row]:
         """Packs of at most `data.seq_length` positions; a sample whose padding exceeds that has a pack to itself."""
         sizes = [_round_up(length, self._row_multiple) for length in lengths]
         capacity = self.dataset.seq_length
         order = sorted(range(len(lengths)), key=lambda sample: (-sizes[sample], sample))
+        costs = [self._sample_cost(length) for length in lengths]
         packs = _first_fit(order, sizes, capacity)
-        # As many packs for every lane, if there are samples enough, and all packs about as full: the same number of
+        # As many packs for every lane, if there are samples enough, and all packs about as costly: the same number of
         # microbatches, but no lane that waits for another.
-        even = _even_fit(order, sizes, capacity, min(_round_up(len(packs), self._lanes), len(lengths)))
-        return [_Row(tuple(sorted(pack)), sum(sizes[sample] for sample in pack)) for pack in even or packs]
+        even = _even_fit(order, sizes, costs, capacity, min(_round_up(len(packs), self._lanes), len(lengths)))
+        return [
+            _Row(tuple(sorted(pack)), sum(sizes[sample] for sample in pack), sum(costs[sample] for sample in pack))
+            for pack in even or packs
+        ]
 
     def _place_padded(
         self, indexes: Sequence[int], lengths: Sequence[int], lane: int, number: int, rows: Sequence[_Row]
@@ -179,8 +200,19 @@ class StepPlanner:
                     offset += item.rows
         return media
 
+    def _imbalance(self, slots: Sequence[SampleSlot], media: Sequence[MediaSlot]) -> dict[str, Imbalance]:
+        trained = ((self._sample_cost(slot.length), slot.sample % self._lanes, slot.lane) for slot in slots)
+        imbalance = {"language": _imbalance(self._lanes, trained)}
+        encoded: dict[str, list[tuple[float, int, int]]] = defaultdict(list)
+        for slot in media:
+            cost = self._processors[slot.modality].cost(self.dataset.media(slot.index)[slot.ordinal].header)
+            encoded[slot.modality].append((cost, slot.sample % self._encoder_lanes[slot.modality], slot.encoder_lane))
+        for modality, lanes in self._encoder_lanes.items():
+            imbalance[modality] = _imbalance(lanes, encoded[modality])
+        return imbalance
 
-def _assign(rows: Sequence[_Row], lanes: int, microbatch_size: int) -> list[list[list[_Row]]]:
+
+def _assign(rows: Sequence[_Row], lanes: int, microbatch_size: int, packing: bool) -> list[list[list[_Row]]]:
     """Rows of every lane's microbatches, [lane][microbatch][row]; all lanes have equally many, some may be empty.
 
     Rows of like cost meet in one round, so that lanes take as long as each other in it and padding is short; within a
@@ -189,17 +221,33 @@ def _assign(rows: Sequence[_Row], lanes: int, microbatch_size: int) -> list[list
     ordered = sorted(rows, key=lambda row: (-row.cost, row.samples))
     rounds = -(-len(ordered) // (lanes * microbatch_size))
     assigned: list[list[list[_Row]]] = [[] for _ in range(lanes)]
-    load = [0] * lanes
+    load = [0.0] * lanes
     for number in range(rounds):
         pool = ordered[number * lanes * microbatch_size : (number + 1) * lanes * microbatch_size]
-        groups = _split(pool, lanes)
-        costs = [len(group) * max((row.cost for row in group), default=0) for group in groups]
+        groups = _deal(pool, lanes) if packing else _split(pool, lanes)
+        costs = [_cost(group, packing) for group in groups]
         by_cost = sorted(range(lanes), key=lambda group: (-costs[group], group))
         by_load = sorted(range(lanes), key=lambda lane: (load[lane], lane))
         for lane, group in zip(by_load, by_cost, strict=True):
             assigned[lane].append(groups[group])
             load[lane] += costs[group]
     return assigned
+
+
+def _cost(rows: Sequence[_Row], packing: bool) -> float:
+    """Cost of a microbatch: packs are joined, other rows padded to the longest."""
+    costs = [row.cost for row in rows]
+    return sum(costs) if packing else len(costs) * max(costs, default=0.0)
+
+
+def _deal(rows: Sequence[_Row], parts: int) -> list[list[_Row]]:
+    """Parts of equal cost, as far as none takes more rows than its share: costliest first, each to the cheapest."""
+    most = -(-len(rows) // parts)
+    dealt: list[list[_Row]] = [[] for _ in range(parts)]
+    for row in rows:
+        open_parts = [part for part in dealt if len(part) < most]
+        min(open_parts, key=lambda part: (_cost(part, True), len(part))).append(row)
+    return dealt
 
 
 def _split(rows: list[_Row], parts: int) -> list[list[_Row]]:
@@ -224,17 +272,34 @@ def _first_fit(order: Sequence[int], sizes: Sequence[int], capacity: int) -> lis
     return packs
 
 
-def _even_fit(order: Sequence[int], sizes: Sequence[int], capacity: int, count: int) -> list[list[int]] | None:
-    """`count` packs, each sample into the emptiest one; None where that overflows a pack."""
+def _even_fit(
+    order: Sequence[int], sizes: Sequence[int], costs: Sequence[float], capacity: int, count: int
+) -> list[list[int]] | None:
+    """`count` packs, each sample into the cheapest one with room for it; None where there is none.
+
+    A sample that exceeds the capacity by its padding takes an empty pack.
+    """
     packs: list[list[int]] = [[] for _ in range(count)]
-    filled = [0] * count
+    filled, cost = [0] * count, [0.0] * count
     for sample in order:
-        pack = min(range(count), key=filled.__getitem__)
-        if packs[pack] and filled[pack] + sizes[sample] > capacity:
+        room = [pack for pack in range(count) if not packs[pack] or filled[pack] + sizes[sample] <= capacity]
+        if not room:
             return None
+        pack = min(room, key=cost.__getitem__)
         packs[pack].append(sample)
         filled[pack] += sizes[sample]
+        cost[pack] += costs[sample]
     return packs
+
+
+def _imbalance(lanes: int, costs: Iterable[tuple[float, int, int]]) -> Imbalance:
+    """Of (cost, lane in turn, planned lane) of every sample or item."""
+    before, after = [0.0] * lanes, [0.0] * lanes
+    for cost, in_turn, planned in costs:
+        before[in_turn] += cost
+        after[planned] += cost
+    mean = sum(after) / lanes
+    return Imbalance(max(before) / mean, max(after) / mean) if mean else Imbalance(1.0, 1.0)
 
 
 def _balance(costs: Sequence[float], load: list[float]) -> list[list[int]]:

@@ -3,7 +3,7 @@
 import io
 import json
 import wave
-from typing import IO, Any, BinaryIO, cast
+from typing import IO, Any, BinaryIO, Literal, cast
 
 from PIL import Image
 
@@ -20,25 +20,52 @@ _TYPE_OF_EXTENSION = {
 _EXIF_ORIENTATION = 0x0112
 _EXIF_QUARTER_TURNS = (5, 6, 7, 8)
 
+_LONGEST_REASON = 500
+
+Fault = Literal["tar", "json", "members", "image", "audio", "bomb", "rows", "chat", "length"]
+"""What can be wrong with a sample, as counted in the records of a run: `tar`, its shard breaks off or is no tar;
+`json`, its document cannot be used; `members`, its files are not those that its messages name; `image` and `audio`, a
+file of that type is damaged; `bomb`, an image would unpack to far more pixels than any photograph has; `rows`, a media
+file has no valid number of soft tokens; `chat`, its conversation cannot be rendered; `length`, it has more tokens than
+`data.seq_length`."""
+
+
+class BadSampleError(DataError):
+    """One sample cannot be used, whatever the other samples are like; `fault` says in which way."""
+
+    def __init__(self, fault: Fault, reason: str) -> None:
+        """`reason`: what is wrong, without shard and key; only its beginning is kept."""
+        super().__init__(reason[:_LONGEST_REASON])
+        self.fault: Fault = fault
+
 
 def parse_messages(data: bytes) -> list[dict[str, Any]]:
-    """The messages of a sample's JSON. Raises `DataError` where it is not `{"messages": [{"role", "content"}, …]}`."""
+    """The messages of a sample's JSON. Raises `BadSampleError`; its form: `{"messages": [{"role", "content"}, …]}`."""
     try:
         document = json.loads(data)
-    except ValueError as error:
-        raise DataError(f"its JSON cannot be read: {error}") from error
+        _require_utf8(data, document)
+    except (ValueError, RecursionError) as error:
+        raise BadSampleError("json", f"its JSON cannot be read: {error}") from error
     messages = document.get("messages") if isinstance(document, dict) else None
     if not isinstance(messages, list) or not messages:
-        raise DataError('its JSON is not {"messages": [...]} with at least one message')
+        raise BadSampleError("json", 'its JSON is not {"messages": [...]} with at least one message')
     for number, message in enumerate(messages):
         if not isinstance(message, dict) or not isinstance(message.get("role"), str):
-            raise DataError(f"message {number} has no role: {message!r:.200}")
+            raise BadSampleError("json", f"message {number} has no role: {message!r:.200}")
         content = message.get("content")
         if isinstance(content, str):
             continue
         if not isinstance(content, list) or not all(_is_part(part) for part in content):
-            raise DataError(f"the content of message {number} is neither text nor typed parts: {content!r:.200}")
+            raise BadSampleError(
+                "json", f"the content of message {number} is neither text nor typed parts: {content!r:.200}"
+            )
     return messages
+
+
+def _require_utf8(data: bytes, document: Any) -> None:
+    """Raise `ValueError` for half of a surrogate pair, which JSON lets through but no tokenizer can read."""
+    if b"\\u" in data or b"\xed" in data:
+        json.dumps(document, ensure_ascii=False).encode()
 
 
 def _is_part(part: Any) -> bool:
@@ -48,12 +75,14 @@ def _is_part(part: Any) -> bool:
 
 
 def media_types(messages: list[dict[str, Any]]) -> list[str]:
-    """Types of the media that the messages name, in order. Raises `DataError` for content of another type."""
+    """Types of the media that the messages name, in order. Raises `BadSampleError` for content of another type."""
     parts = [part for message in messages if isinstance(message["content"], list) for part in message["content"]]
     types = [part["type"] for part in parts if part["type"] != "text"]
     unknown = sorted(set(types) - set(MEDIA_TYPES))
     if unknown:
-        raise DataError(f"content type {unknown[0]!r} is not supported; known: text, {', '.join(MEDIA_TYPES)}")
+        raise BadSampleError(
+            "json", f"content type {unknown[0]!r} is not supported; known: text, {', '.join(MEDIA_TYPES)}"
+        )
     return types
 
 
@@ -71,7 +100,7 @@ def media_type_of(extension: str) -> str | None:
 
 
 def read_header(media_type: str, extension: str, file: BinaryIO, offset: int, size: int) -> MediaHeader:
-    """What a media file, `size` bytes at `offset` of `file`, says of itself. Raises `DataError` if it is unreadable."""
+    """What a media file, `size` bytes at `offset` of `file`, says of itself. Raises `BadSampleError`."""
     window = cast(IO[bytes], _Window(file, offset, size))
     try:
         if media_type == "image":
@@ -80,7 +109,17 @@ def read_header(media_type: str, extension: str, file: BinaryIO, offset: int, si
     except DataError:
         raise
     except Exception as error:  # Pillow and wave raise a dozen types for damaged files, SyntaxError among them
-        raise DataError(f"not a readable .{extension} file: {error}") from error
+        raise BadSampleError(media_fault(media_type, error), f"not a readable .{extension} file: {error}") from error
+
+
+def media_fault(media_type: str, error: BaseException) -> Fault:
+    """The fault of a media file whose header or content could not be read because of `error`."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, Image.DecompressionBombError):
+            return "bomb"
+        cause = cause.__cause__
+    return "image" if media_type == "image" else "audio"
 
 
 def _image_header(file: IO[bytes]) -> MediaHeader:
@@ -96,7 +135,7 @@ def _wave_header(file: IO[bytes], size: int) -> MediaHeader:
     with wave.open(file, "rb") as sound:
         samples, rate = sound.getnframes(), sound.getframerate()
         if samples * sound.getnchannels() * sound.getsampwidth() > size:
-            raise DataError(f"its header promises {samples} samples, more than its {size} bytes hold")
+            raise BadSampleError("audio", f"its header promises {samples} samples, more than its {size} bytes hold")
     return MediaHeader(samples=samples, sample_rate=rate)
 
 

@@ -2,56 +2,81 @@
 
 import contextlib
 import hashlib
+import io
 import os
 import tempfile
 import zipfile
+import zlib
 from pathlib import Path
 
 import numpy as np
 
-FORMAT_VERSION = 1
+from mimo_gemma4.data.shards import Shard, file_system, is_remote, shard_version
+
+FORMAT_VERSION = 2
 """Raised whenever the meaning of a stored array changes; files of another version are made anew."""
 
 
-def load_sidecar(shard: Path, name: str) -> dict[str, np.ndarray] | None:
+def load_sidecar(shard: Shard, name: str) -> dict[str, np.ndarray] | None:
     """The arrays saved for the shard under `name`, or None if there are none for the shard as it is now."""
-    for path in _candidates(shard, name):
-        with contextlib.suppress(OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
-            with np.load(path, allow_pickle=False) as file:
+    stamp = _stamp(shard)
+    for place in _candidates(shard, name):
+        with contextlib.suppress(OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error):
+            with np.load(io.BytesIO(_read(place)), allow_pickle=False) as file:
                 arrays = dict(file)
-            if arrays.pop("stamp").item() == _stamp(shard):
+            if arrays.pop("stamp").item() == stamp:
                 return arrays
     return None
 
 
-def save_sidecar(shard: Path, name: str, arrays: dict[str, np.ndarray]) -> Path | None:
+def save_sidecar(shard: Shard, name: str, arrays: dict[str, np.ndarray]) -> str | None:
     """Save the arrays next to the shard, or in the user's cache folder if that cannot be written; None if neither can.
 
     A reader sees the old file or the whole new one, whoever else writes at the same time.
     """
-    for path in _candidates(shard, name):
-        with contextlib.suppress(OSError):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            handle, partial = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-            try:
-                with os.fdopen(handle, "wb") as file:
-                    np.savez(file, stamp=np.array(_stamp(shard)), **arrays)  # type: ignore[arg-type]
-                os.chmod(partial, 0o644)
-                os.replace(partial, path)
-            except BaseException:
-                os.unlink(partial)
-                raise
-            return path
+    content = io.BytesIO()
+    np.savez_compressed(content, stamp=np.array(_stamp(shard)), **arrays)  # type: ignore[arg-type]
+    for place in _candidates(shard, name):
+        with contextlib.suppress(OSError, NotImplementedError):  # the latter from file systems that only read
+            _write(place, content.getvalue())
+            return place
     return None
 
 
-def _candidates(shard: Path, name: str) -> tuple[Path, Path]:
+def _candidates(shard: Shard, name: str) -> tuple[str, str]:
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    folder = hashlib.sha256(str(shard.parent).encode()).hexdigest()[:16]
-    file = f"{shard.name}.{name}.npz"
-    return shard.parent / file, cache / "mimo_gemma4" / folder / file
+    parent, _, base = shard.rpartition("/")
+    folder = hashlib.sha256(parent.encode()).hexdigest()[:16]
+    file = f"{base}.{name}.npz"
+    return f"{parent}/{file}", str(cache / "mimo_gemma4" / folder / file)
 
 
-def _stamp(shard: Path) -> str:
-    stat = shard.stat()
-    return f"{FORMAT_VERSION} {stat.st_size} {stat.st_mtime_ns}"
+def _stamp(shard: Shard) -> str:
+    return f"{FORMAT_VERSION} {shard_version(shard)}"
+
+
+def _read(place: str) -> bytes:
+    if not is_remote(place):
+        return Path(place).read_bytes()
+    system, path = file_system(place)
+    return bytes(system.cat_file(path))
+
+
+def _write(place: str, content: bytes) -> None:
+    if is_remote(place):
+        system, path = file_system(place)
+        if "http" in system.protocol or "https" in system.protocol:
+            raise NotImplementedError(f"{place}: a web server is not written to")
+        system.pipe_file(path, content)  # object stores replace a file as a whole
+        return
+    target = Path(place)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    handle, partial = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(content)
+        os.chmod(partial, 0o644)
+        os.replace(partial, target)
+    except BaseException:
+        os.unlink(partial)
+        raise

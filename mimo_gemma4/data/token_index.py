@@ -1,15 +1,14 @@
 """Token counts of a shard's samples, for one tokenizer and one set of media processors, kept beside the shard."""
 
 from dataclasses import dataclass, fields
-from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 import numpy as np
 
-from mimo_gemma4.data.chat import ConversationEncoder
+from mimo_gemma4.data.chat import ConversationEncoder, EncodedConversation
 from mimo_gemma4.data.index import ShardIndex
-from mimo_gemma4.data.sample import MEDIA_TYPES, parse_messages
-from mimo_gemma4.data.shards import read_range
+from mimo_gemma4.data.sample import MEDIA_TYPES, BadSampleError, Fault, parse_messages
+from mimo_gemma4.data.shards import Shard, read_ranges
 from mimo_gemma4.data.sidecar import load_sidecar, save_sidecar
 from mimo_gemma4.errors import DataError
 
@@ -28,11 +27,13 @@ class TokenIndex:
     """[media] int32: soft tokens."""
     bad_samples: np.ndarray
     """[bad] int64: samples that cannot be encoded …"""
+    bad_faults: np.ndarray
+    """[bad] str: … what is wrong with them (`sample.Fault`) …"""
     bad_reasons: np.ndarray
-    """[bad] str: … and why."""
+    """[bad] str: … and in words."""
 
     @classmethod
-    def open(cls, shard: Path, index: ShardIndex, encoder: ConversationEncoder) -> Self:
+    def open(cls, shard: Shard, index: ShardIndex, encoder: ConversationEncoder) -> Self:
         """The token index of a shard, from its sidecar or by encoding every sample.
 
         Raises `DataError` if the shard holds media that no module of the layout encodes.
@@ -54,27 +55,19 @@ class TokenIndex:
         return tokens
 
     @classmethod
-    def build(cls, shard: Path, index: ShardIndex, encoder: ConversationEncoder) -> Self:
-        """Encode every sample of a shard. Samples that cannot be encoded are recorded, not raised.
-
-        Raises `DataError` for media that no module of the layout encodes.
-        """
-        for media_type in sorted({MEDIA_TYPES[number] for number in index.media_type} - set(encoder.processors)):
-            raise DataError(
-                f"{shard} holds {media_type} files, but `layout` has no module that encodes them: add one, or leave "
-                "the shard out"
-            )
+    def build(cls, shard: Shard, index: ShardIndex, encoder: ConversationEncoder) -> Self:
+        """Encode every sample of a shard. Samples that cannot be encoded are recorded, not raised."""
         length, loss_tokens = np.zeros(len(index), np.int32), np.zeros(len(index), np.int32)
         media_start, media_rows = np.zeros(len(index.media_type), np.int32), np.zeros(len(index.media_type), np.int32)
-        bad: list[tuple[int, str]] = []
-        for sample in range(len(index)):
+        bad: list[tuple[int, Fault, str]] = []
+        documents = read_ranges(shard, list(zip(index.json_offset.tolist(), index.json_size.tolist(), strict=True)))
+        for sample, data in enumerate(documents):
             media = index.media_range(sample)
             try:
                 rows = [_rows(index, medium, encoder) for medium in media]
-                data = read_range(shard, int(index.json_offset[sample]), int(index.json_size[sample]))
-                encoded = encoder.encode(parse_messages(data), rows)
-            except DataError as error:
-                bad.append((sample, str(error)))
+                encoded = _encode(encoder, parse_messages(data), rows)
+            except BadSampleError as error:
+                bad.append((sample, error.fault, str(error)))
                 continue
             length[sample], loss_tokens[sample] = encoded.length, encoded.loss_tokens
             media_start[media.start : media.stop] = encoded.media_starts
@@ -84,8 +77,9 @@ class TokenIndex:
             loss_tokens=loss_tokens,
             media_start=media_start,
             media_rows=media_rows,
-            bad_samples=np.array([sample for sample, _ in bad], np.int64),
-            bad_reasons=np.array([reason for _, reason in bad], np.str_),
+            bad_samples=np.array([sample for sample, _, _ in bad], np.int64),
+            bad_faults=np.array([fault for _, fault, _ in bad], np.str_),
+            bad_reasons=np.array([reason for _, _, reason in bad], np.str_),
         )
 
 
@@ -94,4 +88,11 @@ def _rows(index: ShardIndex, medium: int, encoder: ConversationEncoder) -> int:
     try:
         return encoder.processors[MEDIA_TYPES[index.media_type[medium]]].rows(header)
     except ValueError as error:
-        raise DataError(str(error)) from error
+        raise BadSampleError("rows", str(error)) from error
+
+
+def _encode(encoder: ConversationEncoder, messages: list[dict[str, Any]], rows: list[int]) -> EncodedConversation:
+    try:
+        return encoder.encode(messages, rows)
+    except DataError as error:
+        raise BadSampleError("chat", str(error)) from error

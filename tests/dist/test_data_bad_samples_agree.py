@@ -1,4 +1,4 @@
-"""What one rank cannot read, all ranks mask or all ranks raise; none waits for another."""
+"""What one rank cannot read, all ranks replace or all ranks raise; none waits for another."""
 
 import pytest
 import torch.distributed as dist
@@ -36,27 +36,29 @@ def loader_of(rank, shard, on_bad_sample):
     )
 
 
-def masked(rank, shard):
+def replaced(rank, shard):
     loader = loader_of(rank, shard, "skip")
     found = []
     for step in range(3):
         data = loader.load(step)
-        places = {s.sample: s for s in data.manifest.samples if s.lane == rank - 1 and rank}
         learned = {
-            sample: int((data.language[s.microbatch].labels[s.row, s.start : s.start + s.length] != -100).sum())
-            for sample, s in places.items()
+            slot.sample: int((batch.labels[slot.row, slot.start : slot.start + slot.length] != -100).sum())
+            for slot in data.manifest.samples
+            if slot.lane == rank - 1 and (batch := data.language[slot.microbatch]) is not None
         }
-        found.append((data.skipped, learned))
+        found.append((data.manifest, loader.faults(data.manifest), learned))
     loader.close()
     return found
 
 
-def test_a_corrupt_image_is_masked_on_all_ranks(tmp_path):
-    results = run_ranks(RANKS, masked, shard_with_one_corrupt_image(tmp_path))
+def test_all_ranks_replace_a_corrupt_image_that_one_of_them_finds(tmp_path):
+    results = run_ranks(RANKS, replaced, shard_with_one_corrupt_image(tmp_path))
     for step in range(3):
-        assert [skipped for skipped, _ in (result[step] for result in results)] == [{4}] * RANKS
-        learned = {sample: count for result in results for sample, count in result[step][1].items()}
-        assert learned == {sample: 0 if sample == 4 else 2 for sample in range(6)}
+        manifest = results[0][step][0]
+        assert [slot.index for slot in manifest.samples] == [0, 1, 2, 3, 5, 5]
+        assert all(result[step][:2] == (manifest, {"image": 1}) for result in results)
+        learned = {sample: count for result in results for sample, count in result[step][2].items()}
+        assert learned == dict.fromkeys(range(6), 2)
 
 
 def message_of(work):
@@ -82,7 +84,7 @@ def vanished(rank, shard):
     loader = loader_of(rank, shard, "skip")
     dist.barrier()
     if rank == 1:  # only this rank reads another, empty file from now on
-        loader.dataset._paths = (shard.with_name("empty.tar"),)
+        loader.dataset._shards = (str(shard.with_name("empty.tar")),)
     message = message_of(lambda: loader.load(0))
     loader.close()
     return message
@@ -105,4 +107,4 @@ def test_opening_raises_on_all_ranks_for_a_missing_or_a_different_shard(tmp_path
     missing = run_ranks(RANKS, opening, tmp_path, ["a.tar", "none.tar", "a.tar"], timeout=60)
     assert all("1 of 1 files do not exist" in message and "none.tar" in message for message in missing)
     different = run_ranks(RANKS, opening, tmp_path, ["a.tar", "a.tar", "b.tar"], timeout=60)
-    assert all("ranks disagree on keys or lengths" in message for message in different)
+    assert all("ranks disagree on sizes of shards, keys or lengths" in message for message in different)

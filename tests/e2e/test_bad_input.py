@@ -3,6 +3,7 @@
 No case may hang: a rank that waits for another that has given up fails the test by its timeout.
 """
 
+import json
 import sys
 from pathlib import Path
 
@@ -103,14 +104,20 @@ def test_media_without_a_module_are_named(tmp_path: Path) -> None:
     assert_error(outcomes, DataError, str(shard), "image", "layout")
 
 
-def test_a_truncated_image_is_masked_and_told(tmp_path: Path) -> None:
+def test_a_truncated_image_is_replaced_and_told(tmp_path: Path) -> None:
     shard = write_data(tmp_path, truncated=True)
     outcomes = run(tmp_path, shard)
     assert [outcome.error for outcome in outcomes] == [None, None]
     told = [line for outcome in outcomes for line in outcome.warnings]
-    assert len(told) == 2  # once a step
-    assert all(f"masked {shard}: __key__ 's{BAD}': media 0 (image)" in line for line in told)
-    assert loss_tokens(tmp_path) == [answer_tokens(without_bad=True)] * 2
+    assert len(told) == 1
+    assert f"left out {shard}: __key__ 's{BAD}': media 0 (image)" in told[0]
+    records = step_records(tmp_path / "run")
+    assert [record["bad_samples"] for record in records] == [{"image": 1}] * 2
+    # Six samples a step are one pass; in each, one of the five good answers is learned from twice.
+    lengths = {len(answer) + 1 for number, answer in enumerate(ANSWERS) if number != BAD}
+    assert {record["loss_tokens"] - answer_tokens(without_bad=True) for record in records} <= lengths
+    [logged] = [json.loads(line) for line in (tmp_path / "run" / "bad_samples.jsonl").read_text().splitlines()]
+    assert logged | {"reason": ""} == {"step": 1, "shard": str(shard), "key": f"s{BAD}", "fault": "image", "reason": ""}
 
 
 @pytest.mark.parametrize("vision_first", [True, False])
@@ -133,7 +140,7 @@ def test_a_placeholder_without_its_image_is_left_out_and_told(tmp_path: Path) ->
         assert outcome.error is None
         assert outcome.warnings == (
             f"left out: {shard}: __key__ 's{BAD}': {MISMATCH}",
-            "left out 1 of 6 samples in all",
+            "left out 1 of 6 samples in all (1 members)",
         )
     assert loss_tokens(tmp_path) == [answer_tokens(without_bad=True)] * 2
 

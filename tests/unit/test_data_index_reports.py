@@ -78,7 +78,7 @@ def test_a_shard_cut_in_the_middle_keeps_its_whole_samples(tmp_path):
     whole = mixed_shard(tmp_path / "whole.tar", 0, 12).read_bytes()
     shard = tmp_path / "cut.tar"
     shard.write_bytes(whole[: whole.index(b"s7.0.png") + 520])  # into the data of that member
-    index = ShardIndex.build(shard)
+    index = ShardIndex.build(str(shard))
     assert index.keys.tolist() == [f"s{number}".encode() for number in range(7)]
     assert "not a whole" in str(index.bad_reasons[-1])
 
@@ -127,7 +127,7 @@ def test_header_is_the_size_of_the_upright_image(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6  # a quarter turn
     shard = write_shard(tmp_path / "a.tar", {"a.json": chat("q", "a", "image"), "a.0.jpg": jpeg(32, 8, exif=exif)})
-    header = ShardIndex.build(shard).header(0)
+    header = ShardIndex.build(str(shard)).header(0)
     assert (header.width, header.height) == (8, 32)
 
 
@@ -162,10 +162,10 @@ def test_an_unwritable_folder_uses_the_cache_and_a_damaged_sidecar_is_replaced(t
     shard = mixed_shard(tmp_path / "data" / "a.tar", 0, 4)
     beside = tmp_path / "data" / "a.tar.index.npz"
     beside.mkdir()  # as root may write anywhere, a folder in the way stands for a read-only one
-    ShardIndex.open(shard)
+    ShardIndex.open(str(shard))
     [cached] = (tmp_path / "cache").rglob("*.npz")
     cached.write_bytes(b"damaged")
-    assert len(ShardIndex.open(shard)) == 4
+    assert len(ShardIndex.open(str(shard))) == 4
     with np.load(cached, allow_pickle=False) as file:
         assert len(file["keys"]) == 4
     assert not list(tmp_path.rglob(".a.tar*")), "no partial files stay"

@@ -49,7 +49,7 @@ def test_every_sample_and_every_row_is_where_the_manifest_says(dataset, lanes, e
     for step in (0, 1, 2):
         data = [loader.load(step) for loader in ranks]
         manifest = data[0].manifest
-        assert all(other.manifest == manifest and not other.skipped for other in data)
+        assert all(other.manifest == manifest and not manifest.passed_over for other in data)
         for microbatch in manifest.microbatches:
             batch = data[microbatch.lane].language[microbatch.number]
             assert batch.input_ids.shape == (microbatch.rows, microbatch.seq_length)
@@ -133,6 +133,9 @@ def test_sound_stays_causal(tmp_path):
     assert data.media["audio", 0]["samples"].tolist() == list(range(500))
 
 
+MANY_MAY_BE_BAD = {"on_bad_sample": "skip", "max_bad_fraction": 1.0}
+
+
 def corrupt_shard(path, bad):
     members = {}
     for number in range(6):
@@ -142,18 +145,39 @@ def corrupt_shard(path, bad):
     return write_shard(path, members)
 
 
-def test_a_truncated_image_masks_its_sample_and_nothing_else(tmp_path, caplog):
-    dataset = open_dataset(corrupt_shard(tmp_path / "a.tar", {4}))
-    [loader] = loaders(dataset, 1, 1, shuffle=False, step_options={"on_bad_sample": "skip"})
-    data = loader.load(0)
-    assert data.skipped == {4} and loader.skipped_samples == 1
-    assert f"masked {tmp_path / 'a.tar'}: __key__ 's4': media 0 (image)" in caplog.text
-    for slot in data.manifest.samples:
-        labels = data.language[slot.microbatch].labels[slot.row]
-        assert (labels != -100).any() == (slot.sample != 4)
-    for slot in data.manifest.media:
-        tiles = data.media["vision", slot.microbatch]["tiles"][slot.encoder_offset : slot.encoder_offset + slot.rows]
-        assert tiles.any() == (slot.sample != 4)
+def test_the_next_good_sample_takes_the_place_of_a_corrupt_one(tmp_path, caplog):
+    dataset = open_dataset(corrupt_shard(tmp_path / "a.tar", {2, 3}))
+    [loader] = loaders(dataset, 1, 1, shuffle=False, step_options=MANY_MAY_BE_BAD)
+    data = [loader.load(step) for step in range(2)]
+    loader.close()
+    for step in data:
+        assert [slot.index for slot in step.manifest.samples] == [0, 1, 4, 4, 4, 5]
+        assert step.manifest.passed_over == (2, 3, 3)
+        assert loader.faults(step.manifest) == {"image": 3}
+        assert step.media["vision", 0]["tiles"].any()
+    told = [line for line in caplog.messages if "left out" in line]
+    assert len(told) == 2, "each is decoded once"
+    assert f"step 0: left out {tmp_path / 'a.tar'}: __key__ 's2': media 0 (image)" in told[0]
+
+
+def test_one_pass_leaves_out_a_corrupt_sample(tmp_path):
+    dataset = open_dataset(corrupt_shard(tmp_path / "a.tar", {1, 2, 3}))
+    [loader] = loaders(
+        dataset, 1, 1, shuffle=False, repeat=False, global_batch_size=2, step_options=MANY_MAY_BE_BAD
+    )  # fmt: skip
+    assert [[slot.index for slot in loader.load(step).manifest.samples] for step in range(3)] == [[0], [], [4, 5]]
+    loader.close()
+
+
+def test_a_header_that_promises_another_size_makes_a_sample_bad(tmp_path):
+    class Halved(TileProcessor):
+        def decode(self, data):
+            return {"tiles": super().decode(data)["tiles"][::2]}
+
+    dataset = open_dataset(corrupt_shard(tmp_path / "a.tar", set()), Halved())
+    [loader] = loaders(dataset, 1, 1)
+    with pytest.raises(DataError, match=r"holds \{'tiles': \(32, 64\)\}, but its header promises .*\(64, 64\)"):
+        loader.load(0)
     loader.close()
 
 
@@ -162,13 +186,21 @@ def test_corrupt_media_fail_or_exceed_the_allowed_share(tmp_path):
     [loader] = loaders(dataset, 1, 1, shuffle=False)
     with pytest.raises(DataError, match=r"a\.tar: __key__ 's1': media 0 .*on_bad_sample=skip"):
         loader.load(0)
-    [strict] = loaders(dataset, 1, 1, shuffle=False, step_options={"on_bad_sample": "skip", "max_bad_fraction": 0.3})
+    [strict] = loaders(dataset, 1, 1, shuffle=False, step_options={**MANY_MAY_BE_BAD, "max_bad_fraction": 0.3})
     with pytest.raises(DataError, match="2 samples met so far .*max_bad_fraction=0.3 of 6"):
         strict.load(0)
-    [tolerant] = loaders(dataset, 1, 1, shuffle=False, step_options={"on_bad_sample": "skip", "max_bad_fraction": 0.4})
-    assert [len(tolerant.load(step).skipped) for step in range(3)] == [2, 2, 2]
+    [tolerant] = loaders(dataset, 1, 1, shuffle=False, step_options={**MANY_MAY_BE_BAD, "max_bad_fraction": 0.4})
+    assert [len(tolerant.load(step).manifest.passed_over) for step in range(3)] == [2, 2, 2]
     for each in (loader, strict, tolerant):
         each.close()
+
+
+def test_a_source_without_any_good_sample_is_an_error(tmp_path):
+    dataset = open_dataset(corrupt_shard(tmp_path / "a.tar", set(range(6))))
+    [loader] = loaders(dataset, 1, 1, step_options=MANY_MAY_BE_BAD)
+    with pytest.raises(DataError, match=r"all samples are bad, the last one is .*a\.tar: __key__ 's"):
+        loader.load(0)
+    loader.close()
 
 
 def test_a_shard_that_changed_under_its_index_is_an_error(tmp_path):
