@@ -131,7 +131,7 @@ def _files(name: str) -> list[Shard]:
 
 def _remote_files(name: str, system: Any, path: str) -> list[Shard]:
     if not glob.has_magic(path):
-        return [name]
+        return [name if "::" in name else system.unstrip_protocol(path)]  # a chain of file systems stays as written
     try:
         matches = sorted(system.glob(path))
     except OSError as error:

@@ -7,7 +7,7 @@ import pytest
 
 from mimo_gemma4.data.planner import StepPlanner
 from mimo_gemma4.errors import ConfigError, DataError
-from tests.shard_maker import chat, mixed_shard, open_dataset, write_shard
+from tests.shard_maker import chat, mixed_shard, open_dataset, png, write_shard
 
 
 @pytest.fixture(scope="module")
@@ -136,3 +136,62 @@ def test_sizes_and_modules_are_checked(dataset):
         StepPlanner(
             dataset, global_batch_size=1, microbatch_size=1, seed=0, language_lanes=1, encoder_lanes={}, packing=False
         )
+
+
+def skewed_shard(path):
+    """Forty short samples, and eight long ones with large images, in the places of one lane of four."""
+    members = {}
+    for number in range(48):
+        long = number % 4 == 0 and number < 32
+        members[f"s{number:02}.json"] = chat("q" * (400 if long else 5), "a", "image")
+        members[f"s{number:02}.0.png"] = png(128 if long else 8, 64 if long else 8, number)
+    return write_shard(path, members)
+
+
+@pytest.mark.parametrize("packing", [False, True])
+def test_balance_evens_out_a_skewed_batch(tmp_path, packing):
+    """Cost with a quadratic part, as attention has. Even means as even as the largest sample lets it be."""
+    dataset = open_dataset(skewed_shard(tmp_path / "a.tar"), seq_length=600)
+
+    def cost(length):
+        return length + length**2 / 50
+
+    options = {"global_batch_size": 48, "microbatch_size": 1, "shuffle": False, "packing": packing}
+    manifest = planner(dataset, 4, 4, sample_cost=cost, **options).plan(0)
+    lanes, encoders = [0.0] * 4, [0.0] * 4
+    for slot in manifest.samples:
+        lanes[slot.lane] += cost(slot.length)
+    for item in manifest.media:
+        encoders[item.encoder_lane] += item.rows
+    for name, loads in (("language", lanes), ("vision", encoders)):
+        imbalance = manifest.imbalance[name]
+        assert imbalance.after == pytest.approx(max(loads) / (sum(loads) / 4))
+        assert imbalance.before > 3 and imbalance.after < 1.1, (name, imbalance)
+
+
+def test_packs_are_balanced_by_cost_not_by_length(tmp_path):
+    """Two lanes with as many tokens each, one of them in a single long sample, would differ in what attention costs."""
+    members = {"long.json": chat("q" * 480, "a")}
+    members |= {f"s{number}.json": chat("q" * 10, "a") for number in range(30)}
+    dataset = open_dataset(write_shard(tmp_path / "a.tar", members), seq_length=1200)
+    options = {"global_batch_size": 31, "microbatch_size": 1, "shuffle": False, "packing": True}
+    by_cost = planner(dataset, 2, 1, sample_cost=lambda length: length + length**2 / 1000, **options).plan(0)
+    by_length = planner(dataset, 2, 1, **options).plan(0)
+
+    def short_samples(manifest):
+        lane = manifest.samples[0].lane
+        return sum(slot.lane == lane for slot in manifest.samples) - 1
+
+    assert short_samples(by_cost) < short_samples(by_length)
+    assert by_cost.imbalance["language"].after < 1.05
+
+
+def test_bad_samples_give_their_places_to_the_next_of_the_order(dataset):
+    plan = planner(dataset, global_batch_size=len(dataset))
+    order = plan.samples(0)
+    bad = {order[4], order[5], order[-1]}
+    expected = list(order)
+    expected[4] = expected[5] = order[6]
+    expected[-1] = order[0]
+    assert plan.samples(0, bad) == expected and plan.samples(0) == order
+    assert sorted(plan.plan(0, bad).passed_over) == sorted([order[4], order[5], order[5], order[-1]])
