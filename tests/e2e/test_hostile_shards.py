@@ -44,8 +44,8 @@ FAULTS: dict[str, tuple[str, dict[str, bytes]]] = {
     "bomb": ("bomb", image_sample("bomb", bomb(), "png")),
     "too-many-rows": (
         "length",
-        {"too-many-rows.json": chat("?", "no", *["image"] * 90)}
-        | {f"too-many-rows.{number}.png": png(48, 48, 9) for number in range(90)},
+        {"too-many-rows.json": chat("?", "no", *["image"] * 120)}
+        | {f"too-many-rows.{number}.png": png(48, 48, 9) for number in range(120)},
     ),
     "too-long": ("length", {"too-long.json": chat("?" * 400, "no")}),
     "cut-0": ("image", image_sample("cut-0", CUT)),
