@@ -352,6 +352,9 @@ def validate(config: Config, origin: Origin) -> None:
     for key, shards in (("data.train", config.data.train), ("data.valid", config.data.valid)):
         if shards is not None:
             _check_shards(key, shards, origin)
+    if config.data.quickstart is not None and config.data.train.shards is None:
+        where = origin("data.quickstart")
+        raise ConfigError(f"`data.quickstart` writes the files of `data.train.shards`, which is missing ({where})")
     _check_ranges(config, origin)
 
 

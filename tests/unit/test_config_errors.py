@@ -72,6 +72,18 @@ def test_a_wrong_argument_is_named(base: Path, argument: str, parts: list[str]):
         ("layout: {language: {ranks: 1}}", ["`data` is missing"]),
         ("layout: {language: {ranks: 1}}\ndata: {packing: true}", ["`data.train` is missing"]),
         ("layout: {language: {ranks: 1}}\ndata: {train: {}}", ["`data.train.shards` is missing"]),
+        (
+            "layout: {language: {ranks: 1}}\ndata: {train: {shards: a, web: {shards: b}}}",
+            ["`data.train` has both `shards` and the sets `data.train.web`"],
+        ),
+        (
+            "layout: {language: {ranks: 1}}\ndata: {train: {web: {shards: b, weight: 0}}}",
+            ["`data.train.web.weight` must be greater than 0, not 0"],
+        ),
+        (
+            "layout: {language: {ranks: 1}}\ndata: {quickstart: digits, train: {web: {shards: b}}}",
+            ["`data.quickstart` writes the files of `data.train.shards`, which is missing"],
+        ),
         ("layout: {vision: {ranks: 1}}\ndata: {train: {shards: a}}", ["`layout` lacks `language`", "vision"]),
         ("layout: {}\ndata: {train: {shards: a}}", ["`layout` names no module"]),
         ("layout: [", ["not valid YAML"]),

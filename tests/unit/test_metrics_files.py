@@ -151,3 +151,29 @@ def test_pictures_are_drawn(tmp_path: Path):
     for name in ("loss.png", "samples.png"):
         with Image.open(tmp_path / name) as picture:
             assert picture.width > 100 and len(picture.convert("RGB").getcolors(1 << 24) or []) > 2
+
+
+def test_a_bad_sample_is_written_once_and_again_only_if_its_step_is(tmp_path: Path):
+    def bad(step: int | None, key: str) -> dict[str, Any]:
+        return {"step": step, "shard": "a.tar", "key": key, "fault": "image", "reason": "cut"}
+
+    log = MetricsLog(make_config(tmp_path))
+    log.bad_samples([bad(None, "index")])
+    log.bad_samples([bad(2, "early")])
+    log.bad_samples([bad(7, "early"), bad(7, "late")])
+    log.close()
+    log = MetricsLog(make_config(tmp_path), first_step=5)
+    log.bad_samples([bad(None, "index"), bad(6, "early"), bad(7, "late")])
+    log.close()
+    assert read_records(tmp_path / "bad_samples.jsonl") == [bad(2, "early"), bad(None, "index"), bad(7, "late")]
+
+
+def test_the_log_line_tells_uneven_lanes_and_bad_samples_since_the_start(tmp_path: Path, capsys: Any):
+    log = MetricsLog(make_config(tmp_path, every=2))
+    even, uneven = {"before": 1.0, "after": 1.0}, {"before": 1.8, "after": 1.04}
+    for step in (1, 2):
+        log.step(make_record(step, bad_samples={"image": step}, imbalance={"vision": uneven, "language": even}))
+    log.close()
+    first, second = capsys.readouterr().out.splitlines()
+    assert "uneven 1.80>1.04" in second and second.count("uneven") == 1
+    assert first.endswith("bad samples 1") and second.endswith("bad samples 3")
