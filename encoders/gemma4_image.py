@@ -7,6 +7,7 @@ pooling_kernel_size, as large as max_soft_tokens * pooling_kernel_size**2 patche
 import io
 import math
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any, Self
 
 import numpy as np
@@ -127,11 +128,11 @@ class Gemma4ImageProcessor:
         return {"pixel_values": torch.zeros(patches, self.patch_size**2 * 3), "grid": torch.tensor(grid)}
 
     def collate(self, items: list[dict[str, Tensor]]) -> dict[str, Any]:
-        """Concatenate images, those with equally many patches next to each other: they make one batch in attention.
+        """Concatenate images, those with equally many patches next to each other: they can be one batch in attention.
 
         Returns pixel_values [P, patch_size**2 * 3]; positions [P, 2], the patches' (x, y); lengths, the patches of each
-        image in the order of pixel_values (host list); row_index [rows], for each output row, in the order of `items`,
-        its place in the order of pixel_values.
+        image in the order of pixel_values (host list), and boundaries [images + 1] int32, their cumulative sums;
+        row_index [rows], for each output row, in the order of `items`, its place in the order of pixel_values.
         """
         order = sorted(range(len(items)), key=lambda i: items[i]["pixel_values"].shape[0])
         lengths = [items[i]["pixel_values"].shape[0] for i in order]
@@ -143,6 +144,7 @@ class Gemma4ImageProcessor:
             "pixel_values": torch.cat([items[i]["pixel_values"] for i in order]),
             "positions": torch.cat([self._positions(*items[i]["grid"].tolist()) for i in order]),
             "lengths": lengths,
+            "boundaries": torch.tensor([0, *accumulate(lengths)], dtype=torch.int32),
             "row_index": torch.cat([torch.arange(s, s + n) for s, n in zip(starts, rows, strict=True)]),
         }
 

@@ -5,6 +5,7 @@ reference: transformers' `Gemma4VisionModel` and `Gemma4MultimodalEmbedder`.
 """
 
 from collections.abc import Iterable
+from dataclasses import dataclass
 from itertools import groupby
 from typing import Any, Literal, cast
 
@@ -16,6 +17,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from torch.nn import functional as F
+from torch.nn.attention.varlen import varlen_attn
 from torch.utils.checkpoint import checkpoint
 
 from encoders.base import Encoder
@@ -62,22 +64,25 @@ class Gemma4VisionEncoder(Encoder):
             self.pooler = Pooler(self.vision, dtype)
             self.projector = nn.Linear(self.vision.hidden_size, language_hidden, bias=False, dtype=dtype)
 
-    def forward(self, pixel_values: Tensor, positions: Tensor, lengths: list[int], row_index: Tensor) -> Tensor:
+    def forward(
+        self, pixel_values: Tensor, positions: Tensor, lengths: list[int], boundaries: Tensor, row_index: Tensor
+    ) -> Tensor:
         """Encode images as `Gemma4ImageProcessor.collate` gives them.
 
         pixel_values [P, patch_size**2 * 3] in [0, 1]; positions [P, 2], (x, y) of each patch; lengths, patches per
-        image (host); row_index [rows] restores the items' order. Returns [rows, language_hidden], equal on TP ranks.
+        image (host), and boundaries [images + 1], their cumulative sums; row_index [rows] restores the items' order.
+        Returns [rows, language_hidden], equal on TP ranks.
         """
         hidden = self.patch_embedder(pixel_values, positions)  # [P, D]
         rotary = axial_rotary(positions, self.vision.head_dim, self.vision.rope_theta, hidden.dtype)
-        runs = [(length, len(list(same))) for length, same in groupby(lengths)]
+        images = PackedImages(lengths, boundaries)
         for layer in self.layers:
             if self.recompute_layers and torch.is_grad_enabled():
-                hidden = checkpoint(layer, hidden, rotary, runs, use_reentrant=False, preserve_rng_state=False)
+                hidden = checkpoint(layer, hidden, rotary, images, use_reentrant=False, preserve_rng_state=False)
             else:
-                hidden = layer(hidden, rotary, runs)
+                hidden = layer(hidden, rotary, images)
         rows = self.pooler(hidden).index_select(0, row_index)  # [rows, D]
-        return self.projector(F.rms_norm(rows.float(), rows.shape[-1:], eps=self.vision.rms_norm_eps).to(rows.dtype))
+        return self.projector(F.rms_norm(rows, rows.shape[-1:], eps=self.vision.rms_norm_eps))
 
     def flops(self, headers: Iterable[MediaHeader]) -> float:
         """Forward operations for images of these sizes: tower by `Gemma4ImageProcessor.cost`, and projector."""
@@ -154,6 +159,16 @@ class PatchEmbedder(nn.Module):
         ]
 
 
+@dataclass(frozen=True)
+class PackedImages:
+    """Where the images of a concatenation of patches begin and end."""
+
+    lengths: list[int]
+    """Patches per image, ascending, so that equally long images are neighbours."""
+    boundaries: Tensor
+    """[images + 1] int32 on the device: cumulative sums of `lengths`, from 0."""
+
+
 class VisionLayer(nn.Module):
     """Attention and gated MLP, each between two norms, heads and MLP channels cut over the tensor parallel group."""
 
@@ -181,12 +196,12 @@ class VisionLayer(nn.Module):
         self.up_proj = linear("column", width, vision.intermediate_size)
         self.down_proj = linear("row", vision.intermediate_size, width)
 
-    def forward(self, hidden: Tensor, rotary: tuple[Tensor, Tensor], runs: list[tuple[int, int]]) -> Tensor:
-        """[P, D] → [P, D]; `runs` are (patches per image, number of such images in a row)."""
-        hidden = hidden + self.post_attention_layernorm(self._attention(self.input_layernorm(hidden), rotary, runs))
+    def forward(self, hidden: Tensor, rotary: tuple[Tensor, Tensor], images: PackedImages) -> Tensor:
+        """[P, D] → [P, D]."""
+        hidden = hidden + self.post_attention_layernorm(self._attention(self.input_layernorm(hidden), rotary, images))
         return hidden + self.post_feedforward_layernorm(self._mlp(self.pre_feedforward_layernorm(hidden)))
 
-    def _attention(self, hidden: Tensor, rotary: tuple[Tensor, Tensor], runs: list[tuple[int, int]]) -> Tensor:
+    def _attention(self, hidden: Tensor, rotary: tuple[Tensor, Tensor], images: PackedImages) -> Tensor:
         # The gradients of q, k and v are summed over the group here, at once.
         hidden = copy_to_tensor_model_parallel_region(hidden, group=self.tp_group)
         query, key, value = (
@@ -195,8 +210,8 @@ class VisionLayer(nn.Module):
         )
         query = rotate(self.q_norm(query), rotary)
         key = rotate(self.k_norm(key), rotary)
-        value = F.rms_norm(value.float(), value.shape[-1:], eps=self.vision.rms_norm_eps).to(value.dtype)
-        return self.o_proj(attend_within_images(query, key, value, runs).flatten(1))
+        value = F.rms_norm(value, value.shape[-1:], eps=self.vision.rms_norm_eps)
+        return self.o_proj(attend_within_images(query, key, value, images).flatten(1))
 
     def _mlp(self, hidden: Tensor) -> Tensor:
         hidden = copy_to_tensor_model_parallel_region(hidden, group=self.tp_group)
@@ -289,7 +304,7 @@ class RMSNorm(nn.Module):
 
     def forward(self, hidden: Tensor) -> Tensor:
         """[..., size] → [..., size]."""
-        return F.rms_norm(hidden.float(), self.weight.shape, self.weight.float(), self.eps).to(hidden.dtype)
+        return F.rms_norm(hidden, self.weight.shape, self.weight, self.eps)
 
 
 class Pooler(nn.Module):
@@ -344,17 +359,21 @@ def rotate(heads: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
     return torch.stack([first * cos - second * sin, second * cos + first * sin], dim=-2).flatten(-3)
 
 
-def attend_within_images(query: Tensor, key: Tensor, value: Tensor, runs: list[tuple[int, int]]) -> Tensor:
+def attend_within_images(query: Tensor, key: Tensor, value: Tensor, images: PackedImages) -> Tensor:
     """Unmasked attention inside each image, scores unscaled (q and k are normed): [P, heads, head_dim] → the same.
 
-    Images of equal size lie next to each other and make one batch each (`runs`: patches per image, images), so nothing
-    is padded and no P x P mask is built.
+    Nothing is padded and no P x P mask is built. In half precision on a GPU one variable-length kernel serves all
+    images; elsewhere each run of equally long images is one batch.
     """
     grouped = query.shape[1] != key.shape[1]
+    if query.is_cuda and query.dtype in (torch.bfloat16, torch.float16) and not grouped:
+        bounds, longest = images.boundaries, images.lengths[-1]
+        return cast(Tensor, varlen_attn(query, key, value, bounds, bounds, longest, longest, scale=1.0))
     outputs, start = [], 0
-    for length, images in runs:
-        stop = start + length * images
-        q, k, v = (t[start:stop].unflatten(0, (images, length)).transpose(1, 2) for t in (query, key, value))
+    for length, run in groupby(images.lengths):
+        count = len(list(run))
+        stop = start + length * count
+        q, k, v = (t[start:stop].unflatten(0, (count, length)).transpose(1, 2) for t in (query, key, value))
         output = F.scaled_dot_product_attention(q, k, v, scale=1.0, enable_gqa=grouped)
         outputs.append(output.transpose(1, 2).flatten(0, 1))
         start = stop
