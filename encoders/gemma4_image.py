@@ -20,6 +20,7 @@ from mimo_gemma4.errors import ConfigError
 from mimo_gemma4.media import MediaHeader
 
 PROCESSOR_KEYS = ("patch_size", "pooling_kernel_size", "max_soft_tokens")
+DEFAULT_SOFT_TOKENS = 280
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,7 @@ class Gemma4ImageProcessor:
     """Pixels on the side of a patch."""
     pooling_kernel_size: int = 3
     """Patches on the side of a soft token."""
-    max_soft_tokens: int = 280
+    max_soft_tokens: int = DEFAULT_SOFT_TOKENS
     """Largest number of soft tokens of one image."""
     linear_cost: float = 1.0
     """Tower operations per patch that do not depend on the image's size (projections, MLP) …"""
@@ -56,13 +57,7 @@ class Gemma4ImageProcessor:
     def from_config(cls, hf_config: dict[str, Any]) -> Self:
         """Read `vision_processor`, then `vision_config`, then defaults. Raises `ConfigError` where the two disagree."""
         vision = Gemma4VisionConfig.from_config(hf_config)
-        options = dict(hf_config.get("vision_processor") or {})
-        if unknown := sorted(set(options) - set(PROCESSOR_KEYS)):
-            raise ConfigError(f"vision_processor has unknown keys {unknown}; known: {', '.join(PROCESSOR_KEYS)}")
-        for key in ("patch_size", "pooling_kernel_size"):
-            tower = getattr(vision, key)
-            if options.setdefault(key, tower) != tower:
-                raise ConfigError(f"vision_processor.{key} is {options[key]}, but vision_config.{key} is {tower}")
+        options = processor_options(hf_config, vision.patch_size, vision.pooling_kernel_size)
         processor = cls(**options, linear_cost=vision.linear_flops, attention_cost=vision.attention_flops)
         longest = processor.max_soft_tokens * processor.pooling_kernel_size
         if longest > vision.position_embedding_size:
@@ -167,6 +162,21 @@ class Gemma4ImageProcessor:
         y, x = torch.meshgrid(torch.arange(down * k), torch.arange(across * k), indexing="ij")
         positions = torch.stack([x, y], dim=-1).view(down, k, across, k, 2)
         return positions.permute(0, 2, 1, 3, 4).reshape(-1, 2)
+
+
+def processor_options(hf_config: dict[str, Any], patch_size: int, pooling_kernel_size: int) -> dict[str, int]:
+    """All of `PROCESSOR_KEYS`, from `vision_processor` or by default; the sizes must be those of `vision_config`.
+
+    Raises `ConfigError` for unknown keys and where the two disagree.
+    """
+    options = dict(hf_config.get("vision_processor") or {})
+    if unknown := sorted(set(options) - set(PROCESSOR_KEYS)):
+        raise ConfigError(f"vision_processor has unknown keys {unknown}; known: {', '.join(PROCESSOR_KEYS)}")
+    for key, size in (("patch_size", patch_size), ("pooling_kernel_size", pooling_kernel_size)):
+        if options.setdefault(key, size) != size:
+            raise ConfigError(f"vision_processor.{key} is {options[key]}, but vision_config.{key} is {size}")
+    options.setdefault("max_soft_tokens", DEFAULT_SOFT_TOKENS)
+    return options
 
 
 def _read_image(data: bytes) -> Image.Image:
