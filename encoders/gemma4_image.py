@@ -4,7 +4,6 @@ Sizes follow Gemma 4's rule: the aspect ratio is kept and both sides become mult
 pooling_kernel_size, as large as max_soft_tokens * pooling_kernel_size**2 patches allow; small images grow.
 """
 
-import io
 import math
 from dataclasses import dataclass
 from itertools import accumulate
@@ -12,10 +11,11 @@ from typing import Any, Self
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor
 
 from encoders.gemma4_vision_config import Gemma4VisionConfig
+from encoders.image_file import read_image
 from mimo_gemma4.errors import ConfigError
 from mimo_gemma4.media import MediaHeader
 
@@ -102,12 +102,8 @@ class Gemma4ImageProcessor:
         return patches * (self.linear_cost + self.attention_cost * patches)
 
     def decode(self, data: bytes) -> dict[str, Tensor]:
-        """Read the whole file, turn it upright (EXIF), lay it on white, resize it (bicubic) and cut it into patches.
-
-        Raises `OSError` or `ValueError` for a file that is truncated, damaged, no image, or so large when unpacked that
-        Pillow holds it for a decompression bomb (twice `PIL.Image.MAX_IMAGE_PIXELS`).
-        """
-        image = _read_image(data)
+        """Read a file, resize the image (bicubic) and cut it into patches. Raises as `read_image` does."""
+        image = read_image(data)
         across, down = self.grid(MediaHeader(width=image.width, height=image.height))
         side = self.patch_size * self.pooling_kernel_size
         image = image.resize((across * side, down * side), Image.Resampling.BICUBIC)  # a copy where the size is right
@@ -177,21 +173,3 @@ def processor_options(hf_config: dict[str, Any], patch_size: int, pooling_kernel
             raise ConfigError(f"vision_processor.{key} is {options[key]}, but vision_config.{key} is {size}")
     options.setdefault("max_soft_tokens", DEFAULT_SOFT_TOKENS)
     return options
-
-
-def _read_image(data: bytes) -> Image.Image:
-    """A fully decoded, upright RGB image. Raises `OSError` or `ValueError`."""
-    try:
-        with Image.open(io.BytesIO(data)) as file:
-            file.verify()  # checksums; leaves the file unusable
-        with Image.open(io.BytesIO(data)) as file:
-            file.load()
-            image = ImageOps.exif_transpose(file)
-            if "A" in image.getbands() or "transparency" in image.info:
-                white = Image.new("RGBA", image.size, (255, 255, 255, 255))
-                image = Image.alpha_composite(white, image.convert("RGBA"))
-            return image.convert("RGB")
-    except (OSError, ValueError):
-        raise
-    except Exception as error:  # Pillow's readers also raise SyntaxError, struct.error, DecompressionBombError, ...
-        raise ValueError(f"not a readable image: {type(error).__name__}: {error}") from error

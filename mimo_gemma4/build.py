@@ -9,6 +9,7 @@ from typing import Any
 
 import torch.distributed as dist
 
+from encoders.base import Encoder
 from encoders.registry import build_processor
 from mimo_gemma4 import checkpoint
 from mimo_gemma4.config import Config, LoraConfig, ShardsConfig
@@ -52,7 +53,7 @@ class Foundation:
 
 def lay_foundation(config: Config) -> Foundation:
     """Join the other ranks, place the modules and create their groups. Collective over all ranks."""
-    hf_config = load_model_config(config.model)
+    hf_config = load_model_config(config.model, config.modules)
     platform = create_platform(
         deterministic=config.run.deterministic, timeout=timedelta(seconds=config.run.timeout_seconds)
     )
@@ -176,12 +177,7 @@ def build_model(foundation: Foundation) -> MimoModel:
     def fill() -> None:
         for name, module in list(model.modules.items()):
             options = config.module(name)
-            if config.model.hf_path is None:
-                initialise(module.bindings(), config.run.seed)
-            else:
-                load(
-                    module.bindings(), HuggingFaceSource(config.model.hf_path), f"model.hf_path {config.model.hf_path}"
-                )
+            fill_weights(config, name, module)
             freeze(name, module, options.frozen)
             if options.lora is not None:
                 model.modules[name] = attach_adapters(name, module, options.lora, config.run.seed)
@@ -205,6 +201,20 @@ def attach_adapters(name: str, module: BoundModule, lora: LoraConfig, seed: int)
         )
         load(adapted.adapter_bindings(), source, f"modules.{name}.lora.path {lora.path}")
     return adapted
+
+
+def fill_weights(config: Config, name: str, module: BoundModule) -> None:
+    """First weights of a module: from its own Hugging Face directory, from the model's, or drawn."""
+    own, bindings = config.module(name).hf_path, module.bindings()
+    path, key = (own, f"modules.{name}.hf_path") if own else (config.model.hf_path, "model.hf_path")
+    if path is None:
+        initialise(bindings, config.run.seed)
+        return
+    fresh: set[int] = set()
+    if own and isinstance(module, Encoder):  # a projector fits one language model: an encoder's directory has none
+        fresh = {id(parameter) for parameter in module.projector_parameters()}
+    initialise([binding for binding in bindings if id(binding.tensor) in fresh], config.run.seed)
+    load([binding for binding in bindings if id(binding.tensor) not in fresh], HuggingFaceSource(path), f"{key} {path}")
 
 
 def tell_unread_tensors(foundation: Foundation, model: MimoModel) -> None:

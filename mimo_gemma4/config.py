@@ -193,6 +193,13 @@ class ModuleConfig:
     """Low-rank adapters (LoRA) on the module's linears; null: none."""
     lr: float | None = None
     """Highest learning rate of this module; null: `optim.lr`."""
+    hf_path: str | None = None
+    """Hugging Face directory that this encoder comes from instead of `model.hf_path`, that of SigLIP for example: its
+    `config.json`, or the section `<module>_config` in it, selects and sizes the encoder; its weights fill the tower.
+    The projector starts from random weights."""
+    processor: dict[str, int] | None = None
+    """What to change in this encoder's preprocessing, `{max_soft_tokens: 560}` for example. Null: it is that of the
+    model directory or preset."""
 
     @property
     def frozen(self) -> bool | Literal["tower"] | list[str]:
@@ -347,6 +354,10 @@ def validate(config: Config, origin: Origin) -> None:
     for name, module in config.modules.items():
         if module.lora is not None:
             _check_lora(f"modules.{name}", module, module.lora, origin)
+    for option in ("hf_path", "processor"):
+        if getattr(config.module("language"), option) is not None:
+            key = f"modules.language.{option}"
+            raise ConfigError(f"`{key}` is for encoders; the language model comes from `model.hf_path` ({origin(key)})")
     if config.model.precision == "fp8":
         raise ConfigError(f"`model.precision` fp8 is not available yet; use bf16 or fp32 ({origin('model.precision')})")
     for key, shards in (("data.train", config.data.train), ("data.valid", config.data.valid)):

@@ -26,8 +26,8 @@ class HuggingFaceSource:
                 self._files = dict.fromkeys(tensors.keys(), single.name)
         else:
             raise CheckpointError(
-                f"model.hf_path {self.path} holds neither {listing.name} nor {single.name}: point it to a directory "
-                "with config.json and safetensors weights"
+                f"hf_path {self.path} holds neither {listing.name} nor {single.name}: point it to a directory with "
+                "config.json and safetensors weights"
             )
 
     def unread(self, names: set[str]) -> dict[str, int]:

@@ -125,7 +125,7 @@ def step_on_rank(rank: int, folder: Path, overrides: list[str]) -> tuple[dict, l
     platform = create_platform()
     layout = build_layout(config.layout, dist.get_world_size())
     groups = create_process_groups(layout, platform)
-    trainer = build_trainer(Foundation(config, load_model_config(config.model), layout, platform, groups))
+    trainer = build_trainer(Foundation(config, load_model_config(config.model, config.modules), layout, platform, groups))
     data = trainer.loader.load(STEP)
     for optimizer in trainer.optimizers.values():
         optimizer.zero_gradients()

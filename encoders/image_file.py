@@ -1,0 +1,27 @@
+"""Image files as pixels."""
+
+import io
+
+from PIL import Image, ImageOps
+
+
+def read_image(data: bytes) -> Image.Image:
+    """The whole file decoded, turned upright (EXIF), laid on white where it is transparent, as RGB.
+
+    Raises `OSError` or `ValueError` for a file that is truncated, damaged, no image, or so large when unpacked that
+    Pillow holds it for a decompression bomb (twice `PIL.Image.MAX_IMAGE_PIXELS`).
+    """
+    try:
+        with Image.open(io.BytesIO(data)) as file:
+            file.verify()  # checksums; leaves the file unusable
+        with Image.open(io.BytesIO(data)) as file:
+            file.load()
+            image = ImageOps.exif_transpose(file)
+            if "A" in image.getbands() or "transparency" in image.info:
+                white = Image.new("RGBA", image.size, (255, 255, 255, 255))
+                image = Image.alpha_composite(white, image.convert("RGBA"))
+            return image.convert("RGB")
+    except (OSError, ValueError):
+        raise
+    except Exception as error:  # Pillow's readers also raise SyntaxError, struct.error, DecompressionBombError, ...
+        raise ValueError(f"not a readable image: {type(error).__name__}: {error}") from error

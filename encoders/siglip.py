@@ -1,0 +1,141 @@
+"""SigLIP in place of Gemma 4's own eyes: transformers' vision tower and an MLP projector, as an example of an encoder.
+
+Every image is resized to one square; each patch gives a row.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, Self
+
+import numpy as np
+import torch
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.transformer_config import TransformerConfig
+from PIL import Image
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from transformers import AutoModel, SiglipVisionConfig
+
+from encoders.base import Encoder
+from encoders.image_file import read_image
+from mimo_gemma4.errors import LayoutError
+from mimo_gemma4.media import MediaHeader
+from mimo_gemma4.weights import ONES, Binding, Constant, Normal, bind_replicated
+
+
+@dataclass(frozen=True)
+class SiglipProcessor:
+    """Images as squares of pixels; an item is {"pixels": [3, image_size, image_size] uint8}."""
+
+    image_size: int
+    """Pixels on the side of the square."""
+    patch_size: int
+    """Pixels on the side of a patch."""
+
+    modality = "vision"
+    content_type = "image"
+
+    @classmethod
+    def from_config(cls, hf_config: dict[str, Any]) -> Self:
+        """Read `vision_config`."""
+        vision = SiglipVisionConfig(**hf_config["vision_config"]).to_dict()
+        return cls(vision["image_size"], vision["patch_size"])
+
+    def rows(self, header: MediaHeader) -> int:
+        """One row a patch, whatever the image's size."""
+        return (self.image_size // self.patch_size) ** 2
+
+    def cost(self, header: MediaHeader) -> float:
+        """All images cost the same."""
+        return 1.0
+
+    def decode(self, data: bytes) -> dict[str, Tensor]:
+        """Read and resize a file. Raises `OSError` or `ValueError` for a damaged one."""
+        image = read_image(data).resize((self.image_size, self.image_size), Image.Resampling.BICUBIC)
+        return {"pixels": torch.from_numpy(np.array(image)).permute(2, 0, 1)}
+
+    def placeholder(self, header: MediaHeader) -> dict[str, Tensor]:
+        """A black square."""
+        return {"pixels": torch.zeros(3, self.image_size, self.image_size, dtype=torch.uint8)}
+
+    def collate(self, items: list[dict[str, Tensor]]) -> dict[str, Any]:
+        """Stack images: pixels [images, 3, image_size, image_size] uint8."""
+        return {"pixels": torch.stack([item["pixels"] for item in items])}
+
+
+class SiglipEncoder(Encoder):
+    """SigLIP tower without its pooling head, then Linear → GELU → Linear to the language model's width."""
+
+    modality = "vision"
+    architecture = "siglip_vision_model"
+    processor = SiglipProcessor
+
+    def __init__(
+        self,
+        hf_config: dict[str, Any],
+        groups: ProcessGroupCollection,
+        *,
+        language_hidden: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        activation_checkpointing: str = "none",
+    ):
+        """Build it as `Encoder` says; "full" recomputes the tower in backward, "selective" is as "none"."""
+        super().__init__(hf_config, groups, language_hidden=language_hidden, dtype=dtype, device=device)
+        if groups.tp.size() > 1:
+            raise LayoutError(f"layout.vision.tp={groups.tp.size()}: SigLIP is not cut; take tp: 1 and more lanes")
+        self.vision = SiglipVisionConfig(**{**hf_config["vision_config"], "vision_use_head": False})
+        self.images = SiglipProcessor.from_config(hf_config)
+        width = self.vision.hidden_size
+        self.config = TransformerConfig(
+            num_layers=self.vision.num_hidden_layers,
+            hidden_size=width,
+            num_attention_heads=self.vision.num_attention_heads,
+            params_dtype=dtype,
+            bf16=dtype == torch.bfloat16,
+            calculate_per_token_loss=True,
+        )
+        with torch.device(device):
+            self.tower = AutoModel.from_config(self.vision, dtype=dtype, attn_implementation="sdpa")
+            self.projector = nn.Sequential(
+                nn.Linear(width, language_hidden, dtype=dtype),
+                nn.GELU(),
+                nn.Linear(language_hidden, language_hidden, dtype=dtype),
+            )
+        self.recompute_tower = activation_checkpointing == "full"
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        """[images, 3, image_size, image_size] uint8 → [rows, language_hidden]."""
+        pixels = pixels.float() / 127.5 - 1
+        if self.recompute_tower and torch.is_grad_enabled():
+            hidden = checkpoint(self.tower, pixels, use_reentrant=False, preserve_rng_state=False).last_hidden_state
+        else:
+            hidden = self.tower(pixels).last_hidden_state  # [images, patches, D]
+        return self.projector(hidden.flatten(0, 1))
+
+    def flops(self, headers: Iterable[MediaHeader]) -> float:
+        """Forward operations: every weight matrix times every patch, and attention between the patches of an image."""
+        patches = self.images.rows(MediaHeader())
+        matrices = sum(parameter.numel() for parameter in self.parameters() if parameter.ndim > 1)
+        matrices -= self.tower.embeddings.position_embedding.weight.numel()
+        attention = 4.0 * self.vision.num_hidden_layers * self.vision.hidden_size * patches**2
+        return sum(2.0 * matrices * patches + attention for _ in headers)
+
+    def bindings(self) -> list[Binding]:
+        """The tower under the names of SigLIP's own checkpoints, the projector under `model.multi_modal_projector.`."""
+        bindings = []
+        for prefix, part in (("vision_model.", self.tower), ("model.multi_modal_projector.", self.projector)):
+            for module_name, module in part.named_modules():
+                for name, parameter in module.named_parameters(module_name, recurse=False):
+                    if name.endswith("bias"):
+                        initial: Normal | Constant = Constant(0.0)
+                    elif isinstance(module, nn.LayerNorm):
+                        initial = ONES
+                    else:
+                        initial = Normal(parameter[0].numel() ** -0.5)
+                    bindings.append(bind_replicated(prefix + name, parameter, initial))
+        return bindings
+
+    def projector_parameters(self) -> list[nn.Parameter]:
+        """The MLP."""
+        return list(self.projector.parameters())
