@@ -43,6 +43,9 @@ class Encoder(nn.Module, ABC):
     """The `model_type` in `<modality>_config` that selects this class, for example `gemma4_vision`."""
     processor: ClassVar[type[ConfiguredProcessor]]
     """The host side: file bytes to the keyword arguments of `forward`."""
+    frame_processor: ClassVar[type[ConfiguredProcessor] | None] = None
+    """For an encoder that takes videos too, a `mimo_gemma4.media.FrameProcessor`: frames to items like `processor`'s,
+    which its `collate` joins with images."""
     config: TransformerConfig
     """Read by megatron-core's data parallelism and optimizer; `calculate_per_token_loss=True`, as losses are sums."""
 
@@ -76,6 +79,10 @@ class Encoder(nn.Module, ABC):
     @abstractmethod
     def flops(self, headers: Iterable[MediaHeader]) -> float:
         """Floating point operations of one forward over these items, summed over tensor parallel ranks."""
+
+    def frame_flops(self, headers: Iterable[MediaHeader]) -> float:
+        """As `flops`, for frames of videos."""
+        return self.flops(headers)
 
     @abstractmethod
     def bindings(self) -> list[Binding]:

@@ -5,9 +5,9 @@ pooling_kernel_size, as large as max_soft_tokens * pooling_kernel_size**2 patche
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from itertools import accumulate
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import numpy as np
 import torch
@@ -19,8 +19,8 @@ from encoders.image_file import read_image
 from mimo_gemma4.errors import ConfigError
 from mimo_gemma4.media import MediaHeader
 
-PROCESSOR_KEYS = ("patch_size", "pooling_kernel_size", "max_soft_tokens")
-DEFAULT_SOFT_TOKENS = 280
+DEFAULTS = {"max_soft_tokens": 280, "max_frame_tokens": 70, "num_frames": 32}
+"""Soft tokens of an image and of a video's frame (no more than an image's), and frames of a video, at most."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class Gemma4ImageProcessor:
     """Pixels on the side of a patch."""
     pooling_kernel_size: int = 3
     """Patches on the side of a soft token."""
-    max_soft_tokens: int = DEFAULT_SOFT_TOKENS
+    max_soft_tokens: int = DEFAULTS["max_soft_tokens"]
     """Largest number of soft tokens of one image."""
     linear_cost: float = 1.0
     """Tower operations per patch that do not depend on the image's size (projections, MLP) …"""
@@ -45,24 +45,26 @@ class Gemma4ImageProcessor:
 
     modality = "vision"
     content_type = "image"
-
-    def __post_init__(self) -> None:
-        """Raise `ConfigError` for sizes that are not positive integers."""
-        for key in PROCESSOR_KEYS:
-            value = getattr(self, key)
-            if not isinstance(value, int) or value < 1:
-                raise ConfigError(f"vision_processor.{key} is {value!r}; it must be a positive integer")
+    budget: ClassVar[str] = "max_soft_tokens"
+    """The key of `vision_processor` that bounds an item's soft tokens."""
 
     @classmethod
     def from_config(cls, hf_config: dict[str, Any]) -> Self:
         """Read `vision_processor`, then `vision_config`, then defaults. Raises `ConfigError` where the two disagree."""
         vision = Gemma4VisionConfig.from_config(hf_config)
         options = processor_options(hf_config, vision.patch_size, vision.pooling_kernel_size)
-        processor = cls(**options, linear_cost=vision.linear_flops, attention_cost=vision.attention_flops)
+        processor = cls(
+            patch_size=vision.patch_size,
+            pooling_kernel_size=vision.pooling_kernel_size,
+            max_soft_tokens=options[cls.budget],
+            linear_cost=vision.linear_flops,
+            attention_cost=vision.attention_flops,
+            **{field.name: options[field.name] for field in fields(cls) if field.name == "num_frames"},
+        )
         longest = processor.max_soft_tokens * processor.pooling_kernel_size
         if longest > vision.position_embedding_size:
             raise ConfigError(
-                f"with vision_processor.max_soft_tokens={processor.max_soft_tokens} an image can be {longest} patches "
+                f"with vision_processor.{cls.budget}={processor.max_soft_tokens} an image can be {longest} patches "
                 f"long, but vision_config.position_embedding_size is {vision.position_embedding_size}"
             )
         return processor
@@ -83,7 +85,7 @@ class Gemma4ImageProcessor:
         if across == 0 and down == 0:
             raise ValueError(
                 f"image of {width}x{height} pixels does not fit {self.max_soft_tokens} soft tokens; raise "
-                "vision_processor.max_soft_tokens"
+                f"vision_processor.{self.budget}"
             )
         if down == 0:
             return min(width // height, self.max_soft_tokens), 1
@@ -160,16 +162,46 @@ class Gemma4ImageProcessor:
         return positions.permute(0, 2, 1, 3, 4).reshape(-1, 2)
 
 
-def processor_options(hf_config: dict[str, Any], patch_size: int, pooling_kernel_size: int) -> dict[str, int]:
-    """All of `PROCESSOR_KEYS`, from `vision_processor` or by default; the sizes must be those of `vision_config`.
+@dataclass(frozen=True)
+class Gemma4FrameProcessor(Gemma4ImageProcessor):
+    """The `FrameProcessor` of Gemma 4: frames are images of a smaller budget."""
 
-    Raises `ConfigError` for unknown keys and where the two disagree.
+    num_frames: int = DEFAULTS["num_frames"]
+    """Most frames of a video; more are thinned out evenly."""
+
+    content_type = "video"
+    budget = "max_frame_tokens"
+
+    def sample(self, frames: int) -> list[int]:
+        """Frames at even distances, as transformers' `Gemma4VideoProcessor` takes them; all of a shorter video."""
+        taken = min(self.num_frames, frames)
+        return [number * frames // taken for number in range(taken)]
+
+    def transformers_inputs(self, items: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+        """Frames as arguments of transformers' Gemma 4, which joins the videos of a sample: for it they are one."""
+        frames = super().transformers_inputs(items)
+        return {
+            "pixel_values_videos": frames["pixel_values"],
+            "video_position_ids": frames["image_position_ids"],
+            "num_frames_per_video": torch.tensor([len(items)]),
+        }
+
+
+def processor_options(hf_config: dict[str, Any], patch_size: int, pooling_kernel_size: int) -> dict[str, int]:
+    """All of `vision_processor`, with defaults; `patch_size` and `pooling_kernel_size` are those of `vision_config`.
+
+    Raises `ConfigError` for unknown keys, values that are not positive integers, and sizes other than the model's.
     """
-    options = dict(hf_config.get("vision_processor") or {})
-    if unknown := sorted(set(options) - set(PROCESSOR_KEYS)):
-        raise ConfigError(f"vision_processor has unknown keys {unknown}; known: {', '.join(PROCESSOR_KEYS)}")
-    for key, size in (("patch_size", patch_size), ("pooling_kernel_size", pooling_kernel_size)):
-        if options.setdefault(key, size) != size:
-            raise ConfigError(f"vision_processor.{key} is {options[key]}, but vision_config.{key} is {size}")
-    options.setdefault("max_soft_tokens", DEFAULT_SOFT_TOKENS)
+    model = {"patch_size": patch_size, "pooling_kernel_size": pooling_kernel_size}
+    given = dict(hf_config.get("vision_processor") or {})
+    if unknown := sorted(set(given) - set(DEFAULTS) - set(model)):
+        raise ConfigError(f"vision_processor has unknown keys {unknown}; known: {', '.join([*model, *DEFAULTS])}")
+    for key, value in given.items():
+        if not isinstance(value, int) or value < 1:
+            raise ConfigError(f"vision_processor.{key} is {value!r}; it must be a positive integer")
+        if key in model and value != model[key]:
+            raise ConfigError(f"vision_processor.{key} is {value}, but vision_config.{key} is {model[key]}")
+    options = DEFAULTS | model | given
+    if "max_frame_tokens" not in given:
+        options["max_frame_tokens"] = min(options["max_frame_tokens"], options["max_soft_tokens"])
     return options

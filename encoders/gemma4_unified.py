@@ -22,6 +22,7 @@ from encoders.base import Encoder
 from encoders.gemma4_unified_media import (
     Gemma4UnifiedAudioConfig,
     Gemma4UnifiedAudioProcessor,
+    Gemma4UnifiedFrameProcessor,
     Gemma4UnifiedImageProcessor,
     Gemma4UnifiedVisionConfig,
 )
@@ -35,6 +36,7 @@ class Gemma4UnifiedVisionEncoder(Encoder):
     modality = "vision"
     architecture = "gemma4_unified_vision"
     processor = Gemma4UnifiedImageProcessor
+    frame_processor = Gemma4UnifiedFrameProcessor
 
     def __init__(
         self,
@@ -50,6 +52,7 @@ class Gemma4UnifiedVisionEncoder(Encoder):
         super().__init__(hf_config, groups, language_hidden=language_hidden, dtype=dtype, device=device)
         self.vision = Gemma4UnifiedVisionConfig.from_config(hf_config)
         self.image_processor = Gemma4UnifiedImageProcessor.from_config(hf_config)
+        self.frames = Gemma4UnifiedFrameProcessor.from_config(hf_config)
         self.tp_group = groups.tp
         self.config = _transformer_config(language_hidden, groups.tp.size(), dtype)
         pixels, width = 3 * self.vision.side**2, self.vision.mm_embed_dim
@@ -77,8 +80,15 @@ class Gemma4UnifiedVisionEncoder(Encoder):
 
     def flops(self, headers: Iterable[MediaHeader]) -> float:
         """Forward operations of both linears for images of these sizes."""
-        parameters = self.patch_dense.weight.numel() + self.projector.weight.numel()
-        return 2.0 * parameters * sum(self.image_processor.rows(header) for header in headers)
+        return self._row_flops * sum(self.image_processor.rows(header) for header in headers)
+
+    def frame_flops(self, headers: Iterable[MediaHeader]) -> float:
+        """Forward operations of both linears for frames of these sizes."""
+        return self._row_flops * sum(self.frames.rows(header) for header in headers)
+
+    @property
+    def _row_flops(self) -> float:
+        return 2.0 * (self.patch_dense.weight.numel() + self.projector.weight.numel())
 
     def projector_parameters(self) -> list[nn.Parameter]:
         """The projection to the language model's width; the norm before it has no weight."""

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from encoders.gemma4_image import Gemma4ImageProcessor, processor_options
+from encoders.gemma4_image import Gemma4FrameProcessor, Gemma4ImageProcessor, processor_options
 from encoders.waveform import MAX_SAMPLES, read_waveform, resampled_length
 from mimo_gemma4.errors import ConfigError
 from mimo_gemma4.media import MediaHeader
@@ -72,10 +72,15 @@ class Gemma4UnifiedImageProcessor(Gemma4ImageProcessor):
         """Read `vision_processor`, then `vision_config`, then defaults. Raises `ConfigError` where the two disagree."""
         vision = Gemma4UnifiedVisionConfig.from_config(hf_config)
         options = processor_options(hf_config, vision.patch_size, vision.pooling_kernel_size)
-        processor = cls(patch_size=vision.side, pooling_kernel_size=1, max_soft_tokens=options["max_soft_tokens"])
+        processor = cls(
+            patch_size=vision.side,
+            pooling_kernel_size=1,
+            max_soft_tokens=options[cls.budget],
+            **{field.name: options[field.name] for field in fields(cls) if field.name == "num_frames"},
+        )
         if processor.max_soft_tokens > vision.mm_posemb_size:
             raise ConfigError(
-                f"with vision_processor.max_soft_tokens={processor.max_soft_tokens} an image can be that many soft "
+                f"with vision_processor.{cls.budget}={processor.max_soft_tokens} an image can be that many soft "
                 f"tokens long, but vision_config.mm_posemb_size is {vision.mm_posemb_size}"
             )
         return processor
@@ -86,6 +91,11 @@ class Gemma4UnifiedImageProcessor(Gemma4ImageProcessor):
             "pixel_values": torch.cat([item["pixel_values"] for item in items]),
             "positions": torch.cat([self._positions(*item["grid"].tolist()) for item in items]),
         }
+
+
+@dataclass(frozen=True)
+class Gemma4UnifiedFrameProcessor(Gemma4FrameProcessor, Gemma4UnifiedImageProcessor):
+    """The `FrameProcessor` of 12B videos: frames are smaller images."""
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from torch.nn.attention.varlen import varlen_attn
 from torch.utils.checkpoint import checkpoint
 
 from encoders.base import Encoder
-from encoders.gemma4_image import Gemma4ImageProcessor
+from encoders.gemma4_image import Gemma4FrameProcessor, Gemma4ImageProcessor
 from encoders.gemma4_vision_config import Gemma4VisionConfig
 from mimo_gemma4.errors import LayoutError
 from mimo_gemma4.media import MediaHeader
@@ -34,6 +34,7 @@ class Gemma4VisionEncoder(Encoder):
     modality = "vision"
     architecture = "gemma4_vision"
     processor = Gemma4ImageProcessor
+    frame_processor = Gemma4FrameProcessor
 
     def __init__(
         self,
@@ -54,7 +55,8 @@ class Gemma4VisionEncoder(Encoder):
         self.vision = Gemma4VisionConfig.from_config(hf_config)
         self.language_hidden = language_hidden
         self.recompute_layers = activation_checkpointing == "full"
-        self.image_processor = Gemma4ImageProcessor.from_config(hf_config)
+        self.images = Gemma4ImageProcessor.from_config(hf_config)
+        self.frames = Gemma4FrameProcessor.from_config(hf_config)
         self.config = _transformer_config(self.vision, groups.tp.size(), dtype)
         with torch.device(device):
             self.patch_embedder = PatchEmbedder(self.vision, dtype)
@@ -86,8 +88,14 @@ class Gemma4VisionEncoder(Encoder):
 
     def flops(self, headers: Iterable[MediaHeader]) -> float:
         """Forward operations for images of these sizes: tower by `Gemma4ImageProcessor.cost`, and projector."""
+        return self._flops(self.images, headers)
+
+    def frame_flops(self, headers: Iterable[MediaHeader]) -> float:
+        """As `flops`, for frames of videos."""
+        return self._flops(self.frames, headers)
+
+    def _flops(self, process: Gemma4ImageProcessor, headers: Iterable[MediaHeader]) -> float:
         projector = 2.0 * self.vision.hidden_size * self.language_hidden
-        process = self.image_processor
         return sum(process.cost(header) + projector * process.rows(header) for header in headers)
 
     def projector_parameters(self) -> list[nn.Parameter]:

@@ -77,3 +77,11 @@ def build_encoder(
 def build_processor(modality: str, hf_config: dict[str, Any]) -> MediaProcessor:
     """The media processor of `modality`. Raises `ConfigError`."""
     return encoder_class(modality, hf_config).processor.from_config(hf_config)
+
+
+def build_processors(modality: str, hf_config: dict[str, Any]) -> list[MediaProcessor]:
+    """That of `modality`, and the one for videos' frames where encoder and model have videos. Raises `ConfigError`."""
+    frames = encoder_class(modality, hf_config).frame_processor
+    if frames is None or hf_config.get("video_token_id") is None:
+        return [build_processor(modality, hf_config)]
+    return [build_processor(modality, hf_config), frames.from_config(hf_config)]

@@ -10,7 +10,7 @@ from typing import Any
 import torch.distributed as dist
 
 from encoders.base import Encoder
-from encoders.registry import build_processor
+from encoders.registry import build_processors
 from mimo_gemma4 import checkpoint
 from mimo_gemma4.config import Config, LoraConfig, ShardsConfig
 from mimo_gemma4.cp_cost import AttentionCosts, cheaper_layout
@@ -81,7 +81,7 @@ def build_trainer(foundation: Foundation) -> Trainer:
 
 def build_conversation_encoder(foundation: Foundation) -> ConversationEncoder:
     """Tokenizer, chat template and the media processors of the encoders in the layout."""
-    processors = [build_processor(name, foundation.hf_config) for name in foundation.layout.encoders]
+    processors = [p for name in foundation.layout.encoders for p in build_processors(name, foundation.hf_config)]
     tokenizer = load_tokenizer(foundation.config.model.hf_path)
     return ConversationEncoder(tokenizer, processors, media_tokens(foundation.hf_config))
 

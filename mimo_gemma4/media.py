@@ -56,3 +56,11 @@ class MediaProcessor(Protocol):
     def collate(self, items: list[dict[str, torch.Tensor]]) -> dict[str, Any]:
         """Join one or more items into keyword arguments of the encoder's `forward`: tensors and host ints or lists."""
         ...
+
+
+class FrameProcessor(MediaProcessor, Protocol):
+    """The host side of an encoder that also takes videos: its items are single frames, `content_type` is `video`."""
+
+    def sample(self, frames: int) -> list[int]:
+        """Which of a video's frames, counted from 0, the model sees."""
+        ...

@@ -16,7 +16,9 @@ TEXT_ONLY = ("gemma4_text", "gemma4_unified_text")
 PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json")
 """Where a Hugging Face directory keeps its preprocessing, the one that transformers 5 writes first."""
 IMAGE_KEYS = ("patch_size", "pooling_kernel_size", "max_soft_tokens")
-"""What of it decides the size of images."""
+"""What of it decides the size of images …"""
+VIDEO_KEYS = {"max_soft_tokens": "max_frame_tokens", "num_frames": "num_frames"}
+"""… and of videos, and its name in `vision_processor`."""
 
 
 def load_model_config(model: ModelConfig, modules: Mapping[str, ModuleConfig] | None = None) -> dict[str, Any]:
@@ -48,8 +50,10 @@ def _from_directory(directory: Path) -> tuple[Any, Path]:
     processor = next((directory / name for name in PROCESSOR_FILES if (directory / name).is_file()), None)
     if processor is not None and "text_config" in config and "vision_processor" not in config:
         content = _read_json(processor, "model.hf_path")
-        images = content.get("image_processor", content)
-        config["vision_processor"] = {key: images[key] for key in IMAGE_KEYS if key in images}
+        images, videos = content.get("image_processor", content), content.get("video_processor") or {}
+        options = {key: images[key] for key in IMAGE_KEYS if key in images}
+        options |= {option: videos[key] for key, option in VIDEO_KEYS.items() if key in videos}
+        config["vision_processor"] = options
     return config, path
 
 

@@ -102,8 +102,11 @@ class UsageMeter:
             lengths = [slot.length for slot in manifest.samples if slot.lane == at.dp]
             return text_flops(self.model.text, lengths).training(frozen=self.passes[name] == 2)
         slots = [slot for slot in manifest.media if slot.modality == name and slot.encoder_lane == at.dp]
-        headers = [self.dataset.media(slot.index)[slot.ordinal].header for slot in slots]
-        return self.model.encoders[name].flops(headers) * self.passes[name]
+        items = [self.dataset.media(slot.index)[slot.ordinal] for slot in slots]
+        encoder = self.model.encoders[name]
+        forward = encoder.flops(item.header for item in items if item.media_type != "video")
+        forward += encoder.frame_flops(item.header for item in items if item.media_type == "video")
+        return forward * self.passes[name]
 
 
 def _peak_memory_gib(device: torch.device) -> float:

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 import yaml
 from transformers import Gemma4Config, Gemma4ForConditionalGeneration
 
-from encoders.registry import build_processor
+from encoders.registry import build_processors
 from mimo_gemma4.config import REPOSITORY
 from mimo_gemma4.data.chat import ConversationEncoder
 from mimo_gemma4.data.dataset import ShardDataset
@@ -91,8 +91,8 @@ def huggingface_step(
     With `adapter`, a PEFT adapter's folder, the gradients are those of its A and B.
     """
     hf_config = json.loads((model_folder / "config.json").read_text())
-    processor = build_processor("vision", hf_config)
-    encoder = ConversationEncoder(byte_tokenizer(), [processor], media_tokens(hf_config))
+    processors = build_processors("vision", hf_config)
+    encoder = ConversationEncoder(byte_tokenizer(), processors, media_tokens(hf_config))
     dataset = ShardDataset.open(str(shard), encoder, seq_length=512)
     planner = StepPlanner(
         dataset,
@@ -114,10 +114,12 @@ def huggingface_step(
     for index in planner.samples(step):
         encoded = dataset.encode(index)
         labels = torch.from_numpy(encoded.labels)
-        items = [processor.decode(read_range(m.shard, m.offset, m.size)) for m in dataset.media(index)]
-        logits = model(
-            input_ids=torch.from_numpy(encoded.input_ids)[None], **transformers_images(processor, items, encoded)
-        ).logits[0]
+        inputs: dict[str, torch.Tensor] = {}
+        for processor in processors:
+            media = [item for item in dataset.media(index) if item.media_type == processor.content_type]
+            items = [processor.decode(read_range(item.shard, item.offset, item.size)) for item in media]
+            inputs |= transformers_images(processor, items, encoded)
+        logits = model(input_ids=torch.from_numpy(encoded.input_ids)[None], **inputs).logits[0]
         loss = loss + F.cross_entropy(logits.float(), labels, reduction="sum", ignore_index=-100)
         count += int((labels != -100).sum())
     (loss / count).backward()
@@ -130,8 +132,8 @@ def huggingface_step(
 
 
 def transformers_images(processor, items, encoded) -> dict[str, torch.Tensor]:  # noqa: ANN001
-    """transformers' inputs for the images of one sample: padded patches and positions, -1 in padding."""
+    """transformers' inputs for the images, or videos' frames, of one sample: padded, with position -1 in padding."""
     if not items:
         return {}
-    types = (torch.from_numpy(encoded.input_ids) == 6).long()[None]
+    types = torch.from_numpy((encoded.input_ids == 6) + 2 * (encoded.input_ids == 11)).long()[None]
     return processor.transformers_inputs(items) | {"mm_token_type_ids": types}

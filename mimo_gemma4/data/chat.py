@@ -6,14 +6,14 @@ import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
-from mimo_gemma4.data.sample import media_types, text_of
+from mimo_gemma4.data.sample import file_count, media_parts, media_types, text_of
 from mimo_gemma4.data.template import ChatTemplate, Messages, Span
 from mimo_gemma4.errors import DataError
-from mimo_gemma4.media import MediaHeader, MediaProcessor, MediaTokens
+from mimo_gemma4.media import FrameProcessor, MediaHeader, MediaProcessor, MediaTokens
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -22,6 +22,7 @@ IGNORE = -100
 """Label of a position without loss."""
 
 _PROBE_SIDES = (1, 47, 48, 224, 640, 1080, 4000)
+_PROBE_FRAMES = (1, 2, 10, 100, 1000, 10_000)
 _PROBE_SAMPLES = (1, 160, 16_000, 100_001, 480_000, 5_000_000)
 
 
@@ -81,11 +82,11 @@ class ConversationEncoder:
             raise DataError(f"the model configuration has no begin, soft and end token ids for {missing[0]!r} content")
 
     def encode(self, messages: Messages, rows: Sequence[int] = ()) -> EncodedConversation:
-        """Ids and labels of a conversation whose media take `rows` soft tokens each, in message order.
+        """Ids and labels of a conversation whose shown media take `rows` soft tokens each, in message order.
 
         Raises `DataError` if placeholders and media do not match, or the answers cannot be located.
         """
-        text, spans = self.template.answers(messages)
+        text, spans = self._write_frames(*self.template.answers(messages), messages)
         ids, offsets = self._tokenise(text)
         learned = _covered(offsets, spans)
         expanded, sources, starts = self._expand(ids, messages, rows)
@@ -96,14 +97,15 @@ class ConversationEncoder:
     def encode_prompt(self, messages: Messages, rows: Sequence[int] = ()) -> EncodedPrompt:
         """The prompt for the conversation's last answer; a conversation without a last answer is a prompt as a whole.
 
-        `rows` are those of all media of the conversation. Raises `DataError` as `encode` does.
+        `rows` are those of all shown media of the conversation. Raises `DataError` as `encode` does.
         """
         reference = ""
         if len(messages) > 1 and self._ends_with_answer(messages):
             reference = text_of(messages[-1])
             messages = messages[:-1]
-        ids, _ = self._tokenise(self.template.render(messages, add_generation_prompt=True))
-        expanded, _, starts = self._expand(ids, messages, rows[: len(media_types(messages))])
+        text, _ = self._write_frames(self.template.render(messages, add_generation_prompt=True), [], messages)
+        ids, _ = self._tokenise(text)
+        expanded, _, starts = self._expand(ids, messages, rows[: len(self.shown_media(messages))])
         return EncodedPrompt(expanded, starts, reference)
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -133,7 +135,54 @@ class ConversationEncoder:
         for media_type, processor in sorted(self.processors.items()):
             headers = sounds if media_type == "audio" else images
             parts.append(repr((media_type, [_rows_or_none(processor, header) for header in headers])))
+            if media_type == "video":
+                parts.append(repr([cast(FrameProcessor, processor).sample(count) for count in _PROBE_FRAMES]))
         return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
+
+    def shown_media(self, messages: Messages) -> list[int]:
+        """Which of the media files that the messages name, counted from 0, the model sees: not all frames of a video.
+
+        Raises `DataError` for a video if no module of the layout takes videos.
+        """
+        shown, first = [], 0
+        for part in media_parts(messages):
+            shown += [first + frame for frame in (self._frames(part) if part["type"] == "video" else [0])]
+            first += file_count(part)
+        return shown
+
+    def _shown_types(self, messages: Messages) -> list[str]:
+        types = media_types(messages)
+        return [types[file] for file in self.shown_media(messages)]
+
+    def _frames(self, part: Mapping[str, Any]) -> list[int]:
+        if "video" not in self.processors:
+            raise DataError(f"no module of layout takes 'video' content, only {', '.join(sorted(self.processors))}")
+        return cast(FrameProcessor, self.processors["video"]).sample(part["frames"])
+
+    def _write_frames(self, text: str, spans: list[Span], messages: Messages) -> tuple[str, list[Span]]:
+        """The text with each video's placeholder replaced by its frames', each behind its time, and the spans moved.
+
+        Gemma 4 writes "00:00 <frame> 00:01 <frame> …", minutes and seconds. Replaced before tokenisation, because times
+        may merge with the text around them.
+        """
+        videos = [part for part in media_parts(messages) if part["type"] == "video"]
+        if not videos:
+            return text, spans
+        frames = [self._frames(part) for part in videos]
+        placeholder = str(self.tokenizer.convert_ids_to_tokens(self.media_tokens["video"].soft))
+        pieces = text.split(placeholder)
+        if len(pieces) != len(videos) + 1:
+            raise DataError(f"its messages name {len(videos)} videos, its text {len(pieces) - 1} {placeholder}")
+        written = pieces[0]
+        growth: list[tuple[int, int]] = []
+        for part, numbers, piece in zip(videos, frames, pieces[1:], strict=True):
+            times = [number / part["fps"] for number in numbers]
+            video = " ".join(f"{int(time // 60):02d}:{int(time % 60):02d} {placeholder}" for time in times)
+            growth.append((len(written), len(video) - len(placeholder)))
+            written += video + piece
+        for place, characters in growth:  # places in the new text, in order: spans have moved as far before each
+            spans = [(start + characters * (start > place), end + characters * (end > place)) for start, end in spans]
+        return written, spans
 
     @cached_property
     def _media_ids(self) -> np.ndarray:
@@ -153,7 +202,7 @@ class ConversationEncoder:
         self, ids: np.ndarray, messages: Messages, rows: Sequence[int]
     ) -> tuple[np.ndarray, np.ndarray, tuple[int, ...]]:
         """Expanded ids, for each its place in `ids`, and the position of every media item's first soft token."""
-        types = media_types(messages)
+        types = self._shown_types(messages)
         absent = sorted(set(types) - set(self.media_tokens))
         if absent:
             raise DataError(f"the model configuration has no token ids for {absent[0]!r} content")

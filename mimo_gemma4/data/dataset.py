@@ -187,10 +187,12 @@ class ShardDataset:
         return f"{self.key(index)}#{ordinal}:{self.media(index)[ordinal].size}"
 
     def media(self, index: int) -> tuple[MediaItem, ...]:
-        """Media of a sample, in message order."""
+        """Media of a sample that the model sees, in message order; each frame of a video is one."""
         shard, table, tokens = self.shard(index), self._index(index), self._tokens[self._shard_of[index]]
         items = []
         for medium in table.media_range(int(self._row_of[index])):
+            if tokens.media_rows[medium] == 0:
+                continue
             media_type = MEDIA_TYPES[table.media_type[medium]]
             items.append(
                 MediaItem(

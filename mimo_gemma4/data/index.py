@@ -6,8 +6,9 @@ SHARDS are tar files, brace lists or globs, on local disk or behind any fsspec U
 
 A sample is a run of consecutive tar members that share the name up to the first dot of the base name: `<key>.json` and
 its media `<key>.0.jpg`, `<key>.1.png`, `<key>.0.wav`, …, which the messages name in the order of their numbers (images
-and sounds may be numbered together or apart). No pixel and no sound is decoded here. Member names are keys, never
-paths: nothing is unpacked, and links, devices and sparse files are no members.
+and sounds may be numbered together or apart). The frames of a video are images `<key>.<video>.<frame>.jpg`. No pixel
+and no sound is decoded here. Member names are keys, never paths: nothing is unpacked, and links, devices and sparse
+files are no members.
 """
 
 import argparse
@@ -26,6 +27,7 @@ from mimo_gemma4.data.sample import (
     MEDIA_TYPES,
     BadSampleError,
     Fault,
+    media_parts,
     media_type_of,
     media_types,
     parse_messages,
@@ -38,7 +40,7 @@ from mimo_gemma4.media import MediaHeader
 
 _LONGEST_KEY = 512
 """Bytes of a `__key__`; keys are kept in one array as wide as the longest."""
-_MEDIA_FIELD = re.compile(r"(?:(?P<number>\d+)\.)?(?P<extension>[^.]+)")
+_MEDIA_FIELD = re.compile(r"(?:(?P<number>\d+)\.)?(?:(?P<frame>\d+)\.)?(?P<extension>[^.]+)")
 
 
 @dataclass(frozen=True)
@@ -140,12 +142,16 @@ class _Member:
 
     @property
     def media_type(self) -> str | None:
-        return media_type_of(self.extension) if _MEDIA_FIELD.fullmatch(self.field) else None
+        match = _MEDIA_FIELD.fullmatch(self.field)
+        if match and match["frame"]:
+            return "video" if media_type_of(self.extension) == "image" else None
+        return media_type_of(self.extension) if match else None
 
     @property
-    def number(self) -> int:
+    def place(self) -> tuple[int, int]:
+        """Number of the media item, and of the frame in a video."""
         match = _MEDIA_FIELD.fullmatch(self.field)
-        return int(match["number"] or 0) if match else 0
+        return (int(match["number"] or 0), int(match["frame"] or 0)) if match else (0, 0)
 
 
 @dataclass(frozen=True)
@@ -189,8 +195,10 @@ def _read_sample(file: BinaryIO, members: list[_Member]) -> _Entry:
         raise BadSampleError("members", f"it has no .json member, only {sorted(by_field)}")
     document = by_field["json"]
     file.seek(document.offset)
-    types = media_types(parse_messages(file.read(document.size)))
+    messages = parse_messages(file.read(document.size))
+    types = media_types(messages)
     media = _match(types, members)
+    _check_frames([part["frames"] for part in media_parts(messages) if part["type"] == "video"], media)
     headers = []
     for media_type, member in zip(types, media, strict=True):
         try:
@@ -203,7 +211,7 @@ def _read_sample(file: BinaryIO, members: list[_Member]) -> _Entry:
 def _match(types: list[str], members: list[_Member]) -> list[_Member]:
     """Media members in the order in which the messages name them."""
     files: dict[str, list[_Member]] = {}
-    for member in sorted(members, key=lambda member: member.number):
+    for member in sorted(members, key=lambda member: member.place):
         if member.media_type is not None:
             files.setdefault(member.media_type, []).append(member)
     named, found = Counter(types), Counter({media_type: len(group) for media_type, group in files.items()})
@@ -214,7 +222,7 @@ def _match(types: list[str], members: list[_Member]) -> list[_Member]:
             f"hold {_count(found)}",
         )
     for media_type, group in files.items():
-        if len({member.number for member in group}) < len(group):
+        if len({member.place for member in group}) < len(group):
             raise BadSampleError(
                 "members", f"two {media_type} members have one number: {[member.field for member in group]}"
             )
@@ -222,8 +230,15 @@ def _match(types: list[str], members: list[_Member]) -> list[_Member]:
     return [next(remaining[media_type]) for media_type in types]
 
 
+def _check_frames(expected: list[int], media: list[_Member]) -> None:
+    found = list(Counter(member.place[0] for member in media if member.media_type == "video").values())
+    if found != expected:
+        raise BadSampleError("members", f"its messages name videos of {expected} frames, but its members hold {found}")
+
+
 def _count(counter: Counter[str]) -> str:
-    return ", ".join(f"{counter[media_type]} {media_type}" for media_type in MEDIA_TYPES)
+    names = {"video": "video frames"}
+    return ", ".join(f"{counter[media_type]} {names.get(media_type, media_type)}" for media_type in MEDIA_TYPES)
 
 
 def progress(items: Iterable[Shard], total: int, description: str) -> Iterator[Shard]:

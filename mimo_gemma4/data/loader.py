@@ -89,7 +89,7 @@ class StepLoader:
         self.bad: dict[int, BadSample] = {}
         """Samples with corrupt media met so far, by dataset number; equal on all ranks."""
         self._language_lane, self._encoder_lanes = language_lane, dict(encoder_lanes)
-        self._processors = {p.modality: p for p in self.dataset.encoder.processors.values()}
+        self._collates = {p.modality: p.collate for p in self.dataset.encoder.processors.values()}
         self._group, self._on_bad_sample, self._max_bad_fraction = group, on_bad_sample, max_bad_fraction
         self._prefetch, self._stop = prefetch, planner.steps if stop is None else stop
         self._steps = ThreadPoolExecutor(1, thread_name_prefix="load-step")
@@ -167,7 +167,8 @@ class StepLoader:
 
     def _decode(self, slot: MediaSlot) -> dict[str, torch.Tensor] | BadSample:
         """Tensors of a media item, or why it cannot be had."""
-        item, processor = self.dataset.media(slot.index)[slot.ordinal], self._processors[slot.modality]
+        item = self.dataset.media(slot.index)[slot.ordinal]
+        processor = self.dataset.encoder.processors[item.media_type]
         data = read_range(item.shard, item.offset, item.size)
         try:
             tensors = processor.decode(data)
@@ -227,7 +228,7 @@ class StepLoader:
                 slots = manifest.encoded(modality, number, lane)
                 if slots:
                     items = [reading.media[slot.index, slot.ordinal] for slot in slots]
-                    data.media[modality, number] = self._processors[modality].collate(items)
+                    data.media[modality, number] = self._collates[modality](items)
                     data.encoded.setdefault(modality, []).extend(
                         (slot.lane, self.dataset.identity(slot.index, slot.ordinal)) for slot in slots
                     )

@@ -9,7 +9,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from mimo_gemma4.data.dataset import ShardDataset
+from mimo_gemma4.data.dataset import MediaItem, ShardDataset
 from mimo_gemma4.data.manifest import Imbalance, MediaSlot, Microbatch, SampleSlot, StepManifest
 from mimo_gemma4.data.order import Mixture
 from mimo_gemma4.errors import ConfigError, DataError
@@ -79,7 +79,6 @@ class StepPlanner:
         self._mixture = Mixture(dataset.sizes, dataset.weights, seed=seed, shuffle=shuffle)
         self._lanes, self._encoder_lanes = language_lanes, dict(encoder_lanes)
         self._packing, self._row_multiple, self._total_multiple = packing, row_multiple, total_multiple
-        self._processors = {processor.modality: processor for processor in dataset.encoder.processors.values()}
         self._choose_cp_layout = choose_cp_layout
 
     @property
@@ -174,6 +173,9 @@ class StepPlanner:
             return pack
         return replace(pack, cp_layout=self._choose_cp_layout(pack.segment_starts))
 
+    def _cost(self, item: MediaItem) -> float:
+        return self.dataset.encoder.processors[item.media_type].cost(item.header)
+
     def _place_media(self, slots: Sequence[SampleSlot]) -> list[MediaSlot]:
         """Media of the step, ordered by (modality, microbatch, encoder lane, offset)."""
         rounds: dict[tuple[str, int], list[tuple[SampleSlot, int]]] = {}
@@ -185,7 +187,7 @@ class StepPlanner:
         loads = {modality: [0.0] * lanes for modality, lanes in self._encoder_lanes.items()}
         for modality, number in sorted(rounds):
             entries = rounds[modality, number]
-            costs = [self._processors[modality].cost(items[slot.sample][ordinal].header) for slot, ordinal in entries]
+            costs = [self._cost(items[slot.sample][ordinal]) for slot, ordinal in entries]
             for encoder_lane, chosen in enumerate(_balance(costs, loads[modality])):
                 offset = 0
                 for slot, ordinal in (entries[entry] for entry in chosen):

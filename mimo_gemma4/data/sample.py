@@ -10,8 +10,8 @@ from PIL import Image
 from mimo_gemma4.errors import DataError
 from mimo_gemma4.media import MediaHeader
 
-MEDIA_TYPES = ("image", "audio")
-"""Types of chat content that stand for a media file."""
+MEDIA_TYPES = ("image", "audio", "video")
+"""Types of chat content that stand for media files: one, or a video's frames."""
 
 _TYPE_OF_EXTENSION = {
     "jpg": "image", "jpeg": "image", "png": "image", "webp": "image", "bmp": "image", "gif": "image",
@@ -20,6 +20,7 @@ _TYPE_OF_EXTENSION = {
 _EXIF_ORIENTATION = 0x0112
 _EXIF_QUARTER_TURNS = (5, 6, 7, 8)
 
+_MOST_FRAMES, _MOST_FPS = 100_000, 1e6
 _LONGEST_REASON = 500
 
 Fault = Literal["tar", "json", "members", "image", "audio", "bomb", "rows", "chat", "length"]
@@ -71,19 +72,37 @@ def _require_utf8(data: bytes, document: Any) -> None:
 def _is_part(part: Any) -> bool:
     if not isinstance(part, dict) or not isinstance(part.get("type"), str):
         return False
+    if part["type"] == "video":
+        frames, fps = part.get("frames"), part.get("fps")
+        return (
+            type(frames) is int and 0 < frames <= _MOST_FRAMES and isinstance(fps, int | float) and 0 < fps < _MOST_FPS
+        )
     return part["type"] != "text" or isinstance(part.get("text"), str)
 
 
-def media_types(messages: list[dict[str, Any]]) -> list[str]:
-    """Types of the media that the messages name, in order. Raises `BadSampleError` for content of another type."""
+def media_parts(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The parts of the messages that stand for media, in order. Raises `BadSampleError` for content of another type."""
     parts = [part for message in messages if isinstance(message["content"], list) for part in message["content"]]
-    types = [part["type"] for part in parts if part["type"] != "text"]
-    unknown = sorted(set(types) - set(MEDIA_TYPES))
+    media = [part for part in parts if part["type"] != "text"]
+    unknown = sorted({part["type"] for part in media} - set(MEDIA_TYPES))
     if unknown:
         raise BadSampleError(
             "json", f"content type {unknown[0]!r} is not supported; known: text, {', '.join(MEDIA_TYPES)}"
         )
-    return types
+    return media
+
+
+def media_types(messages: list[dict[str, Any]]) -> list[str]:
+    """Types of the media files that the messages name, in order: a video of n frames is n files.
+
+    Raises `BadSampleError` for content of another type.
+    """
+    return [part["type"] for part in media_parts(messages) for _ in range(file_count(part))]
+
+
+def file_count(part: dict[str, Any]) -> int:
+    """Files of a part that stands for media."""
+    return int(part["frames"]) if part["type"] == "video" else 1
 
 
 def text_of(message: dict[str, Any]) -> str:
@@ -103,7 +122,7 @@ def read_header(media_type: str, extension: str, file: BinaryIO, offset: int, si
     """What a media file, `size` bytes at `offset` of `file`, says of itself. Raises `BadSampleError`."""
     window = cast(IO[bytes], _Window(file, offset, size))
     try:
-        if media_type == "image":
+        if media_type in ("image", "video"):
             return _image_header(window)
         return _wave_header(window, size) if extension == "wav" else _flac_header(window)
     except DataError:

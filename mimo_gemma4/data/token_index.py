@@ -24,7 +24,7 @@ class TokenIndex:
     media_start: np.ndarray
     """[media] int32: position of the first soft token."""
     media_rows: np.ndarray
-    """[media] int32: soft tokens."""
+    """[media] int32: soft tokens; 0 for a video's frame that the model does not see."""
     bad_samples: np.ndarray
     """[bad] int64: samples that cannot be encoded …"""
     bad_faults: np.ndarray
@@ -64,14 +64,15 @@ class TokenIndex:
         for sample, data in enumerate(documents):
             media = index.media_range(sample)
             try:
-                rows = [_rows(index, medium, encoder) for medium in media]
-                encoded = _encode(encoder, parse_messages(data), rows)
+                messages = parse_messages(data)
+                shown = [media[file] for file in encoder.shown_media(messages)]
+                rows = [_rows(index, medium, encoder) for medium in shown]
+                encoded = _encode(encoder, messages, rows)
             except BadSampleError as error:
                 bad.append((sample, error.fault, str(error)))
                 continue
             length[sample], loss_tokens[sample] = encoded.length, encoded.loss_tokens
-            media_start[media.start : media.stop] = encoded.media_starts
-            media_rows[media.start : media.stop] = rows
+            media_start[shown], media_rows[shown] = encoded.media_starts, rows
         return cls(
             length=length,
             loss_tokens=loss_tokens,

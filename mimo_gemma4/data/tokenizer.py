@@ -47,6 +47,7 @@ BYTE_CHAT_TEMPLATE = """\
 
 _MEDIA_KEYS = {
     "image": (("boi_token_id",), ("image_token_id",), ("eoi_token_id",)),
+    "video": (("boi_token_id",), ("video_token_id",), ("eoi_token_id",)),
     "audio": (("boa_token_id",), ("audio_token_id",), ("eoa_token_id", "eoa_token_index")),
 }
 

@@ -175,6 +175,6 @@ def test_the_command_reports_counts_and_faults(tmp_path, capsys):
     shard = write_shard(tmp_path / "a.tar", {**GOOD, "bad.json": b"?"})
     assert main([str(shard)]) == 1
     output = capsys.readouterr().out
-    assert "1 samples, 1 image, 0 audio, 1 unusable" in output and "__key__ 'bad'" in output
+    assert "1 samples, 1 image, 0 audio, 0 video frames, 1 unusable" in output and "__key__ 'bad'" in output
     assert main([str(tmp_path / "none.tar")]) == 2
     assert main([str(write_shard(tmp_path / "b.tar", GOOD))]) == 0
