@@ -20,7 +20,17 @@ from mimo_gemma4.weights import initialise
 from tests.dist.harness import run_ranks
 
 GUIDE = Path(__file__).parents[2] / "docs" / "add_an_encoder.md"
-THUMBNAIL = {"vision_config": {"model_type": "thumbnail", "size": 16}}
+GUIDE_MODEL = {
+    "vision_config": dict(
+        model_type="third_party",
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        image_size=16,
+        patch_size=8,
+    )
+}
 GEMMA4 = {
     "vision_config": dict(
         model_type="gemma4_vision",
@@ -47,25 +57,36 @@ def build(hf_config: dict) -> Encoder:
     return encoder
 
 
-def train_the_thumbnail(rank: int, folder: str) -> None:
+def guide_code() -> str:
+    """The Python blocks of the guide, as one file."""
+    blocks = re.findall(r"^```python\n(.*?)^```", GUIDE.read_text(encoding="utf-8"), flags=re.DOTALL | re.MULTILINE)
+    return "".join(blocks)
+
+
+def test_the_guide_shows_the_whole_file():
+    shipped = (GUIDE.parents[1] / "encoders" / "siglip.py").read_text(encoding="utf-8")
+    assert [line for line in guide_code().splitlines() if line] == [line for line in shipped.splitlines() if line]
+
+
+def train_the_guide_s_encoder(rank: int, folder: str) -> None:
     encoders.__path__.append(folder)  # of this rank alone
-    processor, encoder = build_processor("vision", THUMBNAIL), build(THUMBNAIL)
+    processor, encoder = build_processor("vision", GUIDE_MODEL), build(GUIDE_MODEL)
+    assert type(encoder).__module__ == "encoders.third_party"
     buffer = io.BytesIO()
     Image.new("RGB", (40, 30), (255, 255, 255)).save(buffer, "PNG")
     header = MediaHeader(width=40, height=30)
-    items = [processor.decode(buffer.getvalue()), processor.placeholder(header)]
-    rows = encoder(**processor.collate(items))
-    assert rows.shape == (2 * processor.rows(header), 8)
-    torch.testing.assert_close(rows[0], encoder.projector.weight.sum(dim=1))
-    assert not rows[1].any()
-    rows.sum().backward()
-    assert torch.equal(encoder.projector.weight.grad, torch.ones(8, 256))
+    items = [processor.decode(buffer.getvalue()), processor.placeholder(header), processor.decode(buffer.getvalue())]
+    rows = encoder(**processor.collate(items)).view(3, processor.rows(header), 8)
+    assert torch.equal(rows[0], rows[2]) and not torch.allclose(rows[0], rows[1])
+    rows.square().sum().backward()
+    assert all(parameter.grad.isfinite().all() for parameter in encoder.parameters())
+    assert encoder.projector[0].weight.grad.norm() > 0
 
 
 def test_the_encoder_of_the_guide_registers_and_trains(tmp_path):
-    code = re.search(r"```python\n(.*?)```", GUIDE.read_text(), flags=re.DOTALL).group(1)
-    (tmp_path / "thumbnail.py").write_text(code)
-    run_ranks(1, train_the_thumbnail, str(tmp_path))
+    code = guide_code().replace('"siglip_vision_model"', '"third_party"')
+    (tmp_path / "third_party.py").write_text(code)
+    run_ranks(1, train_the_guide_s_encoder, str(tmp_path))
 
 
 def test_unknown_modalities_and_architectures_name_the_known_ones():
