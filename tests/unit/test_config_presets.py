@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from mimo_gemma4.config import ModelConfig
+from mimo_gemma4.config import ModelConfig, ModuleConfig
 from mimo_gemma4.errors import ConfigError
 from mimo_gemma4.presets import PRESETS, load_model_config
 
@@ -91,3 +91,24 @@ def test_unusable_directory(tmp_path: Path, text: str | None, message: str):
         (tmp_path / "config.json").write_text(text)
     with pytest.raises(ConfigError, match=message):
         load_model_config(ModelConfig(hf_path=str(tmp_path)))
+
+
+def test_preprocessing_comes_from_the_directory_and_can_be_changed(tmp_path: Path):
+    (tmp_path / "config.json").write_text(json.dumps({"text_config": {}, "vision_config": {}}))
+    images = {"max_soft_tokens": 560, "patch_size": 16, "do_resize": True}
+    videos = {"max_soft_tokens": 140, "num_frames": 16}
+    processors = {"image_processor": images, "video_processor": videos}
+    (tmp_path / "processor_config.json").write_text(json.dumps(processors))
+    model = ModelConfig(hf_path=str(tmp_path))
+    stored = {"max_soft_tokens": 560, "patch_size": 16, "max_frame_tokens": 140, "num_frames": 16}
+    assert load_model_config(model)["vision_processor"] == stored
+    changed = load_model_config(model, {"vision": ModuleConfig(processor={"num_frames": 8})})
+    assert changed["vision_processor"] == stored | {"num_frames": 8}
+
+
+def test_an_encoder_s_directory_replaces_the_section_and_the_preprocessing(tmp_path: Path):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "siglip", "vision_config": {"model_type": "eyes"}}))
+    config = load_model_config(ModelConfig(preset="gemma4_tiny"), {"vision": ModuleConfig(hf_path=str(tmp_path))})
+    assert config["vision_config"] == {"model_type": "eyes"}
+    assert "vision_processor" not in config
+    assert config["audio_config"]["model_type"] == "gemma4_audio"
