@@ -95,8 +95,8 @@ class Gemma4UnifiedVisionEncoder(Encoder):
         return list(self.projector.parameters())
 
     def bindings(self) -> list[Binding]:
-        """Parameters under `model.embed_vision.`."""
-        prefix, drawn = "model.embed_vision.", Normal(self.vision.initializer_range)
+        """Parameters under `model.vision_embedder.` and `model.embed_vision.`, as the released files name them."""
+        prefix, drawn = "model.vision_embedder.", Normal(self.vision.initializer_range)
         bindings = [
             bind_replicated(f"{prefix}patch_dense.weight", self.patch_dense.weight, drawn),
             bind_replicated(f"{prefix}patch_dense.bias", self.patch_dense.bias, Constant(0.0)),
@@ -106,7 +106,7 @@ class Gemma4UnifiedVisionEncoder(Encoder):
             norm = getattr(self, name)
             bindings.append(bind_replicated(f"{prefix}{name}.weight", norm.weight, ONES))
             bindings.append(bind_replicated(f"{prefix}{name}.bias", norm.bias, Constant(0.0)))
-        name = f"{prefix}multimodal_embedder.embedding_projection.weight"
+        name = "model.embed_vision.embedding_projection.weight"
         return [*bindings, bind_replicated(name, self.projector.weight, drawn)]
 
 

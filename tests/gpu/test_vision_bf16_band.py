@@ -22,6 +22,7 @@ from transformers.models.gemma4_unified.modeling_gemma4_unified import Gemma4Uni
 from encoders.registry import build_encoder, build_processor
 from mimo_gemma4.config import REPOSITORY
 from mimo_gemma4.weights import load
+from tests.unit.test_unified_matches_transformers import file_name
 
 pytestmark = pytest.mark.gpu
 GRIDS = [(19, 14), (16, 16), (22, 12), (3, 80), (19, 14), (1, 1)]
@@ -48,6 +49,10 @@ class Tower(nn.Module):
         text = Gemma4TextConfig(hidden_size=hf_config["text_config"]["hidden_size"])
         self.embed_vision = Gemma4MultimodalEmbedder(vision, text)
 
+    @staticmethod
+    def file_name(name: str) -> str:
+        return f"model.{name}"
+
     def forward(self, pixels: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         return self.embed_vision(self.vision_tower(pixels, positions).last_hidden_state)
 
@@ -60,6 +65,8 @@ class Embedder(nn.Module):
         vision = Gemma4UnifiedVisionConfig(**hf_config["vision_config"])
         text = Gemma4UnifiedTextConfig(hidden_size=hf_config["text_config"]["hidden_size"])
         self.embed_vision = Gemma4UnifiedVisionEmbedder(vision, text)
+
+    file_name = staticmethod(file_name)
 
     def forward(self, pixels: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         rows = self.embed_vision(pixels, positions).pooler_output
@@ -87,17 +94,17 @@ def randomise(reference: nn.Module) -> None:
 
 class StateSource:
     def __init__(self, module: nn.Module):
-        self.state = module.state_dict()
+        self.state = {module.file_name(name): tensor for name, tensor in module.state_dict().items()}
 
     def read(self, name, index, shape):  # noqa: ANN001, ANN201
-        return self.state[name.removeprefix("model.")][index]
+        return self.state[name][index]
 
 
 def run(module: nn.Module, *inputs: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     rows = module(*inputs)
     cotangent = torch.randn(rows.shape, generator=torch.Generator().manual_seed(1)).to(rows)
     (rows * cotangent).sum().backward()
-    gradients = {f"model.{name}": p.grad.float() for name, p in module.named_parameters()}
+    gradients = {module.file_name(name): p.grad.float() for name, p in module.named_parameters()}
     return rows.detach().float(), gradients
 
 

@@ -47,6 +47,14 @@ def one_rank():
     dist.destroy_process_group()
 
 
+def file_name(name: str) -> str:
+    """The name of a parameter of transformers' model in the files that it saves."""
+    projector = "embed_vision.multimodal_embedder."
+    if name.startswith(projector):
+        return f"model.embed_vision.{name.removeprefix(projector)}"
+    return "model." + name.replace("embed_vision.", "vision_embedder.")
+
+
 class Reference(nn.Module):
     """transformers' embedders under the names of the whole model, with random weights."""
 
@@ -62,7 +70,7 @@ class Reference(nn.Module):
             parameter.data.copy_(scaled)
 
     def read(self, name, index, shape):
-        tensor = self.state_dict()[name.removeprefix("model.")]
+        tensor = {file_name(key): value for key, value in self.state_dict().items()}[name]
         assert tuple(tensor.shape) == shape
         return tensor[index]
 
@@ -87,7 +95,7 @@ def compare(encoder: Encoder, rows: torch.Tensor, reference: Reference, expected
     cotangent = torch.randn(rows.shape, generator=torch.Generator().manual_seed(1))
     (rows * cotangent).sum().backward()
     (expected * cotangent).sum().backward()
-    gradients = {f"model.{name}": p.grad for name, p in reference.named_parameters() if name.startswith(part)}
+    gradients = {file_name(name): p.grad for name, p in reference.named_parameters() if name.startswith(part)}
     total = torch.stack([g.norm() for g in gradients.values()]).norm()
     assert {binding.name for binding in encoder.bindings()} == set(gradients)
     for binding in encoder.bindings():
