@@ -173,7 +173,7 @@ class StepPlanner:
             return pack
         return replace(pack, cp_layout=self._choose_cp_layout(pack.segment_starts))
 
-    def _cost(self, item: MediaItem) -> float:
+    def _media_cost(self, item: MediaItem) -> float:
         return self.dataset.encoder.processors[item.media_type].cost(item.header)
 
     def _place_media(self, slots: Sequence[SampleSlot]) -> list[MediaSlot]:
@@ -187,7 +187,7 @@ class StepPlanner:
         loads = {modality: [0.0] * lanes for modality, lanes in self._encoder_lanes.items()}
         for modality, number in sorted(rounds):
             entries = rounds[modality, number]
-            costs = [self._cost(items[slot.sample][ordinal]) for slot, ordinal in entries]
+            costs = [self._media_cost(items[slot.sample][ordinal]) for slot, ordinal in entries]
             for encoder_lane, chosen in enumerate(_balance(costs, loads[modality])):
                 offset = 0
                 for slot, ordinal in (entries[entry] for entry in chosen):
@@ -207,7 +207,7 @@ class StepPlanner:
         imbalance = {"language": _imbalance(self._lanes, trained)}
         encoded: dict[str, list[tuple[float, int, int]]] = defaultdict(list)
         for slot in media:
-            cost = self._processors[slot.modality].cost(self.dataset.media(slot.index)[slot.ordinal].header)
+            cost = self._media_cost(self.dataset.media(slot.index)[slot.ordinal])
             encoded[slot.modality].append((cost, slot.sample % self._encoder_lanes[slot.modality], slot.encoder_lane))
         for modality, lanes in self._encoder_lanes.items():
             imbalance[modality] = _imbalance(lanes, encoded[modality])

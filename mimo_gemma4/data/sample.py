@@ -20,15 +20,16 @@ _TYPE_OF_EXTENSION = {
 _EXIF_ORIENTATION = 0x0112
 _EXIF_QUARTER_TURNS = (5, 6, 7, 8)
 
-_MOST_FRAMES, _MOST_FPS = 100_000, 1e6
+_MOST_FRAMES = 100_000
+"""Of a video: more than a day at one a second."""
 _LONGEST_REASON = 500
 
 Fault = Literal["tar", "json", "members", "image", "audio", "bomb", "rows", "chat", "length"]
 """What can be wrong with a sample, as counted in the records of a run: `tar`, its shard breaks off or is no tar;
-`json`, its document cannot be used; `members`, its files are not those that its messages name; `image` and `audio`, a
-file of that type is damaged; `bomb`, an image would unpack to far more pixels than any photograph has; `rows`, a media
-file has no valid number of soft tokens; `chat`, its conversation cannot be rendered; `length`, it has more tokens than
-`data.seq_length`."""
+`json`, its document cannot be used; `members`, its files are not those that its messages name; `image` (a video's frame
+too) and `audio`, a file of that type is damaged; `bomb`, an image would unpack to far more pixels than any photograph
+has; `rows`, a media file has no valid number of soft tokens; `chat`, its conversation cannot be rendered; `length`, it
+has more tokens than `data.seq_length`."""
 
 
 class BadSampleError(DataError):
@@ -74,9 +75,8 @@ def _is_part(part: Any) -> bool:
         return False
     if part["type"] == "video":
         frames, fps = part.get("frames"), part.get("fps")
-        return (
-            type(frames) is int and 0 < frames <= _MOST_FRAMES and isinstance(fps, int | float) and 0 < fps < _MOST_FPS
-        )
+        countable = type(frames) is int and 0 < frames <= _MOST_FRAMES
+        return countable and isinstance(fps, int | float) and 0.001 <= fps <= 1000
     return part["type"] != "text" or isinstance(part.get("text"), str)
 
 
@@ -138,7 +138,7 @@ def media_fault(media_type: str, error: BaseException) -> Fault:
         if isinstance(cause, Image.DecompressionBombError):
             return "bomb"
         cause = cause.__cause__
-    return "image" if media_type == "image" else "audio"
+    return "audio" if media_type == "audio" else "image"
 
 
 def _image_header(file: IO[bytes]) -> MediaHeader:

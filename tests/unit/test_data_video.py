@@ -109,6 +109,8 @@ def test_frames_are_read_by_number_and_only_sampled_ones_are_shown(tmp_path: Pat
         ),
         ({0: [0]}, [{"type": "video"}], "neither text nor typed parts"),
         ({0: [0]}, [video(1, 0)], "neither text nor typed parts"),
+        ({0: [0]}, [video(10**12, 1)], "neither text nor typed parts"),
+        ({0: [0]}, [video(1, 1e-320)], "neither text nor typed parts"),
     ],
 )
 def test_videos_that_are_not_whole_are_named(tmp_path: Path, frames: dict, parts: list[dict], reason: str):
