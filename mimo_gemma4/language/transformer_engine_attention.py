@@ -1,4 +1,8 @@
-"""Windowed attention of packed sequences by Transformer Engine, for sliding layers without media groups."""
+"""Windowed attention by Transformer Engine, for sliding layers without media groups.
+
+Its packed (THD) format is not used: with cuDNN 9.19 the backward pass of 256-channel heads is wrong there (gradients
+off by 20%, or not finite) while that of `sbhd` is right. Each stretch of consecutive queries is a call of its own.
+"""
 
 from functools import cache
 from types import ModuleType
@@ -10,6 +14,8 @@ from mimo_gemma4.language.attention_context import VisibleKeys
 
 WIDEST_HEAD = 256
 """Channels per head of the widest head that its flash and cuDNN kernels train."""
+MOST_STRETCHES = 8
+"""Stretches up to which a call for each is worth it: packs of many short documents are served better by one kernel."""
 
 
 def import_transformer_engine() -> ModuleType:
@@ -25,56 +31,40 @@ def import_transformer_engine() -> ModuleType:
 
 
 class TransformerEnginePlan:
-    """Stretches of consecutive queries of one segment, each over its own stretch of the keys."""
+    """Stretches of consecutive queries of one segment, each over its own stretch of the keys, alike in all rows."""
 
-    def __init__(self, keys: VisibleKeys, window: int, starts: torch.Tensor) -> None:
-        """`starts`: bool [B, S/cp] on the host, where stretches begin."""
-        first, last = _flat(keys.first, keys.count), _flat(keys.last, keys.count)
-        begins = torch.cat((starts.flatten().nonzero().squeeze(1), torch.tensor([starts.numel()])))
-        key_begins = torch.cat((first[begins[:-1]], last[-1:] + 1))
-        device, self.window, self.rows = keys.runs.device, window, starts.shape[0]
-        self.query_ends, self.key_ends = (
-            ends.int().pin_memory().to(device, non_blocking=True) for ends in (begins, key_begins)
-        )
-        self.longest_query, self.longest_key = int(begins.diff().max()), int(key_begins.diff().max())
+    def __init__(self, window: int, stretches: list[tuple[slice, slice]]) -> None:
+        """`window`: keys that a query sees, itself included; `stretches`: (queries, keys) of each."""
+        self.window, self.stretches = window, stretches
 
     @classmethod
     def where_supported(cls, keys: VisibleKeys, head_dim: int) -> "TransformerEnginePlan | None":
-        """The plan, or None for what its kernels do not cover: full layers, wide heads, media groups, shared keys.
+        """The plan, or None for what it does not cover: full layers, wide heads, media groups, many stretches.
 
-        Keys are shared between stretches where chunks are shorter than the window; the packed format has no place for
-        that.
+        Padding continues the segment before it: no token sees what it sees, and it sees what comes earlier.
         """
         if keys.rule.window is None or keys.grouped or head_dim > WIDEST_HEAD:
             return None
-        starts = torch.ones_like(keys.segments, dtype=torch.bool)
-        starts[:, 1:] = (keys.segments.diff(dim=1) != 0) | (keys.last.diff(dim=1) != 1)
-        ends = starts.roll(-1, dims=1)  # the row's first position starts a stretch, so its last one ends one
-        begin, end = _flat(keys.first, keys.count)[starts.flatten()], _flat(keys.last, keys.count)[ends.flatten()]
-        tiles = begin[0] == 0 and torch.equal(begin[1:], end[:-1] + 1) and end[-1] + 1 == keys.count * starts.shape[0]
-        return cls(keys, keys.rule.window, starts) if tiles else None
+        index = torch.arange(keys.segments.shape[1]).expand_as(keys.segments)
+        segments = keys.segments.gather(1, torch.where(keys.segments > 0, index, 0).cummax(dim=1).values)
+        starts = (segments.diff(dim=1) != 0) | (keys.last.diff(dim=1) != 1)
+        begins = [0, *(starts[0].nonzero().squeeze(1) + 1).tolist(), index.shape[1]]
+        key_begins, key_ends = keys.first[:, begins[:-1]], keys.last[:, [end - 1 for end in begins[1:]]] + 1
+        alike = all((rows == rows[:1]).all() for rows in (starts, key_begins, key_ends))
+        if not alike or len(begins) - 1 > MOST_STRETCHES:
+            return None
+        queries = (slice(*ends) for ends in zip(begins, begins[1:], strict=False))
+        own = (slice(*ends) for ends in zip(key_begins[0].tolist(), key_ends[0].tolist(), strict=True))
+        return cls(keys.rule.window, list(zip(queries, own, strict=True)))
 
     def attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
         """Attend as `AttentionPlan` says."""
         attention = _dot_product_attention(query.shape[2], key.shape[2], query.shape[3])
-        # [S, B, heads, D] → [B * S, heads, D]; for one row no copy.
-        flat = [states.transpose(0, 1).flatten(0, 1).contiguous() for states in (query, key, value)]
-        attended = attention(
-            *flat,
-            qkv_format="thd",
-            attn_mask_type="padding_causal_bottom_right",
-            window_size=(self.window - 1, 0),
-            cu_seqlens_q=self.query_ends,
-            cu_seqlens_kv=self.key_ends,
-            max_seqlen_q=self.longest_query,
-            max_seqlen_kv=self.longest_key,
-        )
-        return attended.view(self.rows, -1, query.shape[2] * query.shape[3]).transpose(0, 1)
-
-
-def _flat(ends: torch.Tensor, count: int) -> torch.Tensor:
-    """Key numbers [B, S/cp] as numbers in the flattened [B * K]."""
-    return (ends.long() + count * torch.arange(ends.shape[0])[:, None]).flatten()
+        attended = [
+            attention(query[rows], key[own], value[own], window_size=(self.window - 1, 0))
+            for rows, own in self.stretches
+        ]
+        return attended[0] if len(attended) == 1 else torch.cat(attended)
 
 
 @cache
@@ -85,6 +75,6 @@ def _dot_product_attention(heads: int, key_value_heads: int, head_dim: int) -> t
         num_gqa_groups=key_value_heads,
         attention_dropout=0.0,
         softmax_scale=1.0,
-        qkv_format="thd",
-        attn_mask_type="padding_causal_bottom_right",
+        qkv_format="sbhd",
+        attn_mask_type="causal_bottom_right",
     )

@@ -92,7 +92,7 @@ def test_plan_and_attention_do_not_wait_for_the_device() -> None:
 
 
 @pytest.mark.parametrize("queries", QUERIES)
-@pytest.mark.parametrize("rows", [1, 2])
+@pytest.mark.parametrize("rows", [1, 2])  # alike, so that one call serves both
 def test_transformer_engine(rows: int, queries: str) -> None:
     pytest.importorskip("transformer_engine.pytorch")
     keys = visible(MaskRule(WINDOW), QUERIES[queries], rows=rows)

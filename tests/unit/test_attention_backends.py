@@ -101,24 +101,41 @@ def block_occupancy(counts: torch.Tensor, indices: torch.Tensor) -> torch.Tensor
     return occupied
 
 
-def test_stretches_for_transformer_engine_are_the_definition(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The packed format's mask, written from its definition: a window that ends at each stretch's last key."""
-    keys = visible(MaskRule(70))
-    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: tensor)  # there is no GPU to pin for
+def stretches_mask(plan: TransformerEnginePlan, queries: int) -> torch.Tensor:
+    """Who sees whom by the plan, from the definition of a window that ends at each stretch's last key."""
+    mask = torch.zeros(queries, LENGTH, dtype=torch.bool)
+    for rows, own in plan.stretches:
+        shift = (own.stop - own.start) - (rows.stop - rows.start)
+        distance = torch.arange(rows.stop - rows.start)[:, None] + shift - torch.arange(own.stop - own.start)
+        mask[rows, own] = (distance >= 0) & (distance <= plan.window - 1)
+    return mask
+
+
+# Everything; a zigzag rank's two chunks; two chunks whose windows overlap.
+@pytest.mark.parametrize("spans", [[(0, LENGTH)], [(96, 196), (300, 400)], [(100, 120), (130, 150)]], ids=str)
+def test_stretches_for_transformer_engine_are_the_definition(spans: list[tuple[int, int]]) -> None:
+    chosen = torch.cat([torch.arange(*span) for span in spans])
+    segments = torch.zeros(2, LENGTH, dtype=torch.long)
+    segments[:, :200], segments[0, 208:500], segments[1, 208:480] = 1, 2, 2  # the rows differ in their padding alone
+    first, last = (ends[:, chosen].int() for ends in visible_runs(MaskRule(70), segments, None))
+    keys = VisibleKeys(
+        MaskRule(70), LENGTH, first, last, segments[:, chosen], False, torch.stack((first, last)), None, None
+    )
     plan = TransformerEnginePlan.where_supported(keys, 256)
     assert plan is not None
-    mask = torch.zeros(2 * LENGTH, 2 * LENGTH, dtype=torch.bool)
-    stretches = zip(plan.query_ends[:-1], plan.query_ends[1:], plan.key_ends[:-1], plan.key_ends[1:], strict=True)
-    for query_begin, query_end, key_begin, key_end in stretches:
-        shift = (key_end - key_begin) - (query_end - query_begin)
-        distance = torch.arange(query_end - query_begin)[:, None] + shift - torch.arange(key_end - key_begin)
-        mask[query_begin:query_end, key_begin:key_end] = (distance >= 0) & (distance <= plan.window - 1)
-        assert query_end - query_begin <= plan.longest_query and key_end - key_begin <= plan.longest_key
-    real = (keys.segments > 0).flatten()  # runs of padding see each other, which nothing else notices
-    assert torch.equal(mask[real], torch.block_diag(*dense_mask(keys))[real].bool())
-    assert TransformerEnginePlan.where_supported(keys, 512) is None
-    assert TransformerEnginePlan.where_supported(visible(MaskRule(None)), 256) is None
-    assert TransformerEnginePlan.where_supported(visible(MaskRule(70, "always")), 256) is None
-    # The two chunks' windows overlap: some keys would have to be in two stretches.
-    overlapping = torch.cat((torch.arange(100, 120), torch.arange(130, 150)))
-    assert TransformerEnginePlan.where_supported(visible(MaskRule(70), overlapping), 256) is None
+    mask = stretches_mask(plan, len(chosen))
+    for row, expected in enumerate(dense_mask(keys)):
+        real = keys.segments[row] > 0  # what padding sees, nothing else notices
+        assert torch.equal(mask[real], expected[real].bool())
+
+
+def test_transformer_engine_leaves_the_rest_to_flex() -> None:
+    assert TransformerEnginePlan.where_supported(visible(MaskRule(None)), 256) is None, "full layers"
+    assert TransformerEnginePlan.where_supported(visible(MaskRule(70, "always")), 256) is None, "media groups"
+    assert TransformerEnginePlan.where_supported(visible(MaskRule(70)), 256) is None, "rows with other segments"
+    one_row = torch.zeros(1, LENGTH, dtype=torch.long)
+    one_row[:, : LENGTH // 20 * 20] = 1 + torch.arange(LENGTH // 20 * 20) // 20
+    first, last = (ends.int() for ends in visible_runs(MaskRule(70), one_row, None))
+    many = VisibleKeys(MaskRule(70), LENGTH, first, last, one_row, False, torch.stack((first, last)), None, None)
+    assert TransformerEnginePlan.where_supported(many, 256) is None, "many short documents"
+    assert TransformerEnginePlan.where_supported(many, 512) is None, "wide heads"
