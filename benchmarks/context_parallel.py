@@ -78,7 +78,7 @@ class Bench:
     def model(self, cp_group: dist.ProcessGroup, dtype: torch.dtype) -> Gemma4LanguageModel:
         """The layers, with the same weights in every call."""
         groups = ProcessGroupCollection()
-        groups.tp, groups.cp = self.alone, cp_group
+        groups.tp, groups.ep, groups.cp = self.alone, self.alone, cp_group
         device = self.platform.device
         model = Gemma4LanguageModel(self.text, groups, sequence_parallel=False, dtype=dtype, device=device)
         initialise(model.bindings(), 0)
