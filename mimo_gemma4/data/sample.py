@@ -189,10 +189,10 @@ class _Window(io.RawIOBase):
         self._position = base + position
         return self._position
 
-    def read(self, size: int | None = -1) -> bytes:
+    def readinto(self, buffer: Any) -> int:
         left = max(0, self._size - self._position)
-        count = left if size is None or size < 0 else min(size, left)
         self._file.seek(self._offset + self._position)
-        data = self._file.read(count)
+        data = self._file.read(min(len(buffer), left))
+        buffer[: len(data)] = data
         self._position += len(data)
-        return data
+        return len(data)

@@ -1,0 +1,314 @@
+"""Gemma 4 audio encoder: conformer tower (`audio_tower`) and projector (`embed_audio`), tensor parallel, no padding.
+
+All sounds of a call are one concatenation of their frames; convolutions and attention look at where sounds end. Heads
+and channels of the layers are cut over the tensor parallel group; the subsampling convolutions and the output
+projections, together 1% of the operations of the released towers, are computed on all of its ranks. Numerical
+reference: transformers' `Gemma4AudioModel` and `Gemma4MultimodalEmbedder`.
+"""
+
+from collections.abc import Iterable
+from typing import Any, cast
+
+import torch
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel.mappings import (
+    copy_to_tensor_model_parallel_region,
+    reduce_from_tensor_model_parallel_region,
+)
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor, nn
+from torch.distributed import ProcessGroup
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from encoders.base import Encoder
+from encoders.gemma4_audio_attention import LocalAttention, embed_distances, visible_keys
+from encoders.gemma4_audio_config import Gemma4AudioConfig
+from encoders.gemma4_sound import Gemma4AudioProcessor
+from encoders.gemma4_vision import ClippableLinear, RMSNorm
+from mimo_gemma4.errors import LayoutError
+from mimo_gemma4.media import MediaHeader
+from mimo_gemma4.weights import ONES, Binding, Constant, Normal, bind_replicated, bind_sharded
+
+LAYER_NORM_EPS = 1e-6
+"""Of the norms around attention and feed-forward, whatever `audio_config.rms_norm_eps` says of the others."""
+
+
+class Gemma4AudioEncoder(Encoder):
+    """Audio tower and projector of Gemma 4 E2B and E4B."""
+
+    modality = "audio"
+    architecture = "gemma4_audio"
+    processor = Gemma4AudioProcessor
+
+    def __init__(
+        self,
+        hf_config: dict[str, Any],
+        groups: ProcessGroupCollection,
+        *,
+        language_hidden: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        activation_checkpointing: str = "none",
+    ):
+        """Build it as `Encoder` says.
+
+        `activation_checkpointing="full"` recomputes the subsampling and every layer in backward, "selective" the scores
+        and weights of the attention.
+        """
+        super().__init__(hf_config, groups, language_hidden=language_hidden, dtype=dtype, device=device)
+        self.audio = Gemma4AudioConfig.from_config(hf_config)
+        self.language_hidden = language_hidden
+        self.recompute = activation_checkpointing == "full"
+        self.audio_processor = Gemma4AudioProcessor(self.audio)
+        self.config = _transformer_config(self.audio, groups.tp.size(), dtype)
+        with torch.device(device):
+            self.subsampling = Subsampling(self.audio, dtype)
+            self.layers = nn.ModuleList(
+                ConformerLayer(
+                    self.audio, self.config, groups.tp, recompute_attention=activation_checkpointing == "selective"
+                )
+                for _ in range(self.audio.num_hidden_layers)
+            )
+            self.output_proj = nn.Linear(self.audio.hidden_size, self.audio.output_proj_dims, dtype=dtype)
+            self.projector = nn.Linear(self.audio.output_proj_dims, language_hidden, bias=False, dtype=dtype)
+
+    def forward(
+        self,
+        features: Tensor,
+        frame_index: Tensor,
+        halved_index: Tensor,
+        positions: Tensor,
+        sounds: Tensor,
+        count: int,
+    ) -> Tensor:
+        """Encode sounds as `Gemma4AudioProcessor.collate` gives them into [rows, language_hidden]."""
+        audio, device = self.audio, features.device
+        hidden = self._run(self.subsampling, features, frame_index, halved_index)  # [rows, D]
+        distances = embed_distances(audio.attention_chunk_size, audio.hidden_size, hidden.dtype, device)
+        seen = visible_keys(positions, audio.attention_chunk_size)
+        # Where rows lie once every sound has the zeros before it that a causal convolution starts from.
+        zeros = audio.conv_kernel_size - 1
+        apart = torch.arange(len(positions), device=device) + zeros * (sounds + 1)
+        for layer in self.layers:
+            hidden = self._run(layer, hidden, distances, seen, apart, len(positions) + zeros * count)
+        rows = self.output_proj(hidden)
+        return self.projector(F.rms_norm(rows.float(), rows.shape[-1:], eps=audio.rms_norm_eps).to(rows.dtype))
+
+    def _run(self, module: nn.Module, *arguments: Any) -> Tensor:
+        if self.recompute and torch.is_grad_enabled():
+            return cast(Tensor, checkpoint(module, *arguments, use_reentrant=False, preserve_rng_state=False))
+        return module(*arguments)
+
+    def flops(self, headers: Iterable[MediaHeader]) -> float:
+        """Forward operations for sounds of these lengths: tower by `Gemma4AudioProcessor.cost`, and projector."""
+        projector = 2.0 * self.audio.output_proj_dims * self.language_hidden
+        process = self.audio_processor
+        return sum(process.cost(header) + projector * process.rows(header) for header in headers)
+
+    def projector_parameters(self) -> list[nn.Parameter]:
+        """The projection to the language model's width; the norm before it has no weight."""
+        return list(self.projector.parameters())
+
+    def bindings(self) -> list[Binding]:
+        """Parameters and buffers under `model.audio_tower.` and `model.embed_audio.`."""
+        drawn = Normal(self.audio.initializer_range)
+        bindings = self.subsampling.bindings("model.audio_tower.subsample_conv_projection.", drawn)
+        for number, layer in enumerate(cast(Iterable[ConformerLayer], self.layers)):
+            bindings += layer.bindings(f"model.audio_tower.layers.{number}.", drawn)
+        return [
+            *bindings,
+            bind_replicated("model.audio_tower.output_proj.weight", self.output_proj.weight, drawn),
+            bind_replicated("model.audio_tower.output_proj.bias", self.output_proj.bias, Constant(0.0)),
+            bind_replicated("model.embed_audio.embedding_projection.weight", self.projector.weight, drawn),
+        ]
+
+
+def _transformer_config(audio: Gemma4AudioConfig, tp: int, dtype: torch.dtype) -> TransformerConfig:
+    """What megatron-core's linears, data parallelism and optimizer read. Raises `LayoutError`."""
+    if audio.num_attention_heads % tp:
+        raise LayoutError(
+            f"layout.audio.tp={tp} does not divide audio_config.num_attention_heads={audio.num_attention_heads}"
+        )
+    return TransformerConfig(
+        num_layers=audio.num_hidden_layers,
+        hidden_size=audio.hidden_size,
+        ffn_hidden_size=4 * audio.hidden_size,
+        num_attention_heads=audio.num_attention_heads,
+        tensor_model_parallel_size=tp,
+        params_dtype=dtype,
+        bf16=dtype == torch.bfloat16,
+        normalization="RMSNorm",
+        layernorm_epsilon=audio.rms_norm_eps,
+        add_bias_linear=False,
+        attention_dropout=0.0,
+        hidden_dropout=0.0,
+        calculate_per_token_loss=True,
+        use_cpu_initialization=True,  # weights are made on the device of the surrounding `torch.device` context
+        perform_initialization=False,  # bindings fill them
+        gradient_accumulation_fusion=False,
+    )
+
+
+class Subsampling(nn.Module):
+    """Two convolutions that each halve time and frequency, and a projection; replicated over tensor parallel ranks."""
+
+    def __init__(self, audio: Gemma4AudioConfig, dtype: torch.dtype):
+        """Allocate it."""
+        super().__init__()
+        first, second = audio.subsampling_conv_channels
+        # The inputs of every output are gathered, so that no kernel reaches into another sound: time has no stride.
+        self.conv0 = nn.Conv2d(1, first, 3, stride=(1, 2), padding=(0, 1), bias=False, dtype=dtype)
+        self.conv1 = nn.Conv2d(first, second, 3, stride=(1, 2), padding=(0, 1), bias=False, dtype=dtype)
+        self.norm0 = nn.LayerNorm(first, eps=audio.rms_norm_eps, bias=False, dtype=dtype)
+        self.norm1 = nn.LayerNorm(second, eps=audio.rms_norm_eps, bias=False, dtype=dtype)
+        self.input_proj_linear = nn.Linear(audio.subsampled_width, audio.hidden_size, bias=False, dtype=dtype)
+
+    def forward(self, features: Tensor, frame_index: Tensor, halved_index: Tensor) -> Tensor:
+        """[F, MEL_BANDS] → [rows, D]."""
+        hidden = features.to(self.conv0.weight.dtype)[..., None]  # [F, MEL_BANDS, 1]
+        hidden = F.relu(self.norm0(_convolve(self.conv0, hidden, frame_index)))  # [≈ F / 2, MEL_BANDS / 2, first]
+        hidden = F.relu(self.norm1(_convolve(self.conv1, hidden, halved_index)))  # [rows, MEL_BANDS / 4, second]
+        return self.input_proj_linear(hidden.flatten(1))
+
+    def bindings(self, prefix: str, drawn: Normal) -> list[Binding]:
+        """Bindings under `prefix`, the module's name with a dot."""
+        bindings = [bind_replicated(f"{prefix}input_proj_linear.weight", self.input_proj_linear.weight, drawn)]
+        for number, conv, norm in ((0, self.conv0, self.norm0), (1, self.conv1, self.norm1)):
+            bindings.append(bind_replicated(f"{prefix}layer{number}.conv.weight", conv.weight, drawn))
+            bindings.append(bind_replicated(f"{prefix}layer{number}.norm.weight", norm.weight, ONES))
+        return bindings
+
+
+def _convolve(convolution: nn.Conv2d, hidden: Tensor, index: Tensor) -> Tensor:
+    """[T, bands, inputs] and the inputs [T', 3] of every output → [T', bands / 2, outputs]; T stands for a zero."""
+    seen = F.pad(hidden, (0, 0, 0, 0, 0, 1)).index_select(0, index.flatten()).unflatten(0, index.shape)
+    return convolution(seen.permute(0, 3, 1, 2)).squeeze(2).transpose(1, 2)
+
+
+class ConformerLayer(nn.Module):
+    """Half a feed-forward branch, attention, convolution, the other half, and a norm."""
+
+    def __init__(
+        self, audio: Gemma4AudioConfig, config: TransformerConfig, tp_group: ProcessGroup, *, recompute_attention: bool
+    ):
+        """Allocate this rank's part of the layer."""
+        super().__init__()
+        self.bound = activation_bound(audio, config.params_dtype)
+        self.feed_forward1 = FeedForward(audio, config, tp_group)
+        self.self_attn = LocalAttention(audio, config, tp_group, recompute=recompute_attention)
+        self.lconv1d = LightConvolution(audio, config, tp_group)
+        self.feed_forward2 = FeedForward(audio, config, tp_group)
+        self.norm_pre_attn, self.norm_post_attn, self.norm_out = (
+            RMSNorm(audio.hidden_size, LAYER_NORM_EPS, config.params_dtype) for _ in range(3)
+        )
+
+    def forward(self, hidden: Tensor, distances: Tensor, seen: Tensor, apart: Tensor, length: int) -> Tensor:
+        """[N, D] → [N, D]; the other arguments as in `LocalAttention` and `LightConvolution`."""
+        bound = self.bound
+        hidden = self.feed_forward1(hidden)
+        attended = self.self_attn(self.norm_pre_attn(hidden.clamp(-bound, bound)), distances, seen)
+        hidden = hidden + self.norm_post_attn(attended.clamp(-bound, bound))
+        hidden = self.feed_forward2(self.lconv1d(hidden, apart, length))
+        return self.norm_out(hidden.clamp(-bound, bound))
+
+    def bindings(self, prefix: str, drawn: Normal) -> list[Binding]:
+        """Bindings under `prefix`, a layer's name with a dot."""
+        bindings = []
+        for name in ("feed_forward1", "self_attn", "lconv1d", "feed_forward2"):
+            bindings += getattr(self, name).bindings(f"{prefix}{name}.", drawn)
+        for name in ("norm_pre_attn", "norm_post_attn", "norm_out"):
+            bindings.append(bind_replicated(f"{prefix}{name}.weight", getattr(self, name).weight, ONES))
+        return bindings
+
+
+class FeedForward(nn.Module):
+    """A residual feed-forward branch between two norms, its channels cut over the tensor parallel group."""
+
+    def __init__(self, audio: Gemma4AudioConfig, config: TransformerConfig, tp_group: ProcessGroup):
+        """Allocate this rank's part."""
+        super().__init__()
+        self.tp_group, self.weight = tp_group, audio.residual_weight
+        self.bound = activation_bound(audio, config.params_dtype)
+        width, clipped = audio.hidden_size, audio.use_clipped_linears
+        self.ffw_layer_1 = ClippableLinear("column", width, 4 * width, config, tp_group, clipped=clipped)
+        self.ffw_layer_2 = ClippableLinear("row", 4 * width, width, config, tp_group, clipped=clipped)
+        self.pre_layer_norm = RMSNorm(width, LAYER_NORM_EPS, config.params_dtype)
+        self.post_layer_norm = RMSNorm(width, LAYER_NORM_EPS, config.params_dtype)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """[N, D] → [N, D]."""
+        normed = self.pre_layer_norm(hidden.clamp(-self.bound, self.bound))
+        normed = copy_to_tensor_model_parallel_region(normed, group=self.tp_group)
+        branch = self.ffw_layer_2(F.silu(self.ffw_layer_1(normed)))
+        return torch.add(hidden, self.post_layer_norm(branch.clamp(-self.bound, self.bound)), alpha=self.weight)
+
+    def bindings(self, prefix: str, drawn: Normal) -> list[Binding]:
+        """Bindings under `prefix`, the module's name with a dot."""
+        return [
+            *self.ffw_layer_1.bindings(f"{prefix}ffw_layer_1.", drawn),
+            *self.ffw_layer_2.bindings(f"{prefix}ffw_layer_2.", drawn),
+            bind_replicated(f"{prefix}pre_layer_norm.weight", self.pre_layer_norm.weight, ONES),
+            bind_replicated(f"{prefix}post_layer_norm.weight", self.post_layer_norm.weight, ONES),
+        ]
+
+
+class LightConvolution(nn.Module):
+    """A residual branch that mixes each channel with its last few rows, channels cut over the tensor parallel group."""
+
+    def __init__(self, audio: Gemma4AudioConfig, config: TransformerConfig, tp_group: ProcessGroup):
+        """Allocate this rank's part."""
+        super().__init__()
+        self.tp_group, self.width = tp_group, audio.hidden_size
+        self.eps, self.bound = audio.rms_norm_eps, activation_bound(audio, config.params_dtype)
+        clipped, dtype = audio.use_clipped_linears, config.params_dtype
+        local_width = audio.hidden_size // tp_group.size()
+        self.pre_layer_norm = RMSNorm(self.width, self.eps, dtype)
+        # Locally, the values of this rank's channels lie before their gates.
+        self.linear_start = ClippableLinear("column", self.width, 2 * self.width, config, tp_group, clipped=clipped)
+        self.convolution = nn.Parameter(torch.empty(local_width, 1, audio.conv_kernel_size, dtype=dtype))
+        self.conv_norm = nn.Parameter(torch.empty(local_width, dtype=dtype))
+        self.linear_end = ClippableLinear("row", self.width, self.width, config, tp_group, clipped=clipped)
+
+    def forward(self, hidden: Tensor, apart: Tensor, length: int) -> Tensor:
+        """[N, D] → [N, D]; `apart` [N] is where rows lie among `length` when zeros part the sounds."""
+        normed = copy_to_tensor_model_parallel_region(self.pre_layer_norm(hidden), group=self.tp_group)
+        gated = F.glu(self.linear_start(normed), dim=-1)  # [N, D (local)]
+        parted = gated.new_zeros(length, gated.shape[-1]).index_copy(0, apart, gated)
+        mixed = F.conv1d(parted.t()[None], self.convolution, groups=len(self.convolution))[0].t()
+        # Output t of a convolution without padding is that of row t + kernel - 1.
+        mixed = mixed.index_select(0, apart - (self.convolution.shape[-1] - 1)).clamp(-self.bound, self.bound)
+        return hidden + self.linear_end(F.silu(self._norm(mixed)))
+
+    def _norm(self, mixed: Tensor) -> Tensor:
+        """Root mean square norm over the channels of all ranks."""
+        squares = mixed.float().square().sum(-1, keepdim=True)
+        # Every rank's loss depends on every rank's squares: summed forward, and so are their gradients backward.
+        squares = reduce_from_tensor_model_parallel_region(squares, group=self.tp_group)
+        squares = copy_to_tensor_model_parallel_region(squares, group=self.tp_group)
+        scale = torch.rsqrt(squares / self.width + self.eps)
+        return (mixed.float() * scale * self.conv_norm.float()).to(mixed.dtype)
+
+    def bindings(self, prefix: str, drawn: Normal) -> list[Binding]:
+        """Bindings under `prefix`, the module's name with a dot."""
+        start, *bounds = self.linear_start.bindings(f"{prefix}linear_start.", drawn)
+        local = len(start.tensor) // 2
+        halves = []
+        for number in (0, 1):  # values, gates
+            first = number * self.width + self.tp_group.rank() * local
+            index = (slice(first, first + local), start.index[1])
+            region = (slice(number * local, (number + 1) * local), start.region[1])
+            halves.append(Binding(start.name, start.shape, index, start.tensor, region, drawn))
+        return [
+            *halves,
+            *bounds,
+            *self.linear_end.bindings(f"{prefix}linear_end.", drawn),
+            bind_sharded(f"{prefix}depthwise_conv1d.weight", self.convolution, 0, self.tp_group, drawn),
+            bind_sharded(f"{prefix}conv_norm.weight", self.conv_norm, 0, self.tp_group, ONES),
+            bind_replicated(f"{prefix}pre_layer_norm.weight", self.pre_layer_norm.weight, ONES),
+        ]
+
+
+def activation_bound(audio: Gemma4AudioConfig, dtype: torch.dtype) -> float:
+    """`gradient_clipping`, or the largest number of the type where that is smaller."""
+    return min(audio.gradient_clipping, torch.finfo(dtype).max)
