@@ -4,32 +4,23 @@ A frame every 10 ms is a Hann window of 20 ms; four frames make a soft token. Th
 before the sound, and only windows that end inside the sound count.
 """
 
-import io
 import math
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, Self
 
 import numpy as np
-import soundfile
-import soxr
 import torch
 from torch import Tensor
 
 from encoders.gemma4_audio_config import MEL_BANDS, Gemma4AudioConfig, half
+from encoders.waveform import MAX_SAMPLES, SAMPLE_RATE, read_waveform, resampled_length
 from mimo_gemma4.media import MediaHeader
 
-SAMPLE_RATE = 16_000
-"""Hz that sounds are resampled to."""
-MAX_SAMPLES = 30 * SAMPLE_RATE
-"""A longer sound is cut to its first 30 seconds."""
 WINDOW, HOP, FFT_SIZE = 320, 160, 512
 """Samples of a frame, between frames, and of the Fourier transform of a frame."""
 FLOOR = 1e-3
 """Added to the magnitude of a band before the logarithm."""
-_BLOCK = 65_536
-_MARGIN_SECONDS = 0.1
-"""Read beyond the cut, so that resampling does not see an end there."""
 
 
 @dataclass(frozen=True)
@@ -98,34 +89,6 @@ class Gemma4AudioProcessor:
             "sounds": torch.repeat_interleave(torch.arange(len(rows)), torch.tensor(rows)),
             "count": len(rows),
         }
-
-
-def resampled_length(samples: int, sample_rate: int) -> int:
-    """Samples at 16 kHz of a sound: the ratio, rounded half up, as soxr does."""
-    return (2 * samples * SAMPLE_RATE + sample_rate) // (2 * sample_rate)
-
-
-def read_waveform(data: bytes) -> np.ndarray:
-    """The first 30 seconds of a sound file as [samples] float32 at 16 kHz, the mean of its channels.
-
-    Raises `ValueError`.
-    """
-    try:
-        with soundfile.SoundFile(io.BytesIO(data)) as file:
-            rate = file.samplerate
-            wanted = min(file.frames, math.ceil((MAX_SAMPLES / SAMPLE_RATE + _MARGIN_SECONDS) * rate))
-            blocks = file.blocks(_BLOCK, frames=wanted, dtype="float32", always_2d=True)
-            mono = [block.mean(axis=1) for block in blocks]
-    except (RuntimeError, TypeError) as error:  # soundfile's own errors, and its complaint about headerless data
-        raise ValueError(f"not a readable sound: {error}") from error
-    waveform = np.concatenate(mono) if mono else np.zeros(0, np.float32)
-    if len(waveform) < wanted:
-        raise ValueError(f"the sound breaks off after {len(waveform)} of {wanted} samples")
-    if not np.isfinite(waveform).all():
-        raise ValueError("the sound holds samples that are not finite")
-    if rate != SAMPLE_RATE:
-        waveform = soxr.resample(waveform, rate, SAMPLE_RATE)
-    return waveform[:MAX_SAMPLES]
 
 
 def log_mel(waveform: np.ndarray) -> np.ndarray:

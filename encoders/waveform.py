@@ -1,6 +1,7 @@
 """Sound files as waveforms: one channel at 16 kHz, at most 30 seconds."""
 
 import io
+import math
 
 import numpy as np
 import soundfile
@@ -10,6 +11,10 @@ SAMPLE_RATE = 16_000
 """Hz that sounds are resampled to."""
 MAX_SAMPLES = 30 * SAMPLE_RATE
 """A longer sound is cut to its first 30 seconds."""
+_BLOCK = 65_536
+"""Samples of every channel that are read at once, so that many channels take no more memory than their mean."""
+_MARGIN_SECONDS = 0.1
+"""Read beyond the cut, so that resampling does not see an end there."""
 
 
 def resampled_length(samples: int, sample_rate: int) -> int:
@@ -23,10 +28,18 @@ def read_waveform(data: bytes) -> np.ndarray:
     Raises `ValueError`.
     """
     try:
-        waveform, rate = soundfile.read(io.BytesIO(data), dtype="float32", always_2d=True)
+        with soundfile.SoundFile(io.BytesIO(data)) as file:
+            rate = file.samplerate
+            wanted = min(file.frames, math.ceil((MAX_SAMPLES / SAMPLE_RATE + _MARGIN_SECONDS) * rate))
+            blocks = file.blocks(_BLOCK, frames=wanted, dtype="float32", always_2d=True)
+            mono = [block.mean(axis=1) for block in blocks]
     except (RuntimeError, TypeError) as error:  # soundfile's own errors, and its complaint about headerless data
         raise ValueError(f"not a readable sound: {error}") from error
-    mono = waveform.mean(axis=1)
-    if not np.isfinite(mono).all():
+    waveform = np.concatenate(mono) if mono else np.zeros(0, np.float32)
+    if len(waveform) < wanted:
+        raise ValueError(f"the sound breaks off after {len(waveform)} of {wanted} samples")
+    if not np.isfinite(waveform).all():
         raise ValueError("the sound holds samples that are not finite")
-    return (mono if rate == SAMPLE_RATE else soxr.resample(mono, rate, SAMPLE_RATE))[:MAX_SAMPLES]
+    if rate != SAMPLE_RATE:
+        waveform = soxr.resample(waveform, rate, SAMPLE_RATE)
+    return waveform[:MAX_SAMPLES]

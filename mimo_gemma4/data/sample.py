@@ -2,9 +2,10 @@
 
 import io
 import json
-import wave
+import struct
 from typing import IO, Any, BinaryIO, Literal, cast
 
+import soundfile
 from PIL import Image
 
 from mimo_gemma4.errors import DataError
@@ -19,6 +20,10 @@ _TYPE_OF_EXTENSION = {
 }  # fmt: skip
 _EXIF_ORIENTATION = 0x0112
 _EXIF_QUARTER_TURNS = (5, 6, 7, 8)
+_UNKNOWN_LENGTH = 2**32 - 1
+"""Of a WAV file that was written to a pipe."""
+_UNKNOWN_FRAMES = 2**63 - 1
+"""What libsndfile says of a FLAC file that does not tell."""
 
 _MOST_FRAMES = 100_000
 """Of a video: more than a day at one a second."""
@@ -124,10 +129,8 @@ def read_header(media_type: str, extension: str, file: BinaryIO, offset: int, si
     try:
         if media_type in ("image", "video"):
             return _image_header(window)
-        return _wave_header(window, size) if extension == "wav" else _flac_header(window)
-    except DataError:
-        raise
-    except Exception as error:  # Pillow and wave raise a dozen types for damaged files, SyntaxError among them
+        return _sound_header(window, size)
+    except Exception as error:  # Pillow raises a dozen types for damaged files, SyntaxError among them
         raise BadSampleError(media_fault(media_type, error), f"not a readable .{extension} file: {error}") from error
 
 
@@ -150,20 +153,14 @@ def _image_header(file: IO[bytes]) -> MediaHeader:
     return MediaHeader(width=width, height=height)
 
 
-def _wave_header(file: IO[bytes], size: int) -> MediaHeader:
-    with wave.open(file, "rb") as sound:
-        samples, rate = sound.getnframes(), sound.getframerate()
-        if samples * sound.getnchannels() * sound.getsampwidth() > size:
-            raise BadSampleError("audio", f"its header promises {samples} samples, more than its {size} bytes hold")
-    return MediaHeader(samples=samples, sample_rate=rate)
-
-
-def _flac_header(file: IO[bytes]) -> MediaHeader:
-    try:
-        import soundfile
-    except ImportError as error:
-        raise DataError("reading .flac needs the package `soundfile` (pip install soundfile); or store .wav") from error
+def _sound_header(file: IO[bytes], size: int) -> MediaHeader:
+    form, length = struct.unpack("<4sI", file.read(8))
+    if form == b"RIFF" and size < length + 8 and length != _UNKNOWN_LENGTH:  # libsndfile would take what there is
+        raise ValueError(f"its header promises {length + 8} bytes, more than its {size}")
+    file.seek(0)
     information = soundfile.info(file)
+    if not 0 < information.frames < _UNKNOWN_FRAMES:
+        raise ValueError(f"its header promises {information.frames} samples")
     return MediaHeader(samples=information.frames, sample_rate=information.samplerate)
 
 

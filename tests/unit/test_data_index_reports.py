@@ -32,7 +32,12 @@ FAULTS = {
     "surplus media": ({"bad.json": chat("q", "a"), "bad.0.png": png(8, 8, 1)}, "0 image.*hold 1 image"),
     "media of another type": ({"bad.json": chat("q", "a", "image"), "bad.0.wav": wav(200)}, "1 image.*hold.*1 audio"),
     "not an image": ({"bad.json": chat("q", "a", "image"), "bad.0.jpg": b"no jpeg"}, "0.jpg: not a readable"),
-    "sound cut short": ({"bad.json": chat("q", "a", "audio"), "bad.0.wav": wav(900)[:500]}, "900 samples"),
+    "sound cut short": (
+        {"bad.json": chat("q", "a", "audio"), "bad.0.wav": wav(900)[:500]},
+        "1844 bytes, more than its 500",
+    ),
+    "empty sound": ({"bad.json": chat("q", "a", "audio"), "bad.0.wav": wav(0)}, "promises 0 samples"),
+    "not a sound": ({"bad.json": chat("q", "a", "audio"), "bad.0.flac": b"no flac file"}, "0.flac: not a readable"),
     "unknown content": ({"bad.json": chat("q", "a", "smell")}, "'smell' is not supported"),
     "placeholder in the text": ({"bad.json": chat("<|image|>", "a")}, "1 placeholder tokens"),
     "no answer": ({"bad.json": b'{"messages": [{"role": "user", "content": "x"}]}'}, "no answer"),
