@@ -90,6 +90,18 @@ class Gemma4AudioProcessor:
             "count": len(rows),
         }
 
+    def transformers_inputs(self, items: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+        """Items as arguments of transformers' Gemma 4, for comparisons: padded to the longest sound.
+
+        input_features [sounds, frames, MEL_BANDS], input_features_mask [sounds, frames], true in the sound.
+        """
+        features = torch.nn.utils.rnn.pad_sequence([item["features"] for item in items], batch_first=True)
+        lengths = torch.tensor([len(item["features"]) for item in items])
+        return {
+            "input_features": features,
+            "input_features_mask": torch.arange(features.shape[1]) < lengths[:, None],
+        }
+
 
 def log_mel(waveform: np.ndarray) -> np.ndarray:
     """[samples] float32 at 16 kHz → [(samples - 1) // 160, MEL_BANDS] float32: log(mel-weighted |STFT| + 1e-3)."""

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import soundfile
 import torch
 from PIL import Image
 
@@ -86,6 +87,15 @@ def wav(samples: int) -> bytes:
         sound.setsampwidth(2)
         sound.setframerate(16_000)
         sound.writeframes(np.arange(samples, dtype=np.int16).tobytes())
+    return buffer.getvalue()
+
+
+def sound(samples: int, seed: int, rate: int = 16_000, format: str = "WAV") -> bytes:
+    """A tone with noise, as 16 bit samples of one channel."""
+    generator = np.random.default_rng(seed)
+    tone = 0.3 * np.sin(np.arange(samples) * generator.uniform(0.1, 1.0))
+    buffer = io.BytesIO()
+    soundfile.write(buffer, tone + generator.normal(0, 0.05, samples), rate, format=format, subtype="PCM_16")
     return buffer.getvalue()
 
 

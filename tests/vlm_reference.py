@@ -1,7 +1,8 @@
-"""A tiny random Gemma 4 VLM as a Hugging Face directory, shards for it, and one step as transformers computes it."""
+"""A tiny random Gemma 4 as a Hugging Face directory, shards for it, and one step as transformers computes it."""
 
 import json
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,10 +21,12 @@ from mimo_gemma4.data.planner import StepPlanner
 from mimo_gemma4.data.shards import read_range
 from mimo_gemma4.data.tokenizer import byte_tokenizer, media_tokens
 from tests.random_weights import vary_norms
-from tests.shard_maker import chat, jpeg, write_shard
+from tests.shard_maker import chat, jpeg, sound, write_shard
 
 SIZES = [(48, 48), (96, 48), (130, 60), (40, 90), (300, 40)]
-SAMPLES = 10
+SECONDS = [0.05, 0.4, 0.75, 0.011, 1.2]
+IMAGES = [("image",) * count for count in (1, 2, 0, 0, 3, 1, 1, 0, 2, 1)]
+"""Media of the samples of a shard, in message order; two in a row have none."""
 
 
 @dataclass(frozen=True)
@@ -39,13 +42,14 @@ class Reference:
         return math.sqrt(sum(float(g.double().square().sum()) for g in self.gradients.values()))
 
 
-def write_model(folder: Path, **text: Any) -> Path:
+def write_model(folder: Path, audio: bool = False, **text: Any) -> Path:
     """`gemma4_tiny` with random norms, scalars and clip bounds, and attention that is well conditioned.
 
-    `text` replaces values of its `text_config`.
+    `audio`: it has an audio tower; `text` replaces values of its `text_config`.
     """
     hf_config = yaml.safe_load((REPOSITORY / "configs/model/gemma4_tiny.yaml").read_text())
-    hf_config.pop("audio_config", None)
+    if not audio:
+        hf_config.pop("audio_config")
     hf_config["vision_processor"]["max_soft_tokens"] = 6
     hf_config["text_config"] |= text
     torch.manual_seed(0)
@@ -54,6 +58,8 @@ def write_model(folder: Path, **text: Any) -> Path:
     vary_norms(model)
     with torch.no_grad():
         for name, tensor in model.state_dict().items():
+            if name.endswith("per_dim_scale"):
+                tensor.uniform_(0.7, 1.3)
             if "position_embedding_table" in name:
                 tensor.normal_(0.0, 0.1)
             if name.endswith(("input_max", "output_max")):
@@ -67,20 +73,43 @@ def write_model(folder: Path, **text: Any) -> Path:
     return folder
 
 
-def write_shards(folder: Path) -> Path:
-    """Ten samples of ragged text with none to three images of several sizes; two in a row have none."""
+def write_shards(folder: Path, media: Sequence[tuple[str, ...]] = IMAGES) -> Path:
+    """A sample of ragged text for each element of `media`, with files of those types in several sizes and formats."""
     generator = np.random.default_rng(5)
     members: dict[str, bytes] = {}
-    for number in range(SAMPLES):
-        images = [1, 2, 0, 0, 3, 1, 1, 0, 2, 1][number]
+    for number, types in enumerate(media):
         question = "".join(generator.choice(list("abcdef "), generator.integers(3, 30)))
         answer = "".join(generator.choice(list("0123456789"), generator.integers(1, 9)))
-        members[f"s{number}.json"] = chat(question, answer, *["image"] * images)
-        for ordinal in range(images):
-            members[f"s{number}.{ordinal}.jpg"] = jpeg(
-                *SIZES[(number + ordinal) % len(SIZES)], shade=number * 10 + ordinal
-            )
+        members[f"s{number}.json"] = chat(question, answer, *types)
+        for ordinal, media_type in enumerate(types):
+            extension, data = _file(media_type, number + ordinal, number * 10 + ordinal)
+            members[f"s{number}.{ordinal}.{extension}"] = data
     return write_shard(folder / "train-000000.tar", members)
+
+
+def _file(media_type: str, size: int, seed: int) -> tuple[str, bytes]:
+    """Extension and bytes of a random file."""
+    if media_type == "image":
+        return "jpg", jpeg(*SIZES[size % len(SIZES)], shade=seed)
+    extension, rate = (("wav", 16_000), ("flac", 22_050))[size % 2]
+    return extension, sound(round(SECONDS[size % len(SECONDS)] * rate), seed, rate, extension.upper())
+
+
+def reference_planner(model_folder: Path, shard: Path, batch_size: int, seed: int) -> StepPlanner:
+    """The order of the samples, and their dataset, with all encoders of the model."""
+    hf_config = json.loads((model_folder / "config.json").read_text())
+    modalities = [name for name in ("vision", "audio") if hf_config.get(f"{name}_config")]
+    processors = [processor for name in modalities for processor in build_processors(name, hf_config)]
+    encoder = ConversationEncoder(byte_tokenizer(), processors, media_tokens(hf_config))
+    return StepPlanner(
+        ShardDataset.open(str(shard), encoder, seq_length=512),
+        global_batch_size=batch_size,
+        microbatch_size=1,
+        seed=seed,
+        language_lanes=1,
+        encoder_lanes=dict.fromkeys(modalities, 1),
+        packing=False,
+    )
 
 
 def huggingface_step(
@@ -90,19 +119,8 @@ def huggingface_step(
 
     With `adapter`, a PEFT adapter's folder, the gradients are those of its A and B.
     """
-    hf_config = json.loads((model_folder / "config.json").read_text())
-    processors = build_processors("vision", hf_config)
-    encoder = ConversationEncoder(byte_tokenizer(), processors, media_tokens(hf_config))
-    dataset = ShardDataset.open(str(shard), encoder, seq_length=512)
-    planner = StepPlanner(
-        dataset,
-        global_batch_size=batch_size,
-        microbatch_size=1,
-        seed=seed,
-        language_lanes=1,
-        encoder_lanes={"vision": 1},
-        packing=False,
-    )
+    planner = reference_planner(model_folder, shard, batch_size, seed)
+    dataset = planner.dataset
     model = Gemma4ForConditionalGeneration.from_pretrained(
         model_folder, attn_implementation="eager", dtype=torch.float32
     )
@@ -114,12 +132,8 @@ def huggingface_step(
     for index in planner.samples(step):
         encoded = dataset.encode(index)
         labels = torch.from_numpy(encoded.labels)
-        inputs: dict[str, torch.Tensor] = {}
-        for processor in processors:
-            media = [item for item in dataset.media(index) if item.media_type == processor.content_type]
-            items = [processor.decode(read_range(item.shard, item.offset, item.size)) for item in media]
-            inputs |= transformers_images(processor, items, encoded)
-        logits = model(input_ids=torch.from_numpy(encoded.input_ids)[None], **inputs).logits[0]
+        ids = torch.from_numpy(encoded.input_ids)[None]
+        logits = model(input_ids=ids, **transformers_media(dataset, index, ids)).logits[0]
         loss = loss + F.cross_entropy(logits.float(), labels, reduction="sum", ignore_index=-100)
         count += int((labels != -100).sum())
     (loss / count).backward()
@@ -131,9 +145,12 @@ def huggingface_step(
     return Reference(loss.item() / count, count, gradients)
 
 
-def transformers_images(processor, items, encoded) -> dict[str, torch.Tensor]:  # noqa: ANN001
-    """transformers' inputs for the images, or videos' frames, of one sample: padded, with position -1 in padding."""
-    if not items:
-        return {}
-    types = torch.from_numpy((encoded.input_ids == 6) + 2 * (encoded.input_ids == 11)).long()[None]
-    return processor.transformers_inputs(items) | {"mm_token_type_ids": types}
+def transformers_media(dataset: ShardDataset, index: int, ids: torch.Tensor) -> dict[str, torch.Tensor]:
+    """transformers' inputs for the media of one sample."""
+    inputs: dict[str, torch.Tensor] = {}
+    for media_type, processor in dataset.encoder.processors.items():
+        media = [item for item in dataset.media(index) if item.media_type == media_type]
+        items = [processor.decode(read_range(item.shard, item.offset, item.size)) for item in media]
+        inputs |= processor.transformers_inputs(items) if items else {}
+    types = (ids == 6).long() + 2 * (ids == 11).long() + 3 * (ids == 9).long()
+    return inputs | {"mm_token_type_ids": types} if inputs else {}

@@ -4,7 +4,6 @@ In fp32 the two differ by roundings of 1e-6 in a logit, far less than the gap be
 """
 
 import json
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,7 +16,6 @@ from mimo_gemma4.build import Foundation, build_trainer
 from mimo_gemma4.config import load_config
 from mimo_gemma4.data.chat import ConversationEncoder
 from mimo_gemma4.data.dataset import ShardDataset
-from mimo_gemma4.data.shards import read_range
 from mimo_gemma4.data.tokenizer import byte_tokenizer, media_tokens
 from mimo_gemma4.generate import Answer, greedy_answers
 from mimo_gemma4.layout import build_layout
@@ -26,9 +24,10 @@ from mimo_gemma4.presets import load_model_config
 from mimo_gemma4.process_groups import create_process_groups
 from mimo_gemma4.step import StepRunner
 from tests.dist.harness import run_ranks
-from tests.vlm_reference import SAMPLES, transformers_images, write_model, write_shards
+from tests.vlm_reference import IMAGES, transformers_media, write_model, write_shards
 
 MAX_NEW_TOKENS = 6
+SAMPLES = len(IMAGES)
 LAYOUTS = {
     "one rank": (1, ["layout.placement=colocated"]),
     "vision 2, tp 2 with sp": (
@@ -71,12 +70,11 @@ def transformers_answers(rank: int, folder: Path) -> list[list[int]]:
     for index in range(len(dataset)):
         encoded = dataset.encode(index)
         prompt = int((encoded.labels != -100).argmax()) + 1
-        encoded = replace(encoded, input_ids=encoded.input_ids[:prompt])
-        items = [processor.decode(read_range(m.shard, m.offset, m.size)) for m in dataset.media(index)]
+        prompt_ids = torch.from_numpy(encoded.input_ids[:prompt])[None]
         ids = model.generate(
-            input_ids=torch.from_numpy(encoded.input_ids)[None],
+            input_ids=prompt_ids,
             attention_mask=torch.ones(1, prompt, dtype=torch.long),
-            **transformers_images(processor, items, encoded),
+            **transformers_media(dataset, index, prompt_ids),
             max_new_tokens=MAX_NEW_TOKENS,
             do_sample=False,
             eos_token_id=sorted(encoder.stop_ids),
