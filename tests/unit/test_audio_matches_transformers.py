@@ -5,10 +5,12 @@ import torch
 import torch.distributed as dist
 from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from encoders.base import Encoder
 from encoders.registry import build_encoder, build_processor
 from mimo_gemma4.errors import ConfigError
+from mimo_gemma4.media import MediaHeader
 from mimo_gemma4.weights import load
 from tests.audio_reference import AudioReference, StateSource
 
@@ -145,6 +147,25 @@ def test_bindings_cover_every_tensor_of_the_model_once(variant: str):
     assert covered == {name: shape.numel() for name, shape in shapes.items()}
     bound = {id(binding.tensor) for binding in encoder.bindings()}
     assert bound == {id(tensor) for tensor in [*encoder.parameters(), *encoder.buffers()]}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_flops_are_those_of_the_kernels(variant: str):
+    """Attention, whose blocks also compute scores that are masked, is counted by hand."""
+    encoder, frames = build(variant), 99
+    for parameter in encoder.parameters():
+        nn.init.zeros_(parameter)
+    with FlopCounterMode(display=False) as counter:
+        encode(encoder, variant, [torch.zeros(frames, 128)])
+    kernels = counter.get_flop_counts()["Global"]
+    audio, rows = encoder.audio, 25
+    window, width, layers = audio.attention_chunk_size, audio.hidden_size, audio.num_hidden_layers
+    pairs = sum(min(row + 1, window) for row in range(rows))
+    relative_keys = 2 * window * width**2 * layers  # of 12 distances, however many rows there are
+    outside_attention = sum(count for kernel, count in kernels.items() if kernel is not torch.ops.aten.bmm)
+    header = MediaHeader(samples=16_000, sample_rate=16_000)
+    attention = 2 * 3 * pairs * width * layers  # scores by key and by distance, and weighted values
+    assert encoder.flops([header]) == outside_attention - relative_keys + attention
 
 
 @pytest.mark.parametrize(

@@ -13,10 +13,14 @@ from encoders.gemma4_sound import Gemma4AudioProcessor, log_mel
 from encoders.registry import build_processor
 from encoders.waveform import read_waveform
 from mimo_gemma4.data.chat import ConversationEncoder
+from mimo_gemma4.data.loader import StepLoader
+from mimo_gemma4.data.planner import StepPlanner
 from mimo_gemma4.data.sample import read_header
 from mimo_gemma4.data.tokenizer import byte_tokenizer
+from mimo_gemma4.errors import DataError
 from mimo_gemma4.media import MediaHeader, MediaTokens
 from tests.hf_processor import PilProcessor, saved_processor
+from tests.shard_maker import chat, open_dataset, sound, write_shard
 
 CONFIG = {
     "audio_config": dict(
@@ -59,7 +63,7 @@ def clips() -> list[np.ndarray]:
     tones = [0.5 * np.sin(np.arange(n) * generator.uniform(0, 3)) for n in lengths]
     noise = [generator.standard_normal(n) * 10 ** generator.uniform(-6, 0) for n in lengths]
     quiet = [np.zeros(5000), np.full(333, 1.0)]
-    return [sound.astype(np.float32) for sound in (*(t + n for t, n in zip(tones, noise, strict=True)), *quiet)]
+    return [clip.astype(np.float32) for clip in (*map(np.add, tones, noise), *quiet)]
 
 
 def test_features_equal_transformers(processor: Gemma4AudioProcessor):
@@ -128,9 +132,9 @@ def test_rows_are_known_from_the_header_at_any_rate(processor: Gemma4AudioProces
 
 
 def test_what_lies_beyond_30_seconds_changes_nothing(processor: Gemma4AudioProcessor):
-    sound = np.random.default_rng(1).uniform(-1, 1, 45 * 16_000).astype(np.float32)
-    features = processor.decode(encode(sound))["features"]
-    assert torch.equal(features, torch.from_numpy(log_mel(sound[: 30 * 16_000])))
+    waveform = np.random.default_rng(1).uniform(-1, 1, 45 * 16_000).astype(np.float32)
+    features = processor.decode(encode(waveform))["features"]
+    assert torch.equal(features, torch.from_numpy(log_mel(waveform[: 30 * 16_000])))
 
 
 @pytest.mark.parametrize("subtype", ["PCM_U8", "PCM_16", "PCM_24", "PCM_32", "FLOAT", "DOUBLE"])
@@ -143,14 +147,14 @@ def test_channels_are_averaged_in_any_sample_format(subtype: str):
 
 
 def damaged_files() -> dict[str, bytes]:
-    sound = np.random.default_rng(3).uniform(-1, 1, 20_000).astype(np.float32)
-    wave, flac = encode(sound, subtype="PCM_16"), encode(sound, format="FLAC", subtype="PCM_16")
+    waveform = np.random.default_rng(3).uniform(-1, 1, 20_000).astype(np.float32)
+    wave, flac = encode(waveform, subtype="PCM_16"), encode(waveform, format="FLAC", subtype="PCM_16")
     return {
         "no bytes": b"",
         "text": b"no sound at all",
         "header alone": wave[:30],
-        "no samples": encode(sound[:0]),
-        "less than a window": encode(sound[:160]),
+        "no samples": encode(waveform[:0]),
+        "less than a window": encode(waveform[:160]),
         "not a number": encode(np.full(1000, np.nan, np.float32)),
         "FLAC cut short": flac[: len(flac) // 2],
         "FLAC overwritten": flac[:9_000] + bytes(500) + flac[9_500:],
@@ -167,3 +171,34 @@ def test_damaged_files_raise_value_error(name: str, processor: Gemma4AudioProces
 def test_sounds_without_a_token_are_refused(samples: int, rate: int, processor: Gemma4AudioProcessor):
     with pytest.raises(ValueError, match=f"sound of {samples} samples at {rate} Hz"):
         processor.rows(MediaHeader(samples=samples, sample_rate=rate))
+
+
+@pytest.mark.parametrize("policy", ["skip", "fail"])
+def test_a_sound_that_turns_out_damaged_is_a_bad_sample(policy: str, processor: Gemma4AudioProcessor, tmp_path):
+    good = sound(8_000, 1, format="FLAC")
+    bad = bytearray(sound(12_000, 2, format="FLAC"))
+    bad[3_000:3_200] = bytes(200)
+    members = {"a.json": chat("q", "a", "audio"), "a.0.flac": good, "b.json": chat("q", "b", "audio")}
+    shard = write_shard(tmp_path / "a.tar", members | {"b.0.flac": bytes(bad)})
+    dataset = open_dataset(shard, processor)
+    planner = StepPlanner(
+        dataset,
+        global_batch_size=2,
+        microbatch_size=2,
+        seed=0,
+        language_lanes=1,
+        encoder_lanes={"audio": 1},
+        packing=False,
+        shuffle=False,
+    )
+    loader = StepLoader(
+        planner, language_lane=0, encoder_lanes={"audio": 0}, on_bad_sample=policy, max_bad_fraction=0.5, prefetch=0
+    )
+    if policy == "fail":
+        with pytest.raises(DataError, match=r"__key__ 'b': media 0 \(audio\): not a readable sound"):
+            loader.load(0)
+        return
+    data = loader.load(0)
+    assert [slot.index for slot in data.manifest.samples] == [0, 0]  # the good sound stands in
+    assert [(sample.key, sample.fault) for sample in loader.bad.values()] == [("b", "audio")]
+    assert data.media["audio", 0]["sounds"].bincount().tolist() == [13, 13]  # rows of half a second
