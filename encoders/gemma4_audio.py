@@ -1,8 +1,8 @@
 """Gemma 4 audio encoder: conformer tower (`audio_tower`) and projector (`embed_audio`), tensor parallel, no padding.
 
 All sounds of a call are one concatenation of their frames; convolutions and attention look at where sounds end. Heads
-and channels of the layers are cut over the tensor parallel group; the subsampling convolutions and the output
-projections, together 1% of the operations of the released towers, are computed on all of its ranks. Numerical
+and channels of the layers are cut over the tensor parallel group; the subsampling and the projections behind the
+layers, together 2 to 3% of the operations of the released models, are computed on all of its ranks. Numerical
 reference: transformers' `Gemma4AudioModel` and `Gemma4MultimodalEmbedder`.
 """
 
@@ -292,21 +292,23 @@ class LightConvolution(nn.Module):
     def bindings(self, prefix: str, drawn: Normal) -> list[Binding]:
         """Bindings under `prefix`, the module's name with a dot."""
         start, *bounds = self.linear_start.bindings(f"{prefix}linear_start.", drawn)
-        local = len(start.tensor) // 2
-        halves = []
-        for number in (0, 1):  # values, gates
-            first = number * self.width + self.tp_group.rank() * local
-            index = (slice(first, first + local), start.index[1])
-            region = (slice(number * local, (number + 1) * local), start.region[1])
-            halves.append(Binding(start.name, start.shape, index, start.tensor, region, drawn))
         return [
-            *halves,
+            *(self._halves(start) if self.tp_group.size() > 1 else [start]),
             *bounds,
             *self.linear_end.bindings(f"{prefix}linear_end.", drawn),
             bind_sharded(f"{prefix}depthwise_conv1d.weight", self.convolution, 0, self.tp_group, drawn),
             bind_sharded(f"{prefix}conv_norm.weight", self.conv_norm, 0, self.tp_group, ONES),
             bind_replicated(f"{prefix}pre_layer_norm.weight", self.pre_layer_norm.weight, ONES),
         ]
+
+    def _halves(self, start: Binding) -> Iterable[Binding]:
+        """The values and the gates of this rank's channels, which are apart in the whole tensor."""
+        local = len(start.tensor) // 2
+        for number in (0, 1):
+            first = number * self.width + self.tp_group.rank() * local
+            index = (slice(first, first + local), start.index[1])
+            region = (slice(number * local, (number + 1) * local), start.region[1])
+            yield Binding(start.name, start.shape, index, start.tensor, region, start.initial)
 
 
 def activation_bound(audio: Gemma4AudioConfig, dtype: torch.dtype) -> float:

@@ -32,8 +32,7 @@ class LocalAttention(nn.Module):
             ClippableLinear("column", width, width, config, tp_group, clipped=clipped) for _ in range(3)
         )
         self.post = ClippableLinear("row", width, width, config, tp_group, clipped=clipped)
-        local_width = width // tp_group.size()
-        self.relative_k_proj = nn.Linear(width, local_width, bias=False, dtype=dtype)
+        self.relative_k_proj = ClippableLinear("column", width, width, config, tp_group, clipped=False)
         self.per_dim_scale = nn.Parameter(torch.empty(audio.head_dim, dtype=dtype))
         # One for all heads, of which a rank sees its own.
         self.per_dim_scale.tp_gradient_partial = tp_group.size() > 1  # type: ignore[attr-defined]
@@ -61,7 +60,7 @@ class LocalAttention(nn.Module):
         bindings = []
         for name in ("q_proj", "k_proj", "v_proj", "post"):
             bindings += getattr(self, name).bindings(f"{prefix}{name}.", drawn)
-        relative = self.relative_k_proj.weight
+        relative = self.relative_k_proj.linear.weight
         return [
             *bindings,
             bind_sharded(f"{prefix}relative_k_proj.weight", relative, 0, self.tp_group, drawn),

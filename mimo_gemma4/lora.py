@@ -5,6 +5,7 @@ which local linear holds the rows of which Hugging Face weight, and the class of
 parallel ranks. A and B are cut like the weight they belong to, so whatever travels between ranks is `rank` wide.
 """
 
+from collections import Counter
 from collections.abc import Callable, Iterable
 from fnmatch import fnmatchcase
 from functools import partial
@@ -117,7 +118,7 @@ def attach(name: str, module: BoundModule, lora: LoraConfig) -> AdaptedModule:
         module: an `nn.Module` of which only the linears' forward changes.
         lora: rank, scale, and name patterns of the linears.
 
-    Raises `ConfigError` for a pattern that names no linear or an expert's weight.
+    Raises `ConfigError` for a pattern that names no linear, an expert's weight, or a linear held in several pieces.
     """
     assert isinstance(module, nn.Module)
     owners = {id(part.weight): part for part in module.modules() if isinstance(part, LINEARS)}
@@ -127,8 +128,14 @@ def attach(name: str, module: BoundModule, lora: LoraConfig) -> AdaptedModule:
     for pattern in lora.targets:
         _check_pattern(f"modules.{name}.lora.targets", pattern, list(linears), others)
     targets: dict[nn.Module, list[Binding]] = {}
+    pieces = Counter(_linear(binding) for binding in bindings)
     for linear, binding in linears.items():
         if any(fnmatchcase(linear, pattern) for pattern in lora.targets):
+            if pieces[linear] > 1:
+                raise ConfigError(
+                    f"modules.{name}.lora.targets: a rank holds {pieces[linear]} pieces of {linear!r}, which takes no "
+                    f"adapter then: name other linears, or set layout.{name}.tp to 1"
+                )
             targets.setdefault(owners[id(binding.tensor)], []).append(binding)
     for base, found in targets.items():
         base.low_rank = LowRankAdapter(base, found, lora)

@@ -27,6 +27,7 @@ SIZES = [(48, 48), (96, 48), (130, 60), (40, 90), (300, 40)]
 SECONDS = [0.05, 0.4, 0.75, 0.011, 1.2]
 IMAGES = [("image",) * count for count in (1, 2, 0, 0, 3, 1, 1, 0, 2, 1)]
 """Media of the samples of a shard, in message order; two in a row have none."""
+SAMPLES = len(IMAGES)
 
 
 @dataclass(frozen=True)

@@ -7,8 +7,10 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 
 from encoders.base import Encoder
 from encoders.registry import build_encoder, build_processor
-from mimo_gemma4.errors import LayoutError
+from mimo_gemma4.config import LoraConfig
+from mimo_gemma4.errors import ConfigError, LayoutError
 from mimo_gemma4.freezing import freeze
+from mimo_gemma4.lora import attach
 from mimo_gemma4.weights import load
 from tests.audio_reference import AudioReference, StateSource
 from tests.dist.harness import run_ranks
@@ -86,6 +88,15 @@ def test_equal_to_transformers(world_size: int):
 @pytest.mark.parametrize("frozen", ["tower", ["*feed_forward*"]], ids=["tower", "patterns"])
 def test_equal_to_transformers_with_frozen_parameters(frozen: str | list[str]):
     run_ranks(2, compare_with_transformers, frozen)
+
+
+def refuse_adapters(rank: int) -> None:
+    with pytest.raises(ConfigError, match=r"holds 2 pieces of '.*linear_start.linear', .* set layout.audio.tp to 1"):
+        attach("audio", build(dist.group.WORLD), LoraConfig(targets=["*.lconv1d.*"]))
+
+
+def test_adapters_on_a_linear_held_in_two_pieces_are_refused():
+    run_ranks(2, refuse_adapters)
 
 
 def refuse_heads(rank: int) -> None:

@@ -24,10 +24,9 @@ from mimo_gemma4.presets import load_model_config
 from mimo_gemma4.process_groups import create_process_groups
 from mimo_gemma4.step import StepRunner
 from tests.dist.harness import run_ranks
-from tests.vlm_reference import IMAGES, transformers_media, write_model, write_shards
+from tests.vlm_reference import SAMPLES, transformers_media, write_model, write_shards
 
 MAX_NEW_TOKENS = 6
-SAMPLES = len(IMAGES)
 LAYOUTS = {
     "one rank": (1, ["layout.placement=colocated"]),
     "vision 2, tp 2 with sp": (
