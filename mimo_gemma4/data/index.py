@@ -241,7 +241,7 @@ def _count(counter: Counter[str]) -> str:
     return ", ".join(f"{counter[media_type]} {names.get(media_type, media_type)}" for media_type in MEDIA_TYPES)
 
 
-def progress(items: Iterable[Shard], total: int, description: str) -> Iterator[Shard]:
+def progress[T](items: Iterable[T], total: int, description: str) -> Iterator[T]:
     """The items, with a progress bar on standard error if that is a terminal."""
     if not sys.stderr.isatty():
         yield from items

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -87,6 +88,14 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
         chat_template=BYTE_CHAT_TEMPLATE,
         clean_up_tokenization_spaces=False,
     )
+
+
+def byte_media_tokens() -> dict[str, MediaTokens]:
+    """Begin, soft and end token of every media type in the byte-level tokenizer."""
+    ids = {token: place for place, token in enumerate(BYTE_TOKENS)}
+    image = MediaTokens(ids["<|image>"], ids["<|image|>"], ids["<image|>"])
+    audio = MediaTokens(ids["<|audio>"], ids["<|audio|>"], ids["<audio|>"])
+    return {"image": image, "video": replace(image, soft=ids["<|video|>"]), "audio": audio}
 
 
 def _byte_symbol(byte: int) -> str:

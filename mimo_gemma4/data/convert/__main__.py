@@ -1,0 +1,106 @@
+"""Data sets on disk become shards.
+
+    python -m mimo_gemma4.data.convert SOURCE… --out FOLDER
+
+SOURCE is a LLaVA or ShareGPT file (.json, .jsonl), a Hugging Face data set (parquet or arrow files, or the folder that
+holds them), or a folder of images and sounds beside .txt or .json files of the same name. Everything that is written
+is checked as training will read it, and all media are decoded once; what fails is dropped and listed in
+FOLDER/report.json. An interrupted conversion continues with the same command.
+"""
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+from rich.console import Console
+
+from mimo_gemma4.data.convert.conversation import COLUMNS, ConversationReader
+from mimo_gemma4.data.convert.conversion import Conversion
+from mimo_gemma4.data.convert.sources import open_sources
+from mimo_gemma4.errors import DataError
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Convert as the command line says; the exit code is 1 without any sample, 2 for a wrong source or option."""
+    options = command_parser().parse_args(arguments)
+    folder = options.media or (options.sources[0] if options.sources[0].is_dir() else options.sources[0].parent)
+    try:
+        report = Conversion(
+            sources=open_sources(options.sources, options.split),
+            output=options.out,
+            media_folder=folder,
+            reader=ConversationReader(dict(options.column), options.prompt),
+            shard_samples=options.shard_samples,
+            valid_fraction=options.valid,
+        ).run(options.workers)
+    except (DataError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted; the same command continues from here", file=sys.stderr)
+        return 130
+    report.print(Console(width=None if sys.stdout.isatty() else 240, highlight=False))
+    return 0 if any(report.samples.values()) else 1
+
+
+def command_parser() -> argparse.ArgumentParser:
+    """The options of the command."""
+    parser = argparse.ArgumentParser(
+        prog="python -m mimo_gemma4.data.convert",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("sources", nargs="+", type=Path, metavar="SOURCE")
+    parser.add_argument("--out", required=True, type=Path, metavar="FOLDER", help="a new folder for the shards")
+    parser.add_argument(
+        "--media", type=Path, metavar="FOLDER", help="where paths of media begin (default: the folder of SOURCE)"
+    )
+    parser.add_argument("--split", metavar="WORD", help="which split of a data set that has several, for example train")
+    parser.add_argument(
+        "--column", action="append", default=[], type=_pair, metavar="MEANING=NAME",
+        help=f"the column that has a meaning ({', '.join(COLUMNS)}), where its name is not a usual one",
+    )  # fmt: skip
+    parser.add_argument("--prompt", metavar="TEXT", help="what the user says before a caption; may be empty")
+    parser.add_argument(
+        "--shard-samples", type=_positive, default=1000, metavar="N", help="rows of a shard (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--valid", type=_fraction, default=0.0, metavar="FRACTION",
+        help="share of the samples held out in valid-*.tar; those with the same first image are on the same side",
+    )  # fmt: skip
+    parser.add_argument(
+        "--workers",
+        type=_positive,
+        default=os.cpu_count() or 1,
+        metavar="N",
+        help="processes (default: one per core)",
+    )
+    return parser
+
+
+def _pair(text: str) -> tuple[str, str]:
+    meaning, separator, name = text.partition("=")
+    if not separator or not name:
+        raise argparse.ArgumentTypeError(f"{text!r} is not MEANING=NAME")
+    return meaning, name
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a positive number")
+    return int(text)
+
+
+def _fraction(text: str) -> float:
+    try:
+        fraction = float(text)
+    except ValueError:
+        fraction = -1.0
+    if not 0 <= fraction < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a fraction from 0 to below 1")
+    return fraction
+
+
+if __name__ == "__main__":
+    sys.exit(main())
