@@ -1,0 +1,217 @@
+"""Shows what a shard holds and what a model would make of it.
+
+    python -m mimo_gemma4.data.inspect SHARD… [--hf-path DIR | --preset NAME] [--samples N] [--key KEY]
+
+For each shard: the first samples with their members, image sizes, lengths of sounds, token counts and the rendered
+conversation, in which »…« marks what has a loss; then the samples that cannot be used, and the spread of lengths over
+the whole shard. As in a training, the index is kept beside the shard.
+"""
+
+import argparse
+import re
+import sys
+import tarfile
+from collections.abc import Sequence
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from encoders.registry import build_processors, registered_encoders
+from mimo_gemma4.config import ModelConfig
+from mimo_gemma4.data.chat import ConversationEncoder
+from mimo_gemma4.data.index import ShardIndex
+from mimo_gemma4.data.sample import MEDIA_TYPES, parse_messages
+from mimo_gemma4.data.shards import Shard, expand_shards, read_range
+from mimo_gemma4.data.token_index import TokenIndex
+from mimo_gemma4.data.tokenizer import byte_media_tokens, load_tokenizer, media_tokens
+from mimo_gemma4.errors import MimoError
+from mimo_gemma4.presets import load_model_config
+
+_PERCENTILES = (0, 10, 50, 90, 99, 100)
+_LONGEST_TEXT = 4000
+"""Characters of a conversation that are shown."""
+_MOST_UNUSABLE = 20
+"""Unusable samples that are listed."""
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+_TAR_BLOCK = 512
+
+
+class ShardInspector:
+    """One shard as a model sees it."""
+
+    def __init__(self, shard: Shard, encoder: ConversationEncoder) -> None:
+        """Index the shard, or read its index. Raises `DataError` for media that the model has no encoder for."""
+        self.shard = shard
+        self.encoder = encoder
+        self.index = ShardIndex.open(shard)
+        self.tokens = TokenIndex.open(shard, self.index, encoder)
+
+    def find(self, keys: Sequence[str], count: int) -> list[int]:
+        """Numbers of the samples with these keys, or of the first `count` where no keys are given."""
+        if keys:
+            wanted = {key.encode() for key in keys}
+            return [number for number, key in enumerate(self.index.keys.tolist()) if key in wanted]
+        return list(range(min(count, len(self.index))))
+
+    def show_sample(self, console: Console, number: int) -> None:
+        """Members, token counts and rendering of a sample."""
+        index, tokens = self.index, self.tokens
+        key = index.keys[number].decode()
+        console.print(_title(f"{_visible(key)} · sample {number + 1} of {len(index)}"))
+        table = Table(box=None, show_header=False, pad_edge=False)
+        name = self._member_name(int(index.json_offset[number]))
+        table.add_row(Text(name), Text(_bytes(index.json_size[number])))
+        for medium in index.media_range(number):
+            header = index.header(medium)
+            extent = f"{header.width} × {header.height} pixels"
+            if header.sample_rate:
+                extent = f"{header.samples / header.sample_rate:.2f} s at {header.sample_rate} Hz"
+            name = self._member_name(int(index.media_offset[medium]))
+            rows = f"{tokens.media_rows[medium]} soft tokens"
+            table.add_row(Text(name), Text(_bytes(index.media_size[medium])), Text(extent), Text(rows))
+        console.print(table)
+        faults = dict(zip(tokens.bad_samples.tolist(), tokens.bad_reasons.tolist(), strict=True))
+        if number in faults:
+            console.print(Text(f"unusable: {_visible(faults[number])}", style="red"))
+            return
+        media = index.media_range(number)
+        length, soft = int(tokens.length[number]), int(tokens.media_rows[media.start : media.stop].sum())
+        loss = int(tokens.loss_tokens[number])
+        console.print(Text(f"{length:,} tokens: {length - soft:,} text, {soft:,} media; {loss:,} with loss"))
+        console.print(self._render(number))
+
+    def show_unusable(self, console: Console) -> None:
+        """The samples that a training would leave out, and why."""
+        index, tokens = self.index, self.tokens
+        encoded = [(index.keys[number].decode(), fault, reason) for number, fault, reason in
+                   zip(tokens.bad_samples, tokens.bad_faults, tokens.bad_reasons, strict=True)]  # fmt: skip
+        read = list(zip(index.bad_keys.tolist(), index.bad_faults.tolist(), index.bad_reasons.tolist(), strict=True))
+        unusable = read + encoded
+        if not unusable:
+            return
+        console.print(_title(f"{len(unusable)} unusable"))
+        for key, fault, reason in unusable[:_MOST_UNUSABLE]:
+            console.print(Text(f"{fault}: __key__ {str(key)!r}: {_visible(str(reason))}", style="red"))
+        if len(unusable) > _MOST_UNUSABLE:
+            console.print(Text(f"… and {len(unusable) - _MOST_UNUSABLE} more"))
+
+    def show_statistics(self, console: Console) -> None:
+        """Percentiles of lengths and sizes over all usable samples."""
+        usable = self.tokens.length > 0
+        rows = {"tokens": self.tokens.length[usable], "with loss": self.tokens.loss_tokens[usable]}
+        headers = self.index.media_header
+        for number, media_type in enumerate(MEDIA_TYPES):
+            chosen = (self.index.media_type == number) & (self.tokens.media_rows > 0)
+            rows[f"soft tokens of one {media_type}"] = self.tokens.media_rows[chosen]
+            if headers[chosen, 3].any():
+                rows[f"seconds of one {media_type}"] = headers[chosen, 2] / headers[chosen, 3]
+            else:
+                rows[f"width of one {media_type}"] = headers[chosen, 0]
+                rows[f"height of one {media_type}"] = headers[chosen, 1]
+        table = Table("", "count", "least", *(f"{p}%" for p in _PERCENTILES[1:-1]), "most", "sum", box=None)
+        for column in table.columns[1:]:
+            column.justify = "right"
+        for name, values in rows.items():
+            if len(values):
+                percentiles = np.percentile(values, _PERCENTILES, method="nearest")
+                table.add_row(name, *(f"{value:,.10g}" for value in (len(values), *percentiles, values.sum())))
+        console.print(_title(f"all {len(self.index)} samples"))
+        console.print(table)
+
+    def _render(self, number: int) -> Text:
+        """The conversation as the template writes it, what has a loss marked."""
+        data = read_range(self.shard, int(self.index.json_offset[number]), int(self.index.json_size[number]))
+        text, spans = self.encoder.template.answers(parse_messages(data))
+        shown, position = Text(), 0
+        for start, end in spans:
+            shown.append(_visible(text[position:start])).append("»", style="green")
+            shown.append(_visible(text[start:end]), style="green").append("«", style="green")
+            position = end
+        shown.append(_visible(text[position:].rstrip()))
+        if len(shown) > _LONGEST_TEXT:
+            left = len(shown) - _LONGEST_TEXT
+            shown = shown[:_LONGEST_TEXT].append(f" … {left:,} characters more", style="italic")
+        return shown
+
+    def _member_name(self, offset: int) -> str:
+        """Name of the member whose data begin at `offset`: its header is the block before them."""
+        header = read_range(self.shard, offset - _TAR_BLOCK, _TAR_BLOCK)
+        return _visible(tarfile.TarInfo.frombuf(header, "utf-8", "backslashreplace").name)
+
+
+def build_encoder(model: ModelConfig) -> ConversationEncoder:
+    """Tokenizer, template and the processors of all encoders that a model has. Raises `ConfigError` or `DataError`.
+
+    A preset's ids may be those of another tokenizer than the built-in one; for counting, that one's own serve as well.
+    """
+    hf_config = load_model_config(model)
+    processors = [
+        processor
+        for modality, architecture in sorted(registered_encoders())
+        if (hf_config.get(f"{modality}_config") or {}).get("model_type") == architecture
+        for processor in build_processors(modality, hf_config)
+    ]
+    tokens = media_tokens(hf_config) if model.hf_path else byte_media_tokens()
+    return ConversationEncoder(load_tokenizer(model.hf_path), processors, tokens)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Show the shards named on the command line; the exit code is 2 if one cannot be found or a model not be built."""
+    options = command_parser().parse_args(arguments)
+    # A pipe takes long lines; a width of its own would break them where the next program does not expect it.
+    console = Console(width=None if sys.stdout.isatty() else 160, highlight=False, soft_wrap=not sys.stdout.isatty())
+    model = ModelConfig(preset=options.preset, hf_path=options.hf_path)
+    source = options.hf_path or f"the preset {options.preset} and the built-in tokenizer, in which a byte is a token"
+    try:
+        shards = expand_shards(options.shards)
+        encoder = build_encoder(model)
+        for shard in shards:
+            inspector = ShardInspector(shard, encoder)
+            console.print(Text(shard, style="bold"))
+            source = (
+                model.hf_path or f"the preset {model.preset} and the built-in tokenizer, in which a byte is a token"
+            )
+            console.print(Text(f"tokens are those of {source}; »…« has a loss"))
+            for number in inspector.find(options.key, options.samples):
+                inspector.show_sample(console, number)
+            inspector.show_unusable(console)
+            inspector.show_statistics(console)
+    except MimoError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def command_parser() -> argparse.ArgumentParser:
+    """The options of the command."""
+    parser = argparse.ArgumentParser(
+        prog="python -m mimo_gemma4.data.inspect",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("shards", nargs="+", metavar="SHARD", help="tar files, brace lists or globs; paths or URLs")
+    model = parser.add_mutually_exclusive_group()
+    model.add_argument("--hf-path", metavar="DIR", help="Hugging Face directory with config.json and tokenizer")
+    model.add_argument("--preset", default=ModelConfig.preset, metavar="NAME", help="default: %(default)s")
+    parser.add_argument("--samples", type=int, default=3, metavar="N", help="samples to show (default: %(default)s)")
+    parser.add_argument("--key", action="append", default=[], help="show the sample with this __key__ instead")
+    return parser
+
+
+def _title(text: str) -> Text:
+    return Text(f"── {text}", style="bold")
+
+
+def _visible(text: str) -> str:
+    """Text without characters that would steer a terminal."""
+    return _CONTROL.sub("\N{REPLACEMENT CHARACTER}", text)
+
+
+def _bytes(size: int) -> str:
+    return f"{int(size):,} bytes"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
