@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 
 from mimo_gemma4.config import REPOSITORY, load_config
+from mimo_gemma4.data.convert.__main__ import command_parser as convert_parser
+from mimo_gemma4.data.inspect import command_parser as inspect_parser
 
 DOCUMENTS = [REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").glob("*.md"))]
 
@@ -58,3 +60,16 @@ def test_ci_runs_the_readme_s_test_command():
     test_command = commands(REPOSITORY / "README.md")[1]
     assert test_command.endswith("pytest")
     assert f'run "${{uv[@]}}" {test_command.removeprefix("uv ")}\n' in (REPOSITORY / ".ci" / "run").read_text()
+
+
+DATA_COMMANDS = {"mimo_gemma4.data.convert": convert_parser, "mimo_gemma4.data.inspect": inspect_parser}
+
+
+def test_data_commands_have_valid_options():
+    shown = [shlex.split(command, comments=True) for document in DOCUMENTS for command in commands(document)]
+    checked = set()
+    for words in shown:
+        for module in DATA_COMMANDS.keys() & set(words):
+            DATA_COMMANDS[module]().parse_args(words[words.index(module) + 1 :])
+            checked.add(module)
+    assert checked == DATA_COMMANDS.keys()
