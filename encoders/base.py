@@ -5,7 +5,7 @@ A third party writes one file in this package with a subclass of `Encoder` and a
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from typing import Any, ClassVar, Protocol, Self
 
 import torch
@@ -87,6 +87,10 @@ class Encoder(nn.Module, ABC):
     @abstractmethod
     def bindings(self) -> list[Binding]:
         """Where every parameter and persistent buffer of this rank lies in the Hugging Face tensors."""
+
+    def unused_tensors(self) -> Collection[str]:
+        """Names of tensors that Hugging Face files may hold beside the bound ones, and that the model does not use."""
+        return ()
 
     @abstractmethod
     def projector_parameters(self) -> list[nn.Parameter]:

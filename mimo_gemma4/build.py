@@ -1,6 +1,6 @@
 """From a configuration to the parts of a run: layout, groups, data, model, optimizers."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import cache, partial
@@ -11,7 +11,7 @@ import torch.distributed as dist
 
 from encoders.base import Encoder
 from encoders.registry import build_processors
-from mimo_gemma4 import checkpoint
+from mimo_gemma4 import checkpoint, model_files
 from mimo_gemma4.config import Config, LoraConfig, ShardsConfig
 from mimo_gemma4.cp_cost import AttentionCosts, cheaper_layout
 from mimo_gemma4.data.chat import ConversationEncoder
@@ -25,7 +25,7 @@ from mimo_gemma4.evaluate import Evaluator
 from mimo_gemma4.flops import text_flops
 from mimo_gemma4.freezing import freeze
 from mimo_gemma4.health import together
-from mimo_gemma4.huggingface import HuggingFaceSource
+from mimo_gemma4.huggingface import HuggingFaceSource, check_tensors
 from mimo_gemma4.language.config import Gemma4TextConfig
 from mimo_gemma4.layout import Layout, build_layout
 from mimo_gemma4.lora import AdaptedModule, attach
@@ -37,7 +37,7 @@ from mimo_gemma4.platform import Platform, create_platform, ranks_per_host
 from mimo_gemma4.presets import load_model_config
 from mimo_gemma4.process_groups import ProcessGroups, create_process_groups
 from mimo_gemma4.trainer import Trainer
-from mimo_gemma4.weights import BoundModule, initialise, load
+from mimo_gemma4.weights import initialise, load
 
 
 @dataclass(frozen=True)
@@ -64,19 +64,37 @@ def lay_foundation(config: Config) -> Foundation:
 def build_trainer(foundation: Foundation) -> Trainer:
     """Everything of one rank, resumed where the configuration says so. Collective over all ranks."""
     config, groups = foundation.config, foundation.groups
+    keep_model(foundation)
     encoder = together(groups.host, lambda: build_conversation_encoder(foundation))
     prepare_shards(foundation)
     train_data = open_dataset(foundation, "train", config.data.train, encoder)
     valid_data = open_dataset(foundation, "valid", config.data.valid, encoder) if config.data.valid else None
-    model = build_model(foundation)
+    start = find_start(foundation)
+    model = build_modules(foundation)
+    if start is None:
+        fill(foundation, model)
+    elif start.weights_only:
+        fill_adapters(foundation, model)
     optimizers = {
         name: ModuleOptimizer(module, groups.modules[name], config.optim) for name, module in model.modules.items()
     }
-    finished = resume(foundation, optimizers)
+    finished = 0 if start is None else restore(foundation, start, optimizers)
     evaluator = None
     if valid_data is not None:
         evaluator = Evaluator(config, model, build_loader(foundation, valid_data, train=False))
     return Trainer(config, model, optimizers, build_loader(foundation, train_data, train=True), evaluator, finished)
+
+
+def keep_model(foundation: Foundation) -> None:
+    """Keep configuration and tokenizer in the run's directory, where an export finds them. Collective."""
+    config = foundation.config
+
+    def keep() -> None:
+        if foundation.platform.rank == 0:
+            folder = Path(config.run.dir) / model_files.FOLDER
+            model_files.keep_model_files(folder, config.model, foundation.hf_config, foundation.layout.grids)
+
+    together(foundation.groups.host, keep)
 
 
 def build_conversation_encoder(foundation: Foundation) -> ConversationEncoder:
@@ -167,92 +185,157 @@ def cp_layout_chooser(foundation: Foundation) -> Callable[[Sequence[int]], CpLay
 
 
 def build_model(foundation: Foundation) -> MimoModel:
-    """This rank's modules with their first weights, frozen as configured."""
-    config = foundation.config
-    model = together(
-        foundation.groups.host,
-        lambda: MimoModel(config, foundation.hf_config, foundation.layout, foundation.groups, foundation.platform),
-    )
-
-    def fill() -> None:
-        for name, module in list(model.modules.items()):
-            options = config.module(name)
-            fill_weights(config, name, module)
-            freeze(name, module, options.frozen)
-            if options.lora is not None:
-                model.modules[name] = attach_adapters(name, module, options.lora, config.run.seed)
-
-    together(foundation.groups.host, fill)
-    if config.model.hf_path is not None:
-        tell_unread_tensors(foundation, model)
+    """This rank's modules with their first weights, frozen as configured. Collective over all ranks."""
+    model = build_modules(foundation)
+    fill(foundation, model)
     return model
 
 
-def attach_adapters(name: str, module: BoundModule, lora: LoraConfig, seed: int) -> AdaptedModule:
-    """`module` with the adapters that `lora` asks for, and their first values."""
-    adapted = attach(name, module, lora)
+def build_modules(foundation: Foundation) -> MimoModel:
+    """This rank's modules, frozen as configured; their weights are yet to be filled or restored."""
+    config, host = foundation.config, foundation.groups.host
+    model = together(
+        host,
+        lambda: MimoModel(config, foundation.hf_config, foundation.layout, foundation.groups, foundation.platform),
+    )
+
+    def freeze_and_attach() -> None:
+        for name, module in list(model.modules.items()):
+            options = config.module(name)
+            freeze(name, module, options.frozen)
+            if options.lora is not None:
+                model.modules[name] = attach(name, module, options.lora)
+
+    together(host, freeze_and_attach)
+    return model
+
+
+def fill_adapters(foundation: Foundation, model: MimoModel) -> None:
+    """First values of adapters, from `lora.path` or random. Collective."""
+
+    def load_all() -> None:
+        for name, module in model.modules.items():
+            lora = foundation.config.module(name).lora
+            if isinstance(module, AdaptedModule) and lora is not None:
+                load_adapters(name, module, lora, foundation.config.run.seed)
+
+    together(foundation.groups.host, load_all)
+
+
+def load_adapters(name: str, module: AdaptedModule, lora: LoraConfig, seed: int) -> None:
+    """First values of one module's adapters. Raises `ConfigError` or `CheckpointError`."""
+    bindings = module.adapter_bindings()
     if lora.path is None:
-        initialise(adapted.adapter_bindings(), seed)
-    else:
-        source = AdapterSource(Path(lora.path), f"modules.{name}.lora", lora)
-        source.check_all_read(
-            (binding.name.removesuffix(".weight") for binding in module.bindings()),
-            adapted_linears(binding.name for binding in adapted.adapter_bindings()),
-        )
-        load(adapted.adapter_bindings(), source, f"modules.{name}.lora.path {lora.path}")
-    return adapted
+        initialise(bindings, seed)
+        return
+    source = AdapterSource(Path(lora.path), f"modules.{name}.lora", lora)
+    source.check_all_read(
+        (binding.name.removesuffix(".weight") for binding in module.base.bindings()),
+        adapted_linears(binding.name for binding in bindings),
+    )
+    load(bindings, source, f"modules.{name}.lora.path {lora.path}")
 
 
-def fill_weights(config: Config, name: str, module: BoundModule) -> None:
-    """First weights of a module: from its own Hugging Face directory, from the model's, or drawn."""
-    own, bindings = config.module(name).hf_path, module.bindings()
-    path, key = (own, f"modules.{name}.hf_path") if own else (config.model.hf_path, "model.hf_path")
-    if path is None:
+def fill(foundation: Foundation, model: MimoModel) -> None:
+    """First weights: from Hugging Face directories, of which each rank reads only what it holds, or random. Collective."""
+    bases = {name: m.base if isinstance(m, AdaptedModule) else m for name, m in model.modules.items()}
+    fill_adapters(foundation, model)
+    modules = foundation.config.module
+    own = {name: path for name in foundation.layout.grids if (path := modules(name).hf_path) is not None}
+    fill_from_model(foundation, [module for name, module in bases.items() if name not in own])
+    for name, path in own.items():
+        fill_from_own(foundation, name, path, bases.get(name))
+
+
+def fill_from_model(foundation: Foundation, modules: list[BoundModule]) -> None:
+    """First weights of this rank's `modules` from `model.hf_path`, or random without one. Collective over all ranks."""
+    config, host = foundation.config, foundation.groups.host
+    bindings = [binding for module in modules for binding in module.bindings()]
+    if config.model.hf_path is None:
         initialise(bindings, config.run.seed)
         return
+    origin, path = f"model.hf_path {config.model.hf_path}", config.model.hf_path
+    source = together(host, lambda: HuggingFaceSource(path))
+    unused = {name for module in modules for name in module.unused_tensors()}
+    left = check_tensors(origin, source, bindings, unused, host)
+    together(host, lambda: load(bindings, source, origin))
+    if foundation.platform.rank == 0:
+        for part, count in left.items():
+            print(f"model.hf_path: {count} tensors of {part} are not in this layout and were not read", flush=True)
+
+
+def fill_from_own(foundation: Foundation, name: str, path: str, module: BoundModule | None) -> None:
+    """First weights of a module from its own directory; None: this rank does not hold it. Collective over all ranks."""
+    host, origin = foundation.groups.host, f"modules.{name}.hf_path {path}"
+    bindings = [] if module is None else module.bindings()
     fresh: set[int] = set()
-    if own and isinstance(module, Encoder):  # a projector fits one language model: an encoder's directory has none
+    if isinstance(module, Encoder):  # a projector fits one language model: an encoder's directory has none
         fresh = {id(parameter) for parameter in module.projector_parameters()}
-    initialise([binding for binding in bindings if id(binding.tensor) in fresh], config.run.seed)
-    load([binding for binding in bindings if id(binding.tensor) not in fresh], HuggingFaceSource(path), f"{key} {path}")
+    initialise([binding for binding in bindings if id(binding.tensor) in fresh], foundation.config.run.seed)
+    bindings = [binding for binding in bindings if id(binding.tensor) not in fresh]
+    source = together(host, lambda: HuggingFaceSource(path))
+    check_tensors(origin, source, bindings, None, host)
+    together(host, lambda: load(bindings, source, origin))
 
 
-def tell_unread_tensors(foundation: Foundation, model: MimoModel) -> None:
-    """Print which tensors of `model.hf_path` no module of the layout has read, those of left-out encoders, say."""
-    host = foundation.groups.host
-    mine = {binding.name for module in model.modules.values() for binding in module.bindings()}
-    everyone: list[set[str]] = [set()] * host.size()
-    dist.all_gather_object(everyone, mine, group=host)
+@dataclass(frozen=True)
+class Start:
+    """Where a run takes its weights from, if not from `model`."""
+
+    checkpoint: Path
+    weights_only: bool
+    """Leave the optimizer and the step count at their beginning."""
+
+
+def find_start(foundation: Foundation) -> Start | None:
+    """The checkpoint that `checkpoint.resume`, else `checkpoint.init_from`, asks for. Collective."""
+    host, options = foundation.groups.host, foundation.config.checkpoint
+    found = checkpoint.resolve(options.resume, Path(foundation.config.run.dir) / "checkpoints", host=host)
+    if found is not None:
+        return Start(found, weights_only=False)
+    if options.init_from is None:
+        return None
+    return Start(checkpoint.initial(options.init_from, host=host), weights_only=True)
+
+
+def restore(foundation: Foundation, start: Start, optimizers: dict[str, ModuleOptimizer]) -> int:
+    """Load a checkpoint; the number of steps that are finished. Collective.
+
+    Only weights: adapters on a module that has none in the checkpoint keep their first values.
+    """
+    host, path = foundation.groups.host, start.checkpoint
+    recorded = recorded_adapters(foundation, path)
+    check_adapters(foundation, start, recorded)
+    modules = [
+        optimizer.module
+        for name, optimizer in optimizers.items()
+        if start.weights_only and name not in recorded and isinstance(optimizer.module, AdaptedModule)
+    ]
+    fresh = {binding.name for module in modules for binding in module.adapter_bindings()}
+    state = checkpoint.load(path, optimizers, host=host, weights_only=start.weights_only, keep=fresh)
+    step = int(state["step"])
     if foundation.platform.rank == 0:
-        left = HuggingFaceSource(str(foundation.config.model.hf_path)).unread(set().union(*everyone))
-        for prefix, count in left.items():
-            print(f"model.hf_path: {count} tensors of {prefix} are not in this layout and were not read", flush=True)
+        print(f"resumed from {path} after {step} steps" if step else f"weights of {path}", flush=True)
+    return step
 
 
-def resume(foundation: Foundation, optimizers: dict[str, ModuleOptimizer]) -> int:
-    """Load the checkpoint that `checkpoint.resume` asks for; the number of finished steps, 0 without one."""
-    host = foundation.groups.host
-    folder = Path(foundation.config.run.dir) / "checkpoints"
-    path = checkpoint.resolve(foundation.config.checkpoint.resume, folder, host=host)
-    if path is None:
-        return 0
-    check_adapters(foundation, path)
-    state = checkpoint.load(path, optimizers, host=host)
-    if foundation.platform.rank == 0:
-        print(f"resumed from {path} after {state['step']} steps", flush=True)
-    return int(state["step"])
-
-
-def check_adapters(foundation: Foundation, path: Path) -> None:
-    """Raise `ConfigError` where a checkpoint's adapters would be left out or count with another factor."""
+def recorded_adapters(foundation: Foundation, path: Path) -> dict[str, float]:
+    """The scale of a checkpoint's adapters on modules of the layout."""
     marker = checkpoint.read_marker(path)
     recorded = {} if isinstance(marker, str) else marker["trainer"].get("lora", {})
-    scales = {name: scale for name, scale in recorded.items() if name in foundation.layout.grids}
-    expected = foundation.config.lora_scales
-    for name in sorted(scales.keys() | expected.keys()):
-        if scales.get(name) != expected.get(name):
+    return {name: scale for name, scale in recorded.items() if name in foundation.layout.grids}
+
+
+def check_adapters(foundation: Foundation, start: Start, recorded: Mapping[str, float]) -> None:
+    """Raise `ConfigError` where a checkpoint's adapters would be left out or count with another factor."""
+    expected, key = foundation.config.lora_scales, "checkpoint.resume"
+    names = set(recorded) | set(expected)
+    if start.weights_only:
+        names, key = set(recorded), "checkpoint.init_from"
+    for name in sorted(names):
+        if recorded.get(name) != expected.get(name):
             raise ConfigError(
-                f"checkpoint.resume: the adapters of {name} in {path} have the scale {scales.get(name)}, but "
+                f"{key}: the adapters of {name} in {start.checkpoint} have the scale {recorded.get(name)}, but "
                 f"modules.{name}.lora asks for {expected.get(name)} (None: no adapters); use the rank and alpha they "
                 "were trained with, or export them merged and start from that"
             )

@@ -13,12 +13,10 @@ The folder must be on a file system that all ranks see. It is written as `step_â
 without a valid marker, or whose files have other sizes than it lists, is never loaded.
 """
 
-import hashlib
 import json
-import os
 import re
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,12 +27,23 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from mimo_gemma4.atomic import flush
 from mimo_gemma4.boxes import Box, intersect, rectangles, size, translate
+from mimo_gemma4.checkpoint_files import (
+    MARKER,
+    CheckpointFiles,
+    complete,
+    digest,
+    entry_name,
+    latest,
+    locate,
+    read_marker,
+    serial,
+    verify,
+)
 from mimo_gemma4.errors import CheckpointError
 from mimo_gemma4.optim import ModuleOptimizer, Shard
 from mimo_gemma4.weights import Binding
-
-MARKER = "complete.json"
 
 
 def save(
@@ -73,43 +82,56 @@ def save(
     return final
 
 
-def load(path: Path, modules: Mapping[str, ModuleOptimizer], *, host: dist.ProcessGroup) -> dict[str, Any]:
+def load(
+    path: Path,
+    modules: Mapping[str, ModuleOptimizer],
+    *,
+    host: dist.ProcessGroup,
+    weights_only: bool = False,
+    keep: Set[str] = frozenset(),
+) -> dict[str, Any]:
     """Read weights and optimizer state of this rank's modules and return the trainer state. Collective over all ranks.
 
     Everything is checked before anything is changed. Tensors of modules that the layout leaves out are ignored. Random
     number generators are restored on ranks that have a file of their number.
 
+    With `weights_only`, or from a checkpoint that holds nothing else, moments, update counts and random number
+    generators stay as they are, and the trainer state is that of a run at its beginning. Tensors named in `keep` stay
+    as they are, too.
+
     Raises `CheckpointError`, on every rank alike, that lists all that is damaged, missing or of another shape.
     """
+    origin = "checkpoint.init_from" if weights_only else "checkpoint.resume"
     marker = read_marker(path)
     if isinstance(marker, str):
-        raise CheckpointError(f"checkpoint.resume: {path} cannot be loaded: {marker}")
+        raise CheckpointError(f"{origin}: {path} cannot be loaded: {marker}")
+    weights_only |= marker.get("weights_only", False)
     rank, world = host.rank(), host.size()
-    _everywhere(host, lambda: _verify(path, dict(list(marker["files"].items())[rank::world])))
-    contents = _Contents(path, marker["files"])
-    targets = [target for name, module in modules.items() for target in _targets(name, module)]
-    problems = sorted({problem for target in targets for problem in contents.problems(target)})
+    _everywhere(host, lambda: verify(path, dict(list(marker["files"].items())[rank::world])))
+    contents = CheckpointFiles(path, marker["files"])
+    kinds = ("weight", "main_weight") if weights_only else ("weight", "main_weight", "exp_avg", "exp_avg_sq")
+    targets = [target for name, module in modules.items() for target in _targets(name, module, kinds, keep)]
+    problems = sorted({problem for target in targets for problem in _problems(contents, target)})
     everyone = sorted({problem for found in _everywhere(host, lambda: problems) for problem in found})
     if everyone:
         raise CheckpointError(
-            f"checkpoint.resume: {path} does not fit the model and what it trains ({len(everyone)} tensors): "
+            f"{origin}: {path} does not fit the model and what it trains ({len(everyone)} tensors): "
             + "; ".join(everyone)
         )
     with torch.no_grad():
         for target in targets:
-            contents.read(target)
+            key = _key(contents, target)
+            assert key is not None
+            contents.read(key, target.box, target.values)
     for name, module in modules.items():
-        for count in module.step_counts:
-            count.fill_(marker["update_counts"].get(name, 0))
+        if not weights_only:
+            for count in module.step_counts:
+                count.fill_(marker["update_counts"].get(name, 0))
         module.main_weights_to_model()
+    if weights_only:
+        return {"step": 0}
     _restore_random_state(path / _file_name(rank))
     return marker["trainer"]
-
-
-def latest(folder: Path) -> Path | None:
-    """The complete checkpoint in `folder` that was written last, or None."""
-    complete = _complete(folder)
-    return complete[-1] if complete else None
 
 
 def resolve(resume: str, folder: Path, *, host: dist.ProcessGroup) -> Path | None:
@@ -136,21 +158,21 @@ def resolve(resume: str, folder: Path, *, host: dist.ProcessGroup) -> Path | Non
     return _everywhere(host, lambda: decide() if host.rank() == 0 else None)[0]
 
 
-def read_marker(path: Path) -> dict[str, Any] | str:
-    """The marker of a complete checkpoint, or in words why the folder is none."""
-    try:
-        marker = json.loads((path / MARKER).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return f"it has no {MARKER}, so its writing was never finished" if path.is_dir() else "there is no such folder"
-    except (OSError, ValueError) as error:
-        return f"its {MARKER} is damaged ({error})"
-    for name, entry in marker["files"].items():
-        file = path / name
-        found = file.stat().st_size if file.is_file() else None
-        if found != entry["bytes"]:
-            state = "is missing" if found is None else f"has {found} bytes"
-            return f"{name} {state} where {MARKER} lists {entry['bytes']} bytes"
-    return marker
+def initial(init_from: str, *, host: dist.ProcessGroup) -> Path:
+    """The checkpoint that `checkpoint.init_from` names, itself or as the newest of a run directory; rank 0 decides.
+
+    Raises `CheckpointError` where there is none.
+    """
+
+    def decide() -> Path:
+        try:
+            return locate(Path(init_from))
+        except CheckpointError as error:
+            raise CheckpointError(f"checkpoint.init_from: {error}") from error
+
+    found = _everywhere(host, lambda: decide() if host.rank() == 0 else None)[0]
+    assert found is not None
+    return found
 
 
 @dataclass(frozen=True)
@@ -195,7 +217,7 @@ def _sources(name: str, module: ModuleOptimizer) -> Iterator[_Target]:
             yield _Target((f"{name}.{kind}.{binding.name}",), binding.shape, box, values)
 
 
-def _targets(name: str, module: ModuleOptimizer) -> Iterator[_Target]:
+def _targets(name: str, module: ModuleOptimizer, wanted: Sequence[str], keep: Set[str]) -> Iterator[_Target]:
     """What this rank reads of a module: state of its trainable shards, and all of every other bound tensor.
 
     Trained weights follow from the main weights, which are the `weight` itself where a run in fp32 wrote it.
@@ -203,58 +225,30 @@ def _targets(name: str, module: ModuleOptimizer) -> Iterator[_Target]:
     trainable = {id(parameter) for parameter in module.module.parameters() if parameter.requires_grad}
     rest = {id(b.tensor): b.tensor for b in module.bindings if id(b.tensor) not in trainable}
     whole = [Shard(tensor, 0, tensor.numel()) for tensor in rest.values()]
-    for binding, shard, run, part, box in _boxes(module.trainable_shards + whole, module.bindings):
+    bindings = [binding for binding in module.bindings if binding.name not in keep]
+    for binding, shard, run, part, box in _boxes(module.trainable_shards + whole, bindings):
         for kind, flat in (shard.state or {"weight": shard.values}).items():
-            kinds = ("main_weight", "weight") if kind == "main_weight" else (kind,)
-            keys = tuple(f"{name}.{kind}.{binding.name}" for kind in kinds)
-            yield _Target(keys, binding.shape, box, _elements(flat, shard, run, part))
+            if kind in wanted:
+                kinds = ("main_weight", "weight") if kind == "main_weight" else (kind,)
+                keys = [f"{name}.{kind}.{binding.name}" for kind in kinds]
+                if "weight" in kinds:
+                    keys.append(f"weight.{binding.name}")  # converted: it belongs to no module yet
+                yield _Target(tuple(keys), binding.shape, box, _elements(flat, shard, run, part))
 
 
-class _Contents:
-    """The boxes that a checkpoint's files hold, by key."""
+def _key(contents: CheckpointFiles, target: _Target) -> str | None:
+    return next((key for key in target.keys if key in contents.shapes), None)
 
-    def __init__(self, path: Path, files: Iterable[str]):
-        self.shapes: dict[str, tuple[int, ...]] = {}
-        self.boxes: dict[str, list[tuple[Box, Any, str]]] = {}
-        for file in files:
-            handle = safe_open(path / file, framework="pt")
-            self.shapes |= {key: tuple(shape) for key, shape in json.loads(handle.metadata()["shapes"]).items()}
-            for entry in handle.keys():
-                key, _, offsets = entry.rpartition("@")
-                if key not in self.shapes:
-                    continue
-                starts = [int(offset) for offset in offsets.split(",") if offset]
-                sizes = handle.get_slice(entry).get_shape()
-                box = tuple(slice(s, s + length) for s, length in zip(starts, sizes, strict=True))
-                self.boxes.setdefault(key, []).append((box, handle, entry))
 
-    def problems(self, target: _Target) -> list[str]:
-        """Why a target cannot be read; empty where it can."""
-        key = self._key(target)
-        if key is None:
-            return [f"{target.keys[-1]} {list(target.shape)} is missing"]
-        if self.shapes[key] != target.shape:
-            return [f"{key} is {list(self.shapes[key])} in the checkpoint and {list(target.shape)} in the model"]
-        found = sum(size(common) for common, _, _, _ in self._meeting(key, target.box))
-        return [] if found == size(target.box) else [f"{key} lacks {size(target.box) - found} elements"]
-
-    def read(self, target: _Target) -> None:
-        """Copy the target's elements into place."""
-        key = self._key(target)
-        assert key is not None
-        for common, box, handle, entry in self._meeting(key, target.box):
-            stored = handle.get_slice(entry)
-            value = stored[translate(common, box)] if common else handle.get_tensor(entry)
-            target.values[translate(common, target.box)].copy_(value)
-
-    def _key(self, target: _Target) -> str | None:
-        return next((key for key in target.keys if key in self.shapes), None)
-
-    def _meeting(self, key: str, wanted: Box) -> Iterator[tuple[Box, Box, Any, str]]:
-        for box, handle, entry in self.boxes[key]:
-            common = intersect(box, wanted)
-            if common is not None:
-                yield common, box, handle, entry
+def _problems(contents: CheckpointFiles, target: _Target) -> list[str]:
+    """Why a target cannot be read; empty where it can."""
+    key = _key(contents, target)
+    if key is None:
+        return [f"{target.keys[0]} {list(target.shape)} is missing"]
+    if contents.shapes[key] != target.shape:
+        return [f"{key} is {list(contents.shapes[key])} in the checkpoint and {list(target.shape)} in the model"]
+    lacking = contents.lacking(key, target.box)
+    return [f"{key} lacks {lacking} elements"] if lacking else []
 
 
 def _write_rank(folder: Path, rank: int, modules: Mapping[str, ModuleOptimizer]) -> dict[str, Any]:
@@ -266,13 +260,13 @@ def _write_rank(folder: Path, rank: int, modules: Mapping[str, ModuleOptimizer])
         for source in _sources(name, module):
             key = source.keys[0]
             shapes[key] = list(source.shape)
-            offsets = ",".join(str(cut.start) for cut in source.box)
-            tensors[f"{key}@{offsets}"] = source.values.detach().to("cpu", copy=True).contiguous()
+            entry = entry_name(key, (cut.start for cut in source.box))
+            tensors[entry] = source.values.detach().to("cpu", copy=True).contiguous()
     path = folder / _file_name(rank)
     save_file(tensors, path, metadata={"shapes": json.dumps(shapes, sort_keys=True)})
-    _flush(path)
+    flush(path)
     counts = {name: int(module.step_counts[0]) for name, module in modules.items() if module.step_counts}
-    return {"file": path.name, "bytes": path.stat().st_size, "sha256": _digest(path), "update_counts": counts}
+    return {"file": path.name, "bytes": path.stat().st_size, "sha256": digest(path), "update_counts": counts}
 
 
 def _publish(partial: Path, final: Path, marker: dict[str, Any], keep: int | None) -> None:
@@ -284,43 +278,24 @@ def _publish(partial: Path, final: Path, marker: dict[str, Any], keep: int | Non
             "system that all ranks share"
         )
     folder = final.parent
-    marker["serial"] = 1 + max((_serial(path) for path in _complete(folder)), default=0)
+    marker["serial"] = 1 + max((serial(path) for path in complete(folder)), default=0)
     (partial / MARKER).write_text(json.dumps(marker, indent=1, sort_keys=True), encoding="utf-8")
-    _flush(partial / MARKER)
-    _flush(partial)
+    flush(partial / MARKER)
+    flush(partial)
     retired = final.with_name(final.name + ".old")
     _remove(path for path in folder.iterdir() if re.fullmatch(r"step_\d+\.(old|tmp)", path.name) and path != partial)
     if final.exists():  # written before the run went back to an earlier checkpoint
         final.rename(retired)
     partial.rename(final)
-    _flush(folder)
+    flush(folder)
     _remove([retired] if retired.exists() else [])
-    _remove(_complete(folder)[:-keep] if keep else [])
+    _remove(complete(folder)[:-keep] if keep else [])
 
 
 def _remove(folders: Iterable[Path]) -> None:
     for path in list(folders):
         (path / MARKER).unlink(missing_ok=True)  # first, so that a removal cut short leaves nothing that looks complete
         shutil.rmtree(path)
-
-
-def _complete(folder: Path) -> list[Path]:
-    """Complete checkpoints in the order in which they were written."""
-    found = [path for path in folder.glob("step_*") if re.fullmatch(r"step_\d+", path.name)]
-    return sorted((path for path in found if not isinstance(read_marker(path), str)), key=_serial)
-
-
-def _serial(path: Path) -> int:
-    return json.loads((path / MARKER).read_text(encoding="utf-8"))["serial"]
-
-
-def _verify(path: Path, files: Mapping[str, Mapping[str, Any]]) -> None:
-    for name, entry in files.items():
-        if _digest(path / name) != entry["sha256"]:
-            raise CheckpointError(
-                f"checkpoint.resume: {path / name} was changed after it was written (its sha256 is not the one in "
-                f"{MARKER}); delete {path} to resume from an earlier checkpoint"
-            )
 
 
 def _restore_random_state(path: Path) -> None:
@@ -352,20 +327,6 @@ def _fresh_folder(path: Path) -> None:
     if path.exists():
         shutil.rmtree(path)
     path.mkdir(parents=True)
-
-
-def _flush(path: Path) -> None:
-    """Wait until a file's or folder's contents are on disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _bytes(path: Path) -> int | None:

@@ -41,7 +41,8 @@ class ModelConfig:
     preset: str = "gemma4_e4b"
     """One of `configs/model/*.yaml`: an architecture with random weights and a byte tokenizer. `hf_path` wins."""
     hf_path: str | None = None
-    """Hugging Face Gemma 4 directory (`config.json`, `*.safetensors`, tokenizer) whose weights training starts from."""
+    """Hugging Face Gemma 4 directory (`config.json`, `*.safetensors`, tokenizer) whose weights training starts from.
+    The weights may be absent where `checkpoint.resume` or `checkpoint.init_from` gives them."""
     precision: Literal["fp32", "bf16", "fp8"] = "bf16"
     """`fp32` computes everything in fp32; `bf16` keeps fp32 main weights. `fp8` is not available yet."""
     backend: Literal["local", "te"] = "local"
@@ -223,6 +224,9 @@ class CheckpointConfig:
     resume: str = "auto"
     """`auto`: from the newest complete checkpoint of `run.dir`, if there is one. `never`: from the beginning. Else the
     path of a checkpoint."""
+    init_from: str | None = None
+    """Checkpoint, or run directory, whose weights a run starts from where it has nothing to resume: at step 0, with a
+    new optimizer."""
 
 
 @dataclass

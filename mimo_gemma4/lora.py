@@ -6,7 +6,7 @@ parallel ranks. A and B are cut like the weight they belong to, so whatever trav
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from fnmatch import fnmatchcase
 from functools import partial
 from typing import NamedTuple
@@ -104,6 +104,10 @@ class AdaptedModule(nn.Module):
     def bindings(self) -> list[Binding]:
         """The base's, then the adapters'."""
         return [*self.base.bindings(), *self.adapter_bindings()]
+
+    def unused_tensors(self) -> Collection[str]:
+        """The base's."""
+        return self.base.unused_tensors()
 
     def adapter_bindings(self) -> list[Binding]:
         """What this rank holds of every A and B."""

@@ -5,7 +5,7 @@ parity tests all walk that one list, so no other code knows how a weight is fuse
 """
 
 import hashlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -116,6 +116,10 @@ class BoundModule(Protocol):
 
     def bindings(self) -> list[Binding]:
         """What this rank holds of each Hugging Face tensor."""
+        ...
+
+    def unused_tensors(self) -> Collection[str]:
+        """Names of tensors that Hugging Face files may hold beside the bound ones, and that the model does not use."""
         ...
 
     def parameters(self) -> Iterator[nn.Parameter]:

@@ -175,6 +175,15 @@ class Gemma4TextConfig:
             intermediate_size=self.intermediate_size * (2 if shared and self.use_double_wide_mlp else 1),
         )
 
+    def unused_tensors(self, prefix: str) -> list[str]:
+        """Names under `prefix` that files may hold for layers without keys and values of their own."""
+        return [
+            f"{prefix}layers.{layer.index}.self_attn.{name}.weight"
+            for layer in self.layers
+            if not layer.owns_key_values
+            for name in ("k_proj", "v_proj", "k_norm", "v_norm")
+        ]
+
     @property
     def groups_extend_window(self) -> bool:
         """Whether media groups widen every mask (`gemma4_unified`), not only sliding layers' inside the window."""

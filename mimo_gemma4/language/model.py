@@ -199,6 +199,10 @@ class Gemma4LanguageModel(MegatronModule):
             key_rotary = rotary_tables(keys.positions, frequencies, dtype)
         return AttentionInputs(rotary, key_rotary, keys.exchange, self.plan_attention(keys, self.head_dims[name]))
 
+    def unused_tensors(self) -> list[str]:
+        """Keys and values of layers that share those of another layer: files may hold them, nothing reads them."""
+        return self.text.unused_tensors(self.prefix)
+
     def _without_placeholders(self, input_ids: torch.Tensor) -> torch.Tensor:
         for placeholder in self.text.placeholder_ids:
             input_ids = input_ids.masked_fill(input_ids == placeholder, self.text.pad_token_id)

@@ -1,6 +1,5 @@
 """A resumed run equals an uninterrupted one bit for bit; another layout reads the same weights and moments exactly."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,7 @@ from mimo_gemma4.agreement import StepAgreement
 from mimo_gemma4.config import OptimConfig
 from mimo_gemma4.errors import CheckpointError
 from mimo_gemma4.optim import ModuleOptimizer
+from tests.checkpoint_reader import whole_tensors
 from tests.dist.harness import run_ranks
 from tests.dist.toy_modules import SHAPES, TRAINABLE, Grids, ToyModule, loss, samples, toy_world
 
@@ -58,28 +58,6 @@ class Run:
             for name, optimizer in self.optimizers.items()
             for b in optimizer.bindings
         ]
-
-
-def whole_tensors(path: Path) -> dict[str, torch.Tensor]:
-    """All tensors of a checkpoint put together by this test's own reading; every element must be written once."""
-    from safetensors import safe_open
-
-    whole: dict[str, torch.Tensor] = {}
-    written: dict[str, torch.Tensor] = {}
-    for file in sorted(path.glob("*.safetensors")):
-        with safe_open(file, framework="pt") as handle:
-            shapes = json.loads(handle.metadata()["shapes"])
-            for entry in handle.keys():
-                key, at, offsets = entry.rpartition("@")
-                if not at:
-                    continue
-                value = handle.get_tensor(entry)
-                starts = [int(offset) for offset in offsets.split(",") if offset]
-                place = tuple(slice(start, start + n) for start, n in zip(starts, value.shape, strict=True))
-                whole.setdefault(key, torch.empty(shapes[key], dtype=value.dtype))[place] = value
-                written.setdefault(key, torch.zeros(shapes[key], dtype=torch.int32))[place] += 1
-    assert all((count == 1).all() for count in written.values())
-    return whole
 
 
 def same_bits(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:

@@ -115,7 +115,7 @@ def killed_while_writing(rank: int, folder: Path, phase: str) -> None:
     raise AssertionError("the save went on")
 
 
-@pytest.mark.parametrize("phase", ["_write_rank", "_digest", "_flush"])
+@pytest.mark.parametrize("phase", ["_write_rank", "digest", "flush"])
 def test_writing_that_dies_leaves_the_previous_one_and_can_be_repeated(two_checkpoints, tmp_path, phase):
     folder = shutil.copytree(two_checkpoints, tmp_path / "checkpoints")
     run_ranks(1, killed_while_writing, folder, phase)

@@ -10,11 +10,13 @@ from safetensors.torch import load_file
 from transformers import Gemma4ForConditionalGeneration
 
 from mimo_gemma4.checkpoint import read_marker
+from mimo_gemma4.convert import main
 from mimo_gemma4.errors import ConfigError
 from mimo_gemma4.lora_files import TrainedAdapters, adapted_linears
+from tests.checkpoint_reader import whole_tensors
 from tests.dist.harness import run_ranks
-from tests.dist.test_checkpoint_resume import whole_tensors
 from tests.e2e.training_runs import Outcome, step_records, train_on_rank, write_config
+from tests.huggingface_models import stored_tensors
 from tests.vlm_reference import huggingface_step, write_model, write_shards
 
 LAYOUT = {"vision": {"ranks": 1}, "language": {"ranks": 2, "tp": 2, "sequence_parallel": True}}
@@ -128,6 +130,12 @@ def test_exports_are_the_trained_model(folder: Path) -> None:
     assert adapter == pytest.approx(expected, rel=1e-5)
     assert merged == pytest.approx(expected, rel=1e-5)
     assert abs(untrained - expected) > 1e-2 * expected
+    checkpoint, exported = folder / "straight/checkpoints/step_00000002", folder / "exported"
+    assert main(["to-hf", str(checkpoint), str(exported), "--dtype", "fp32"]) == 0
+    by_command, by_model = stored_tensors(exported), stored_tensors(folder / "merged")
+    assert by_command.keys() == by_model.keys()
+    for name, tensor in by_command.items():  # one product of fp32 matrices, in another order of sums
+        torch.testing.assert_close(tensor, by_model[name], rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize(
