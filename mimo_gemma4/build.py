@@ -37,7 +37,7 @@ from mimo_gemma4.platform import Platform, create_platform, ranks_per_host
 from mimo_gemma4.presets import load_model_config
 from mimo_gemma4.process_groups import ProcessGroups, create_process_groups
 from mimo_gemma4.trainer import Trainer
-from mimo_gemma4.weights import initialise, load
+from mimo_gemma4.weights import BoundModule, initialise, load
 
 
 @dataclass(frozen=True)
@@ -237,14 +237,14 @@ def load_adapters(name: str, module: AdaptedModule, lora: LoraConfig, seed: int)
 
 
 def fill(foundation: Foundation, model: MimoModel) -> None:
-    """First weights: from Hugging Face directories, of which each rank reads only what it holds, or random. Collective."""
+    """First weights: from Hugging Face directories, of which a rank reads only what it holds, or random. Collective."""
     bases = {name: m.base if isinstance(m, AdaptedModule) else m for name, m in model.modules.items()}
     fill_adapters(foundation, model)
     modules = foundation.config.module
     own = {name: path for name in foundation.layout.grids if (path := modules(name).hf_path) is not None}
     fill_from_model(foundation, [module for name, module in bases.items() if name not in own])
     for name, path in own.items():
-        fill_from_own(foundation, name, path, bases.get(name))
+        fill_from_own(name, bases.get(name), path, foundation.config.run.seed, foundation.groups.host)
 
 
 def fill_from_model(foundation: Foundation, modules: list[BoundModule]) -> None:
@@ -264,14 +264,14 @@ def fill_from_model(foundation: Foundation, modules: list[BoundModule]) -> None:
             print(f"model.hf_path: {count} tensors of {part} are not in this layout and were not read", flush=True)
 
 
-def fill_from_own(foundation: Foundation, name: str, path: str, module: BoundModule | None) -> None:
+def fill_from_own(name: str, module: BoundModule | None, path: str, seed: int, host: dist.ProcessGroup) -> None:
     """First weights of a module from its own directory; None: this rank does not hold it. Collective over all ranks."""
-    host, origin = foundation.groups.host, f"modules.{name}.hf_path {path}"
+    origin = f"modules.{name}.hf_path {path}"
     bindings = [] if module is None else module.bindings()
     fresh: set[int] = set()
     if isinstance(module, Encoder):  # a projector fits one language model: an encoder's directory has none
         fresh = {id(parameter) for parameter in module.projector_parameters()}
-    initialise([binding for binding in bindings if id(binding.tensor) in fresh], foundation.config.run.seed)
+    initialise([binding for binding in bindings if id(binding.tensor) in fresh], seed)
     bindings = [binding for binding in bindings if id(binding.tensor) not in fresh]
     source = together(host, lambda: HuggingFaceSource(path))
     check_tensors(origin, source, bindings, None, host)

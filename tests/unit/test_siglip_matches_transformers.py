@@ -16,7 +16,7 @@ from transformers import SiglipConfig, SiglipImageProcessorPil, SiglipModel
 
 from encoders.registry import build_encoder, build_processor
 from encoders.siglip import SiglipEncoder
-from mimo_gemma4.build import fill_weights
+from mimo_gemma4.build import fill_from_own
 from mimo_gemma4.config import Config, ModelConfig, load_config
 from mimo_gemma4.errors import CheckpointError, ConfigError
 from mimo_gemma4.media import MediaHeader
@@ -64,7 +64,7 @@ def build(folder: Path, activation_checkpointing: str = "none") -> SiglipEncoder
         device=torch.device("cpu"),
         activation_checkpointing=activation_checkpointing,
     )
-    fill_weights(config, "vision", encoder)
+    fill_from_own("vision", encoder, str(folder), config.run.seed, dist.group.WORLD)
     return encoder
 
 
