@@ -135,6 +135,40 @@ def to_hf(checkpoint: Path, output: Path, *, source: Path | None, dtype: str | N
     return total
 
 
+def to_adapter(checkpoint: Path, output: Path, *, source: Path | None) -> int:
+    """Write a checkpoint's adapters, in fp32, as a folder that `peft.PeftModel.from_pretrained` loads.
+
+    Args:
+        checkpoint: one of ours, or a run directory, whose newest is taken.
+        output: the folder; must not exist.
+        source: the directory that the model came from; None: where it was when training began.
+
+    Returns:
+        Bytes of tensors.
+
+    Raises `CheckpointError` where the checkpoint is damaged, has no adapters, or has trained other weights too.
+    """
+    path = locate(checkpoint)
+    marker = read_marker(path)
+    assert not isinstance(marker, str)
+    verify(path, marker["files"])
+    contents = CheckpointFiles(path, marker["files"])
+    adapters = _adapters(contents, marker)
+    if not adapters.scales:
+        raise CheckpointError(f"{path} has no adapters; leave --lora out to export its weights")
+    others = sorted(name for name in contents.keys("exp_avg") if not name.endswith((A, B)))
+    if others:
+        raise CheckpointError(
+            f"{path} has trained {len(others)} tensors beside its adapters, such as {others[0]}, which an adapter "
+            "cannot hold; use --lora merge"
+        )
+    origin = Origin.load(_model_files(path, source))
+    base = source if source is not None else None if origin is None else origin.path
+    with new_folder(output) as folder:
+        adapters.save(folder, None if base is None else str(base))
+    return sum(tensor.nbytes for tensor in adapters.tensors.values())
+
+
 def _renamed(weights: HuggingFaceSource, names: Mapping[str, str]) -> Callable[[str, int, int], Tensor]:
     return lambda entry, start, stop: weights.rows(names[entry], start, stop)
 

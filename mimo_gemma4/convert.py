@@ -67,6 +67,12 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         help="element type: as in the model that training started from, or as trained if there was none (default), "
         "bf16, or fp32, which takes the main weights",
     )
+    outgoing.add_argument(
+        "--lora",
+        choices=("merge", "adapter"),
+        default="merge",
+        help="low-rank adapters: added to the weights that they adapt (default), or alone, in the format of PEFT",
+    )
     for command in (incoming, outgoing):
         command.add_argument(
             "--max-shard-size", type=parse_size, default=UNITS["GB"] * 5, metavar="SIZE", help="of a file; default 5GB"
@@ -77,11 +83,13 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 def main(arguments: list[str] | None = None) -> int:
     """Convert as the command line says; the exit code is 1 where that cannot be done."""
     options = parse(arguments)
-    from mimo_gemma4.conversion import from_hf, to_hf
+    from mimo_gemma4.conversion import from_hf, to_adapter, to_hf
 
     try:
         if options.command == "from-hf":
             total = from_hf(options.source, options.output, file_bytes=options.max_shard_size, bar=progress_bar)
+        elif options.lora == "adapter":
+            total = to_adapter(options.checkpoint, options.output, source=options.source)
         else:
             total = to_hf(
                 options.checkpoint,
@@ -97,6 +105,8 @@ def main(arguments: list[str] | None = None) -> int:
     print(f"{options.output}: {total / UNITS['GB']:.2f} GB of weights")
     if options.command == "from-hf":
         print(f"train with  model.hf_path={options.output}/huggingface checkpoint.init_from={options.output}")
+    elif options.lora == "adapter":
+        print(f"load with  peft.PeftModel.from_pretrained(model, {str(options.output)!r})")
     else:
         print(f"train with  model.hf_path={options.output}")
     return 0

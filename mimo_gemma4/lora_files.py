@@ -50,13 +50,13 @@ class TrainedAdapters:
         return torch.addmm(rows.float(), b[start : start + len(rows)], a, alpha=self.scales[linear]).to(rows.dtype)
 
     def save(self, folder: Path, base_model: str | None) -> None:
-        """Write a new folder that `peft.PeftModel.from_pretrained` loads onto the model `base_model` (path or name)."""
-        folder.mkdir(parents=True)
+        """Write a folder that `peft.PeftModel.from_pretrained` loads onto the model `base_model` (path or name)."""
+        folder.mkdir(parents=True, exist_ok=True)
         tensors = {
             PREFIX + linear + end: self.tensors[linear + end].contiguous() for linear in self.scales for end in (A, B)
         }
         save_file(tensors, folder / TENSORS, metadata={"format": "pt"})
-        ranks = {linear: len(tensors[PREFIX + linear + A]) for linear in self.scales}
+        ranks = {linear: len(tensors[PREFIX + linear + A]) for linear in sorted(self.scales)}
         text = json.dumps(_peft_config(ranks, self.scales, base_model), indent=2, sort_keys=True)
         (folder / CONFIG).write_text(text, encoding="utf-8")
 

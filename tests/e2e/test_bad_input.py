@@ -130,7 +130,10 @@ def test_a_truncated_image_ends_the_run_if_asked(tmp_path: Path, vision_first: b
     assert_error(outcomes, DataError, f"{shard}: __key__ 's{BAD}': media 0 (image): ", "data.on_bad_sample=skip")
 
 
-MISMATCH = "its messages name 2 image, 0 audio, but its members ['0.jpg', 'json'] hold 1 image, 0 audio"
+MISMATCH = (
+    "its messages name 2 image, 0 audio, 0 video frames, "
+    "but its members ['0.jpg', 'json'] hold 1 image, 0 audio, 0 video frames"
+)
 
 
 def test_a_placeholder_without_its_image_is_left_out_and_told(tmp_path: Path) -> None:

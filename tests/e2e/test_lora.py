@@ -1,5 +1,6 @@
 """Fine-tuning with adapters from a Hugging Face directory: resumed bit for bit, exported for PEFT and merged."""
 
+import json
 import re
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from transformers import Gemma4ForConditionalGeneration
 from mimo_gemma4.checkpoint import read_marker
 from mimo_gemma4.convert import main
 from mimo_gemma4.errors import ConfigError
-from mimo_gemma4.lora_files import TrainedAdapters, adapted_linears
+from mimo_gemma4.lora_files import CONFIG, TENSORS, TrainedAdapters, adapted_linears
 from tests.checkpoint_reader import whole_tensors
 from tests.dist.harness import run_ranks
 from tests.e2e.training_runs import Outcome, step_records, train_on_rank, write_config
@@ -136,6 +137,11 @@ def test_exports_are_the_trained_model(folder: Path) -> None:
     assert by_command.keys() == by_model.keys()
     for name, tensor in by_command.items():  # one product of fp32 matrices, in another order of sums
         torch.testing.assert_close(tensor, by_model[name], rtol=1e-5, atol=1e-6)
+    assert main(["to-hf", str(checkpoint), str(folder / "peft"), "--lora", "adapter"]) == 0
+    by_command, by_library = (load_file(folder / name / TENSORS) for name in ("peft", "adapter"))
+    assert by_command.keys() == by_library.keys()
+    assert all(torch.equal(tensor, by_library[name]) for name, tensor in by_command.items())
+    assert json.loads((folder / "peft" / CONFIG).read_text()) == json.loads((folder / "adapter" / CONFIG).read_text())
 
 
 @pytest.mark.parametrize(
