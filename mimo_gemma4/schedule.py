@@ -1,13 +1,51 @@
-"""One global step as a list of actions per rank: pure Python, so that tests can check it without ranks.
+"""One global step as a list of actions per rank: pure Python from layout and manifest, so tests can check it alone.
 
-Encoders run up to `run_ahead` rounds ahead of the language module; a round is one microbatch of every language lane.
-All ranks walk the rounds in the same order, so transfers of one edge and direction pair up first in, first out.
+Every list follows one global order, which is why no layout can deadlock. Time is counted in slots: with P language
+stages, stage s runs the forward pass of round k in slot 2k + s and its backward pass in slot 2k + 2P - 1 - s. Each pass
+comes after those that it needs, and sorting a stage's passes by slot is 1F1B: at most P - s microbatches wait for their
+backward pass. Encoders have their turn at the end of a slot, in time for the first stage.
+
+A round is one microbatch of every language lane. A lane that is empty in a round moves nothing between its stages; its
+passes stay in the list, because lanes that share experts enter the same exchanges.
 """
 
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
-ActionKind = Literal["encode", "transfer", "language", "return", "encoder_backward"]
+from mimo_gemma4.data.manifest import StepManifest
+from mimo_gemma4.layout import LANGUAGE, Layout
+
+ActionKind = Literal[
+    "receive_hidden",
+    "receive_gradient",
+    "forward",
+    "backward",
+    "send_hidden",
+    "send_gradient",
+    "observe",
+    "expect_hidden",
+    "expect_gradient",
+    "return",
+    "encoder_backward",
+    "encode",
+    "transfer",
+]
+"""What a rank does.
+
+- `encode`, `encoder_backward`: an encoder's passes. `transfer` moves its rows to the first language stage, `return`
+  their gradients back; each rank of the edge, sender or receiver, has both.
+- `forward`, `backward`: a language stage's passes. `send_hidden` gives the next stage what it needs, `send_gradient`
+  the previous one; `expect_…` makes room for it on the other side and `receive_…` waits for it.
+- `observe`: whoever watches an evaluation looks at the microbatch; stages may exchange more there.
+"""
+
+_ORDER: dict[ActionKind, int] = {kind: number for number, kind in enumerate(get_args(ActionKind))}
+"""Order of the kinds inside a slot: that in which they are written above."""
+_TRANSPORT: dict[str, tuple[ActionKind, ActionKind, ActionKind]] = {
+    "hidden": ("expect_hidden", "receive_hidden", "send_hidden"),
+    "gradient": ("expect_gradient", "receive_gradient", "send_gradient"),
+}
 
 
 @dataclass(frozen=True)
@@ -19,42 +57,105 @@ class Action:
     module: str
 
 
+Slotted = Iterator[tuple[int, Action]]
+
+
 def plan_step(
-    rounds: int,
-    encoders: tuple[str, ...],
-    held: frozenset[str],
-    trainable_edges: frozenset[str],
-    run_ahead: int,
+    layout: Layout,
+    manifest: StepManifest,
+    rank: int,
+    *,
+    trainable: frozenset[str],
+    run_ahead: Mapping[str, int],
     train: bool = True,
+    observed: bool = False,
 ) -> list[Action]:
-    """The actions of one rank in one global step.
+    """The actions of one rank in one global step, in execution order.
 
     Args:
-        rounds: number of microbatches of every language lane.
-        encoders: encoders of the layout, in its order.
-        held: modules that this rank holds.
-        trainable_edges: encoders whose rows need a gradient.
-        run_ahead: rounds that an encoder may be ahead of the gradients it waits for, at least 1.
+        layout: all grids.
+        manifest: the step's plan.
+        rank: global rank.
+        trainable: encoders whose rows need a gradient; of others nothing comes back.
+        run_ahead: per encoder that trains, how many microbatches it may have encoded beyond the number of other
+            language stages without having their gradients back, at least 1. It counts where the encoder has ranks of its
+            own; on shared ranks it encodes just in time. An encoder without backward pass runs ahead without bound.
         train: whether there is a backward pass at all.
-
-    Returns:
-        Actions in execution order. `transfer` moves a round's rows to the language ranks, `return` its gradients back;
-        each rank of the edge, sender or receiver, has both. `language` is forward and backward of a microbatch.
+        observed: whether `observe` follows every forward pass.
     """
-    actions: list[Action] = []
-    edges = [name for name in encoders if name in held or "language" in held]
-    ahead = max(1, run_ahead) if "language" not in held else 1
-    for step in range(rounds + ahead - 1):
-        if step < rounds:
-            actions += [Action("encode", step, name) for name in edges if name in held]
-            actions += [Action("transfer", step, name) for name in edges]
-        done = step - (ahead - 1)
-        if done < 0:
+    returning = trainable if train else frozenset()
+    slotted = [*_edges(layout, manifest, rank, returning, run_ahead)]
+    if rank in layout.language:
+        slotted += _stage(layout, manifest, rank, train, observed)
+    modules = {name: number for number, name in enumerate(layout.encoders)} | {LANGUAGE: len(layout.encoders)}
+    slotted.sort(key=lambda entry: (entry[0], _ORDER[entry[1].kind], modules[entry[1].module]))
+    return [action for _, action in slotted]
+
+
+def forward_slot(round_: int, stage: int) -> int:
+    """Slot of a stage's forward pass."""
+    return 2 * round_ + stage
+
+
+def backward_slot(round_: int, stage: int, stages: int) -> int:
+    """Slot of a stage's backward pass, in a pipeline of `stages`."""
+    return 2 * (round_ + stages) - 1 - stage
+
+
+def _stage(layout: Layout, manifest: StepManifest, rank: int, train: bool, observed: bool) -> Slotted:
+    """Slots and actions of a language stage."""
+    stages, at = layout.language.pp, layout.language.coordinate(rank)
+    filled = [number for number in range(manifest.rounds) if manifest.microbatch(at.dp, number).rows]
+
+    def moves(what: Literal["hidden", "gradient"], slot_of: list[int], receives: bool, sends: bool) -> Slotted:
+        """What arrives for and leaves after the passes in `slot_of`; there is room for it one round ahead."""
+        expect, receive, send = _TRANSPORT[what]
+        for number in filled:
+            if receives:
+                yield slot_of[number] - 2, Action(expect, number, LANGUAGE)
+                yield slot_of[number], Action(receive, number, LANGUAGE)
+            if sends:
+                yield slot_of[number], Action(send, number, LANGUAGE)
+
+    rounds, first, last = range(manifest.rounds), at.pp == 0, at.pp == stages - 1
+    forward = [forward_slot(number, at.pp) for number in rounds]
+    yield from ((forward[number], Action("forward", number, LANGUAGE)) for number in rounds)
+    yield from moves("hidden", forward, receives=not first, sends=not last)
+    if observed:
+        yield from ((forward[number], Action("observe", number, LANGUAGE)) for number in rounds)
+    if train:
+        backward = [backward_slot(number, at.pp, stages) for number in rounds]
+        yield from ((backward[number], Action("backward", number, LANGUAGE)) for number in rounds)
+        yield from moves("gradient", backward, receives=not last, sends=not first)
+
+
+def _edges(
+    layout: Layout, manifest: StepManifest, rank: int, returning: frozenset[str], run_ahead: Mapping[str, int]
+) -> Slotted:
+    """Slots and actions of this rank's encoders, and of the edges that end in its language lane."""
+    stages = layout.language.pp
+    lane = None
+    if rank in layout.language and (at := layout.language.coordinate(rank)).pp == 0:
+        lane = at.dp
+    for name in layout.encoders:
+        grid = layout.grids[name]
+        encoder_lane = grid.coordinate(rank).dp if rank in grid else None
+        if lane is None and encoder_lane is None:
             continue
-        if "language" in held:
-            actions.append(Action("language", done, "language"))
-        if train:
-            returning = [name for name in edges if name in trainable_edges]
-            actions += [Action("return", done, name) for name in returning]
-            actions += [Action("encoder_backward", done, name) for name in returning if name in held]
-    return actions
+        ahead = run_ahead[name] if name in returning else max(1, manifest.rounds)
+        if rank in layout.language:
+            ahead = 1
+        for number in range(manifest.rounds):
+            encodes = encoder_lane is not None and bool(manifest.encoded(name, number, encoder_lane))
+            awaits = lane is not None and manifest.has_media(name, number, lane)
+            # With `ahead` 1 this is the slot before the first stage's forward pass.
+            early = forward_slot(number, 0) - 2 * ahead + 1
+            late = backward_slot(number, 0, stages)
+            if encodes:
+                yield early, Action("encode", number, name)
+            if encodes or awaits:
+                yield early, Action("transfer", number, name)
+                if name in returning:
+                    yield late, Action("return", number, name)
+            if encodes and name in returning:
+                yield late, Action("encoder_backward", number, name)

@@ -121,6 +121,10 @@ class StepManifest:
             grouped.setdefault((slot.modality, slot.microbatch, slot.encoder_lane), []).append(slot)
         return {key: tuple(slots) for key, slots in grouped.items()}
 
+    @cached_property
+    def _awaited(self) -> frozenset[tuple[str, int, int]]:
+        return frozenset((slot.modality, slot.microbatch, slot.lane) for slot in self.media)
+
     def microbatch(self, lane: int, number: int) -> Microbatch:
         """Microbatch `number` of language lane `lane`."""
         return self.microbatches[lane * self.rounds + number]
@@ -128,3 +132,7 @@ class StepManifest:
     def encoded(self, modality: str, round_: int, encoder_lane: int) -> tuple[MediaSlot, ...]:
         """The items that an encoder lane encodes in a round, in the order of their output rows."""
         return self._media_by_lane.get((modality, round_, encoder_lane), ())
+
+    def has_media(self, modality: str, round_: int, lane: int) -> bool:
+        """Whether a language lane's microbatch of a round holds rows of `modality`."""
+        return (modality, round_, lane) in self._awaited

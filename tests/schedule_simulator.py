@@ -1,0 +1,357 @@
+"""Runs the action lists of all ranks against each other, as strictly as any backend does, and times them.
+
+Each edge, pipeline and direction is one communicator per rank that carries one batch of sends and receives after the
+other. A message moves once its batch heads the queue at both ends; a rank goes on when the batch that it waits for has
+moved. (gloo, whose sends leave at once, waits for less.) Passes of ranks that hold parts of one module are collectives.
+"""
+
+from collections import Counter, defaultdict, deque
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from functools import cached_property
+from graphlib import TopologicalSorter
+from itertools import product
+
+from mimo_gemma4.data.manifest import StepManifest
+from mimo_gemma4.layout import LANGUAGE, Coordinate, Layout
+from mimo_gemma4.schedule import Action, plan_step
+
+Message = tuple[int, int]
+"""Sender and receiver, as ranks."""
+PASSES = ("forward", "backward", "encode", "encoder_backward")
+Cost = Callable[[Action, int], float]
+"""Seconds that an action takes on a rank."""
+
+
+class Deadlock(Exception):
+    """Ranks wait for one another for ever."""
+
+
+class Disorder(Exception):
+    """An action comes before what it needs, or tensors of two rounds meet."""
+
+
+@dataclass
+class World:
+    """A step on a layout, and which pairs of ranks exchange rows in which round of which edge."""
+
+    layout: Layout
+    manifest: StepManifest
+    trainable: frozenset[str] = frozenset()
+    run_ahead: dict[str, int] = field(default_factory=dict)
+    train: bool = True
+    observed: bool = False
+    experts: bool = False
+    """Whether lanes share experts, so that their passes are one collective."""
+    rows: dict[tuple[str, int], list[Message]] = field(default_factory=dict)
+    """(encoder, round) → pairs (encoder rank, language rank) that rows travel between."""
+    owners: dict[tuple[str, int], list[Message]] = field(default_factory=dict)
+    """The same for gradients, from language rank to encoder rank: a part of those pairs, as replicas return nothing."""
+
+    def plans(self) -> list[list[Action]]:
+        return [
+            plan_step(
+                self.layout,
+                self.manifest,
+                rank,
+                trainable=self.trainable,
+                run_ahead=self.run_ahead,
+                train=self.train,
+                observed=self.observed,
+            )
+            for rank in range(self.layout.world_size)
+        ]
+
+    @cached_property
+    def places(self) -> list[Coordinate | None]:
+        language = self.layout.language
+        return [language.coordinate(r) if r in language else None for r in range(self.layout.world_size)]
+
+    def neighbour(self, rank: int, step: int) -> int:
+        """The rank of the same lane in the next (1) or previous (-1) stage."""
+        at = self.places[rank]
+        return self.layout.language.rank_at(tp=at.tp, cp=at.cp, dp=at.dp, pp=at.pp + step)
+
+    def filled(self, rank: int, round_: int) -> bool:
+        return self.manifest.microbatch(self.places[rank].dp, round_).rows > 0
+
+    def team(self, action: Action, rank: int) -> tuple[tuple, int]:
+        """Whose collective an action is: a name and the number of ranks."""
+        if action.module == LANGUAGE:
+            at, grid = self.places[rank], self.layout.language
+            lanes = grid.dp if self.experts else 1
+            return ("stage", at.pp, -1 if self.experts else at.dp), grid.tp * grid.cp * lanes
+        grid = self.layout.grids[action.module]
+        return ("encoder", action.module, grid.coordinate(rank).dp), grid.tp
+
+    def batch(self, action: Action, rank: int) -> tuple[tuple, set[Message], bool] | None:
+        """Communicator and messages that an action hands to it, and whether the rank waits for their arrival."""
+        if action.kind in ("transfer", "return"):
+            pairs = (self.rows if action.kind == "transfer" else self.owners).get((action.module, action.round), [])
+            mine = {pair for pair in pairs if rank in pair}
+            return (action.module, action.kind), mine, any(target == rank for _, target in mine)
+        verb, _, what = action.kind.partition("_")
+        if verb not in ("send", "expect"):
+            return None
+        peer = self.neighbour(rank, 1 if (verb == "send") == (what == "hidden") else -1)
+        return (what, LANGUAGE), {(rank, peer) if verb == "send" else (peer, rank)}, False
+
+
+@dataclass
+class Batch:
+    """Messages of one action that have not moved yet."""
+
+    round: int
+    posted: float
+    left: set[Message]
+    finished: float = 0.0
+
+
+@dataclass(frozen=True)
+class Timeline:
+    """What a simulation found out."""
+
+    seconds: float
+    busy: list[float]
+    """Per rank, seconds in passes."""
+    in_flight: dict[tuple[int, str], int]
+    """(rank, module) → the most microbatches that wait for their backward pass at one time."""
+
+
+def simulate(world: World, plans: list[list[Action]], cost: Cost = lambda action, rank: 1.0) -> Timeline:
+    """Run all ranks. Raises `Deadlock` or `Disorder`."""
+    return _Simulation(world, plans, cost).run()
+
+
+class _Simulation:
+    def __init__(self, world: World, plans: list[list[Action]], cost: Cost):
+        self.world, self.plans, self.cost = world, plans, cost
+        count = len(plans)
+        self.place, self.clock, self.busy = [0] * count, [0.0] * count, [0.0] * count
+        self.done: list[set[Action]] = [set() for _ in plans]
+        self.awaited: list[Batch | None] = [None] * count
+        self.expected: list[dict[tuple, Batch]] = [{} for _ in plans]
+        self.queues: dict[tuple, dict[int, deque[Batch]]] = defaultdict(lambda: defaultdict(deque))
+        self.arrivals: dict[tuple, list[int]] = defaultdict(list)
+        self.in_flight: Counter[tuple[int, str]] = Counter()
+        self.most: dict[tuple[int, str], int] = defaultdict(int)
+
+    def run(self) -> Timeline:
+        runnable = deque(range(len(self.plans)))
+        while runnable:
+            rank = runnable.popleft()
+            touched: set[tuple] = set()
+            freed: set[int] = set()
+            while self._step(rank, touched, freed):
+                pass
+            for communicator in touched:
+                freed |= self._move(communicator, rank)
+            runnable.extend(freed)
+        if any(place < len(plan) for place, plan in zip(self.place, self.plans, strict=True)):
+            raise Deadlock(f"ranks stopped at {self.place} of {[len(plan) for plan in self.plans]}")
+        if any(queue for communicator in self.queues.values() for queue in communicator.values()):
+            raise Disorder("something was sent that nobody received")
+        return Timeline(max(self.clock, default=0.0), self.busy, dict(self.most))
+
+    def _step(self, rank: int, touched: set[tuple], freed: set[int]) -> bool:
+        """Do the rank's next action; whether it could be done."""
+        batch = self.awaited[rank]
+        if batch is not None:
+            if batch.left:
+                return False
+            self.clock[rank], self.awaited[rank] = max(self.clock[rank], batch.finished), None
+        if self.place[rank] == len(self.plans[rank]):
+            return False
+        action = self.plans[rank][self.place[rank]]
+        self._check(action, rank)
+        if action.kind in PASSES:
+            return self._collective(action, rank, freed)
+        handed = self.world.batch(action, rank)
+        if handed is not None:
+            communicator, messages, waits = handed
+            batch = Batch(action.round, self.clock[rank], set(messages), self.clock[rank])
+            if messages:
+                self.queues[communicator][rank].append(batch)
+                touched.add(communicator)
+            if waits:
+                self.awaited[rank] = batch
+            if action.kind.startswith("expect"):
+                self.expected[rank][action.kind.removeprefix("expect_"), action.round] = batch
+        elif action.kind.startswith("receive"):
+            self.awaited[rank] = self.expected[rank].pop((action.kind.removeprefix("receive_"), action.round))
+        self._finish(action, rank)
+        return True
+
+    def _collective(self, action: Action, rank: int, freed: set[int]) -> bool:
+        """A pass begins when the last rank of its team has come to it."""
+        team, size = self.world.team(action, rank)
+        here = self.arrivals[team, action]
+        if rank not in here:
+            here.append(rank)
+        if len(here) < size:
+            return False
+        start = max(self.clock[member] for member in here)
+        for member in here:
+            seconds = self.cost(action, member)
+            self.clock[member], self.busy[member] = start + seconds, self.busy[member] + seconds
+            key = member, action.module
+            self.in_flight[key] += 1 if action.kind in ("forward", "encode") else -1
+            self.most[key] = max(self.most[key], self.in_flight[key])
+            self._finish(action, member)
+        freed |= set(here) - {rank}
+        return True
+
+    def _finish(self, action: Action, rank: int) -> None:
+        self.done[rank].add(action)
+        self.place[rank] += 1
+
+    def _check(self, action: Action, rank: int) -> None:
+        missing = [need for need in needs(self.world, action, rank) if need not in self.done[rank]]
+        if missing:
+            raise Disorder(f"rank {rank}: {action} before {missing}")
+
+    def _move(self, communicator: tuple, start: int) -> set[int]:
+        """Move what heads the queues at both of its ends, after `start`'s queue grew; the ranks that this freed."""
+        queues, freed, changed = self.queues[communicator], set(), [start]
+        while changed:
+            rank = changed.pop()
+            for message in list(queues[rank][0].left) if queues[rank] else []:
+                ends = [queues[end] for end in message]
+                if not all(end and message in end[0].left for end in ends):
+                    continue
+                one, other = ends[0][0], ends[1][0]
+                if one.round != other.round:
+                    raise Disorder(f"round {one.round} meets round {other.round} on {communicator}")
+                when = max(one.posted, other.posted)
+                for batch in (one, other):
+                    batch.left.discard(message)
+                    batch.finished = max(batch.finished, when)
+                freed |= set(message)
+            for end in {rank, *freed}:
+                if queues[end] and not queues[end][0].left:
+                    _leave(queues[end])
+                    changed.append(end)
+        return freed
+
+
+def _leave(queue: deque[Batch]) -> None:
+    """The head leaves; the one behind it moves no earlier."""
+    gone = queue.popleft()
+    if queue:
+        queue[0].posted = max(queue[0].posted, gone.finished)
+
+
+def needs(world: World, action: Action, rank: int) -> Iterator[Action]:
+    """What has to be done on the same rank before an action."""
+    at, kind, round_ = world.places[rank], action.kind, action.round
+    returning = world.trainable if world.train else frozenset()
+    if action.module != LANGUAGE:
+        grid = world.layout.grids[action.module]
+        encodes = rank in grid and bool(world.manifest.encoded(action.module, round_, grid.coordinate(rank).dp))
+        awaits = at is not None and at.pp == 0 and world.manifest.has_media(action.module, round_, at.dp)
+        if kind == "transfer" and encodes:
+            yield Action("encode", round_, action.module)
+        if kind == "return":
+            yield Action("transfer", round_, action.module)
+        if kind == "return" and awaits:
+            yield Action("backward", round_, LANGUAGE)
+        if kind == "encoder_backward":
+            yield Action("return", round_, action.module)
+        assert kind not in ("return", "encoder_backward") or action.module in returning
+        return
+    if kind == "forward" and at.pp == 0:
+        for name in world.layout.encoders:
+            if world.manifest.has_media(name, round_, at.dp):
+                yield Action("transfer", round_, name)
+    if kind == "forward" and at.pp > 0 and world.filled(rank, round_):
+        yield Action("receive_hidden", round_, LANGUAGE)
+    if kind in ("send_hidden", "observe", "backward"):
+        yield Action("forward", round_, LANGUAGE)
+    if kind == "backward" and at.pp < world.layout.language.pp - 1 and world.filled(rank, round_):
+        yield Action("receive_gradient", round_, LANGUAGE)
+    if kind == "send_gradient":
+        yield Action("backward", round_, LANGUAGE)
+    if kind.startswith("receive"):
+        yield Action("expect_" + kind.removeprefix("receive_"), round_, LANGUAGE)
+
+
+def complete(world: World, rank: int) -> Counter[Action]:
+    """Everything that a rank has to do in the step, each action as often as it occurs."""
+    expected = Counter[Action]()
+    manifest, at, stages = world.manifest, world.places[rank], world.layout.language.pp
+    for number in range(manifest.rounds):
+        if at is not None:
+            kinds = ["forward"] + ["observe"] * world.observed + ["backward"] * world.train
+            filled = world.filled(rank, number)
+            kinds += ["expect_hidden", "receive_hidden"] * (filled and at.pp > 0)
+            kinds += ["send_hidden"] * (filled and at.pp < stages - 1)
+            kinds += ["expect_gradient", "receive_gradient"] * (filled and world.train and at.pp < stages - 1)
+            kinds += ["send_gradient"] * (filled and world.train and at.pp > 0)
+            expected.update(Action(kind, number, LANGUAGE) for kind in kinds)
+        for name in world.layout.encoders:
+            grid, returned = world.layout.grids[name], world.train and name in world.trainable
+            encodes = rank in grid and bool(manifest.encoded(name, number, grid.coordinate(rank).dp))
+            awaits = at is not None and at.pp == 0 and manifest.has_media(name, number, at.dp)
+            expected[Action("encode", number, name)] += encodes
+            expected[Action("transfer", number, name)] += encodes or awaits
+            expected[Action("return", number, name)] += (encodes or awaits) and returned
+            expected[Action("encoder_backward", number, name)] += encodes and returned
+    return +expected
+
+
+def lower_bound(world: World, cost: Cost) -> float:
+    """Seconds that no order of passes can beat within the same memory, for layouts of one lane with one rank a part.
+
+    The larger of two bounds. The longest chain of passes each of which must wait for the one before: through encoder and
+    stages and back, round after round, and for room, as stage s of P holds P - s microbatches. And for every rank: the
+    shortest way to any of its passes, all its work, and the shortest way from any of its passes to the end.
+    """
+    before = _precedence(world)
+    seconds = {node: cost(Action(node[0], node[2], node[1]), node[3]) for node in before}
+    order = list(TopologicalSorter(before).static_order())
+    heads, tails = dict.fromkeys(order, 0.0), dict.fromkeys(order, 0.0)
+    for node in order:
+        heads[node] = max((heads[other] + seconds[other] for other in before[node]), default=0.0)
+    for node in reversed(order):
+        for other in before[node]:
+            tails[other] = max(tails[other], tails[node] + seconds[node])
+    bounds = [max(heads[node] + seconds[node] + tails[node] for node in order)]
+    for rank in range(world.layout.world_size):
+        mine = [node for node in order if node[3] == rank]
+        work = sum(seconds[node] for node in mine)
+        bounds.append(min(heads[node] for node in mine) + work + min(tails[node] for node in mine))
+    return max(bounds)
+
+
+Pass = tuple[str, str, int, int]
+"""Kind, module, round and rank."""
+
+
+def _precedence(world: World) -> dict[Pass, list[Pass]]:
+    """Which passes each pass must wait for."""
+    layout, rounds = world.layout, range(world.manifest.rounds)
+    stages, before = layout.language.pp, {}
+
+    def forward(stage: int, k: int) -> Pass:
+        return ("forward", LANGUAGE, k, layout.language.rank_at(pp=stage))
+
+    def backward(stage: int, k: int) -> Pass:
+        return ("backward", LANGUAGE, k, layout.language.rank_at(pp=stage))
+
+    for stage, k in product(range(stages), rounds):
+        room = stages - stage
+        before[forward(stage, k)] = [forward(stage - 1, k)] * (stage > 0) + [forward(stage, k - 1)] * (k > 0)
+        before[forward(stage, k)] += [backward(stage, k - room)] * (k >= room)
+        before[backward(stage, k)] = [backward(stage + 1, k) if stage < stages - 1 else forward(stage, k)]
+        before[backward(stage, k)] += [backward(stage, k - 1)] * (k > 0)
+    for name, k in product(layout.encoders, rounds):
+        rank = layout.grids[name].ranks[0]
+        this, previous = ("encode", name, k, rank), ("encode", name, k - 1, rank)
+        before[this] = [previous] * (k > 0)
+        before[forward(0, k)].append(this)
+        if name in world.trainable:
+            room = stages - 1 + world.run_ahead[name]
+            back = ("encoder_backward", name, k, rank)
+            before[back] = [backward(0, k)] + [("encoder_backward", name, k - 1, rank)] * (k > 0)
+            before[this] += [("encoder_backward", name, k - room, rank)] * (k >= room)
+    return before
