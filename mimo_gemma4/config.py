@@ -61,11 +61,14 @@ class ModuleLayout:
     cp: int = 1
     """Context-parallel size: over how many ranks a sequence is cut."""
     pp: int = 1
-    """Pipeline-parallel size."""
+    """Pipeline-parallel size: into how many stages of consecutive layers the language module is cut."""
     ep: int = 1
     """Expert-parallel size: over how many ranks of dp * cp, which it divides, experts are cut."""
     sequence_parallel: bool = False
     """Cut activations between tensor-parallel layers along the sequence. Needs tp > 1."""
+    part_shared_key_values: bool = False
+    """Let pipeline stages part layers from those whose keys and values they share, which then travel between stages.
+    E2B and E4B share them in their last 20 and 18 layers, which stay in one stage otherwise."""
 
 
 @dataclass
@@ -201,6 +204,9 @@ class ModuleConfig:
     processor: dict[str, int] | None = None
     """What to change in this encoder's preprocessing, `{max_soft_tokens: 560}` for example. Null: it is that of the
     model directory or preset."""
+    run_ahead: int = 2
+    """Microbatches that an encoder on ranks of its own may have encoded, beyond one for each further stage of the
+    language module, without having their gradients back; each keeps its activations. A frozen one is not bounded."""
 
     @property
     def frozen(self) -> bool | Literal["tower"] | list[str]:
@@ -424,6 +430,7 @@ def _check_ranges(config: Config, origin: Origin) -> None:
     for name, module in config.modules.items():
         if module.lora is not None:
             positive |= {f"modules.{name}.lora.rank": module.lora.rank, f"modules.{name}.lora.alpha": module.lora.alpha}
+    positive |= {f"modules.{name}.run_ahead": module.run_ahead for name, module in config.modules.items()}
     not_negative.update({f"modules.{name}.lr": module.lr for name, module in config.modules.items()})
     for key, value in positive.items():
         if value is not None and not value > 0:

@@ -73,7 +73,7 @@ class Evaluator:
             stop_ids=self.loader.dataset.encoder.stop_ids,
         )
         groups = self.model.groups.modules["language"]
-        return answers if groups.tp.rank() == 0 and groups.cp.rank() == 0 else []
+        return answers if groups.tp.rank() == groups.cp.rank() == groups.pp.rank() == 0 else []
 
     def _gather(self, answers: list[Answer]) -> list[Reading]:
         everyone: list[list[Answer]] = [[] for _ in range(self.model.groups.host.size())]

@@ -132,7 +132,7 @@ def text_flops(text: TextShape, lengths: Iterable[int]) -> TextFlops:
         attention[layer.attention] += 4.0 * text.num_attention_heads * layer.head_dim * pairs
     return TextFlops(
         linear=2.0 * tokens * linear_parameters(text),
-        head=2.0 * tokens * text.hidden_size * text.vocab_size,
+        head=head_flops(text, tokens),
         sliding=attention["sliding_attention"],
         full=attention["full_attention"],
     )
@@ -140,18 +140,31 @@ def text_flops(text: TextShape, lengths: Iterable[int]) -> TextFlops:
 
 def linear_parameters(text: TextShape) -> int:
     """Elements of the weight matrices that every token is multiplied with, the output head excluded."""
-    per_layer_embedding = text.hidden_size * text.hidden_size_per_layer_input
-    total = 0
-    for layer in text.layers:
-        projections = 2 * text.num_attention_heads  # queries and output
-        if layer.owns_key_values:
-            projections += layer.num_key_value_heads * (2 if layer.has_value_projection else 1)
-        total += text.hidden_size * layer.head_dim * projections
-        total += 3 * text.hidden_size * layer.intermediate_size  # gate, up, down
-        total += text.hidden_size * text.num_experts  # router
-        total += 3 * text.hidden_size * text.moe_intermediate_size * text.top_k_experts
-        total += 3 * per_layer_embedding  # gate, projection back, and this layer's rows of the model's projection
-    return total
+    return sum(_layer_parameters(text, layer) for layer in text.layers)
+
+
+def layer_flops(text: TextShape, layer: LayerShape, length: int) -> float:
+    """Forward operations of one decoder layer for a sequence of `length` tokens."""
+    window = length if layer.attention == "full_attention" else text.sliding_window
+    attention = 4.0 * text.num_attention_heads * layer.head_dim * causal_pairs(length, window)
+    return 2.0 * length * _layer_parameters(text, layer) + attention
+
+
+def head_flops(text: TextShape, tokens: int) -> float:
+    """Forward operations of the output head."""
+    return 2.0 * tokens * text.hidden_size * text.vocab_size
+
+
+def _layer_parameters(text: TextShape, layer: LayerShape) -> int:
+    projections = 2 * text.num_attention_heads  # queries and output
+    if layer.owns_key_values:
+        projections += layer.num_key_value_heads * (2 if layer.has_value_projection else 1)
+    total = text.hidden_size * layer.head_dim * projections
+    total += 3 * text.hidden_size * layer.intermediate_size  # gate, up, down
+    total += text.hidden_size * text.num_experts  # router
+    total += 3 * text.hidden_size * text.moe_intermediate_size * text.top_k_experts
+    # Per-layer embedding: gate, projection back, and this layer's rows of the model's projection.
+    return total + 3 * text.hidden_size * text.hidden_size_per_layer_input
 
 
 def peak_flops(device_name: str) -> float | None:

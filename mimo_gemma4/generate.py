@@ -122,13 +122,18 @@ def _next_tokens(
     model: MimoModel, batch: LanguageBatch, microbatch: Microbatch, media: Media, at: torch.Tensor
 ) -> torch.Tensor:
     """The most likely token after position `at[b]` of each row: [B] on the host, equal on the whole lane."""
-    assert model.language is not None and model.adapter is not None
-    tokens = model.local_tokens(batch, microbatch)
-    predicted = model.language.greedy_tokens(model.hidden(tokens, media)).cpu()  # [B, S/cp] (local)
-    index = model.adapter.token_index(microbatch.seq_length)
-    here = index[None, :] == at[:, None]
-    chosen = torch.where(here, predicted, -1).amax(dim=1).to(model.platform.device)
-    dist.all_reduce(chosen, op=dist.ReduceOp.MAX, group=model.groups.modules["language"].cp)
+    assert model.adapter is not None
+    groups = model.groups.modules["language"]
+    hidden = model.hidden(model.local_tokens(batch, microbatch), media)
+    chosen = torch.full((microbatch.rows,), -1)
+    if hidden is not None:
+        assert model.language is not None
+        predicted = model.language.greedy_tokens(hidden).cpu()  # [B, S/cp] (local)
+        here = model.adapter.token_index(microbatch.seq_length)[None, :] == at[:, None]
+        chosen = torch.where(here, predicted, -1).amax(dim=1)
+    chosen = chosen.to(model.platform.device)
+    for group in (groups.cp, groups.pp):  # one context parallel rank of the last stage knows it
+        dist.all_reduce(chosen, op=dist.ReduceOp.MAX, group=group)
     return chosen.cpu()
 
 

@@ -44,6 +44,11 @@ class ModuleGrid:
         """Global rank at a coordinate."""
         return self.ranks[((pp * self.dp + dp) * self.cp + cp) * self.tp + tp]
 
+    def stage_ranks(self, pp: int) -> tuple[int, ...]:
+        """Global ranks of a pipeline stage, ascending."""
+        size = len(self.ranks) // self.pp
+        return self.ranks[pp * size : (pp + 1) * size]
+
     def __contains__(self, rank: int) -> bool:
         """Whether a global rank holds the module."""
         return rank in self.ranks
@@ -273,7 +278,8 @@ def _cell(grid: ModuleGrid, rank: int) -> str:
     if rank not in grid:
         return "-"
     coordinate = grid.coordinate(rank)
-    return f"tp{coordinate.tp} cp{coordinate.cp} dp{coordinate.dp}"
+    stage = f" pp{coordinate.pp}" if grid.pp > 1 else ""
+    return f"tp{coordinate.tp} cp{coordinate.cp} dp{coordinate.dp}{stage}"
 
 
 def _spans(ranks: Sequence[int]) -> str:

@@ -20,8 +20,10 @@ from mimo_gemma4.data.manifest import Microbatch
 from mimo_gemma4.language.attention_context import AttentionContext, attention_context
 from mimo_gemma4.language.config import Gemma4TextConfig
 from mimo_gemma4.language.model import Gemma4LanguageModel
+from mimo_gemma4.language.stages import Stage, StageTensors, cut_stages
 from mimo_gemma4.layout import Layout
 from mimo_gemma4.partition import PartitionAdapter, PartitionConfig, cp_token_index
+from mimo_gemma4.pipeline import Pipeline
 from mimo_gemma4.platform import Platform
 from mimo_gemma4.process_groups import ProcessGroups
 from mimo_gemma4.weights import BoundModule
@@ -65,6 +67,8 @@ class MimoModel:
         self.language: Gemma4LanguageModel | None = None
         self.encoders: dict[str, Encoder] = {}
         self.adapter: PartitionAdapter | None = None
+        self.pipeline: Pipeline | None = None
+        """This rank's neighbours in the language module's pipeline; None without one."""
         if "language" in groups.modules:
             self._build_language()
         for name in layout.encoders:
@@ -96,7 +100,14 @@ class MimoModel:
             device=self.platform.device,
             activation_checkpointing=self.config.train.activation_checkpointing,
             backend=self.config.model.backend,
+            stage=self._stage(),
         )
+        if grid.pp > 1:
+            backward_group = self.groups.pipeline_backward["language"]
+            assert backward_group is not None
+            self.pipeline = Pipeline(
+                grid, self.rank, groups.pp, backward_group, dtype=self.dtype, device=self.platform.device
+            )
         self.adapter = PartitionAdapter(
             PartitionConfig(
                 sequence_parallel=sequence_parallel,
@@ -106,8 +117,19 @@ class MimoModel:
             )
         )
 
+    def _stage(self) -> Stage:
+        """What of the language model this rank holds."""
+        grid, options = self.layout.language, self.config.layout.modules["language"]
+        stages = cut_stages(
+            self.text,
+            grid.pp,
+            sequence_length=self.config.data.seq_length,
+            part_shared_key_values=options.part_shared_key_values,
+        )
+        return stages[grid.coordinate(self.rank).pp]
+
     def _touches(self, encoder: str) -> bool:
-        return self.language is not None or encoder in self.encoders
+        return encoder in self.encoders or (self.language is not None and self.language.stage.first)
 
     def _bridge(self, encoder: str) -> Bridge:
         groups = self.groups.modules.get(encoder)
@@ -143,23 +165,50 @@ class MimoModel:
         input_ids, labels = (self.platform.put(adapter.cut(whole, index)) for whole in (batch.input_ids, batch.labels))
         return LocalTokens(input_ids, labels, context)
 
-    def hidden(self, tokens: LocalTokens, media: Media) -> torch.Tensor:
-        """Final hidden states of a microbatch.
+    def stage_inputs(self, tokens: LocalTokens, media: Media, arrived: Sequence[torch.Tensor]) -> StageTensors:
+        """What this rank's stage works on.
 
         Args:
             tokens: the local tokens.
-            media: rows to put over the placeholders.
-
-        Returns:
-            [S/(cp*tp), B, H] (local).
+            media: rows to put over the placeholders, on the first stage.
+            arrived: what the previous stage has sent, empty on the first.
         """
         assert self.language is not None
+        if not self.language.stage.first:
+            return self.language.received(arrived)
         embeddings = self.language.embed(tokens.input_ids)
         if torch.is_grad_enabled() and not embeddings.requires_grad:
             # A frozen table: media rows may need a gradient on this rank's peers alone, whose backward pass then waits
-            # for this rank in its collectives.
+            # for this rank in its collectives. It also makes every stage's output need one.
             embeddings.requires_grad_()
         flat = embeddings.view(-1, embeddings.shape[-1])
         for positions, rows in media:
             flat = flat.index_copy(0, self.platform.put(positions), rows)
-        return self.language(flat.view_as(embeddings), tokens.input_ids, tokens.context)
+        return self.language.first_inputs(flat.view_as(embeddings))
+
+    def run_stage(self, tokens: LocalTokens, inputs: StageTensors) -> StageTensors:
+        """What the next stage works on; on the last stage, the final hidden states."""
+        assert self.language is not None
+        return self.language(inputs, tokens.input_ids, tokens.context)
+
+    def hidden(self, tokens: LocalTokens, media: Media) -> torch.Tensor | None:
+        """Final hidden states of one microbatch, which goes through all stages; collective over the pipeline.
+
+        Args:
+            tokens: the local tokens.
+            media: rows to put over the placeholders, on the first stage.
+
+        Returns:
+            [S/(cp*tp), B, H] (local) on the last stage, None on others.
+        """
+        assert self.language is not None
+        arrived: list[torch.Tensor] = []
+        if not self.language.stage.first:
+            assert self.pipeline is not None
+            arrived = self.pipeline.forward.expect(self.language.received_shapes(tokens.input_ids, tokens.context)).wait()
+        outputs = self.run_stage(tokens, self.stage_inputs(tokens, media, arrived))
+        if self.language.stage.last:
+            return outputs.hidden
+        assert self.pipeline is not None
+        self.pipeline.forward.send(outputs.flat())
+        return None

@@ -61,8 +61,9 @@ class ModuleOptimizer:
 
         Args:
             module: an encoder or the language module, with `bindings()` and `config: TransformerConfig`. A parameter
-                whose gradient is the sum over what tensor parallel ranks compute carries `tp_gradient_partial = True`.
-            groups: the module's process groups; `tp`, `pp`, `dp`, `dp_cp` and, for experts, `ep` and `expt_dp`.
+                whose gradient is the sum over what tensor parallel ranks compute carries `tp_gradient_partial = True`;
+                one of which pipeline stages hold copies carries the name of their group as `stage_group`.
+            groups: the module's process groups; `tp`, `pp`, `embd`, `dp`, `dp_cp` and, for experts, `ep` and `expt_dp`.
             config: AdamW's constants. The learning rate is given at each step.
         """
         self.module = module
@@ -80,8 +81,7 @@ class ModuleOptimizer:
         self.trainable_shards = [shard for optimizer in self.optimizers for shard in _shards(optimizer)]
         bound = {id(binding.tensor) for binding in self.bindings}
         assert all(id(parameter) in bound for parameter in trainable), "a trainable parameter has no binding"
-        self._partial = [s for s in self.trainable_shards if getattr(s.tensor, "tp_gradient_partial", False)]
-        self._check_partial_shards()
+        self._summed = self._summed_shards()
 
     @property
     def trainable(self) -> bool:
@@ -94,17 +94,20 @@ class ModuleOptimizer:
             self.ddp.zero_grad_buffer()
 
     def finish_gradients(self) -> None:
-        """Sum gradients over dp_cp, each rank keeping its shard, then over tensor parallel ranks where partial.
+        """Sum gradients over dp_cp, each rank keeping its shard, then over further holders where they are partial.
 
-        Peers on a tensor parallel group own the same element ranges, so the second sum moves only shards.
+        Peers on such a group own the same element ranges, so these sums move only shards.
         """
         if self.ddp is None:
             return
         self.ddp.finish_grad_sync()
-        if self._partial and self.groups.tp.size() > 1:
-            gradients = [shard.gradient for shard in self._partial]
+        for group, shards in self._summed:
+            gradients = [shard.gradient for shard in shards]
+            if len(gradients) == 1:  # such as a table, of which no copy is made
+                dist.all_reduce(gradients[0], group=group)
+                continue
             total = torch.cat(gradients)
-            dist.all_reduce(total, group=self.groups.tp)
+            dist.all_reduce(total, group=group)
             torch._foreach_copy_(gradients, list(total.split([len(gradient) for gradient in gradients])))
 
     def square_norm(self) -> Tensor:
@@ -187,11 +190,26 @@ class ModuleOptimizer:
                 counted.append((shard, mask.to(shard.tensor.device)))
         return counted
 
-    def _check_partial_shards(self) -> None:
-        """Sums of partial gradients are only right where tensor parallel peers hold the same elements."""
-        ranges = [(tuple(shard.tensor.shape), shard.start, shard.end) for shard in self._partial]
-        peers = _gather(ranges, self.groups.tp)
-        assert all(peer == ranges for peer in peers), f"tensor parallel ranks cut their gradients differently: {peers}"
+    def _summed_shards(self) -> list[tuple[dist.ProcessGroup, list[Shard]]]:
+        """Groups over which gradients are summed after dp_cp, and the shards that are; collective over these groups.
+
+        Tensor parallel ranks may each compute a part of a gradient, and so may pipeline stages that hold copies: the
+        first and the last (`embd`), or all (`pp`).
+        """
+        partial = {"tp": [s for s in self.trainable_shards if getattr(s.tensor, "tp_gradient_partial", False)]}
+        for name in ("embd", "pp"):
+            partial[name] = [s for s in self.trainable_shards if getattr(s.tensor, "stage_group", None) == name]
+        summed = []
+        for name, shards in partial.items():
+            group = getattr(self.groups, name, None)
+            if group is None or group.size() == 1:
+                continue
+            ranges = [(tuple(shard.tensor.shape), shard.start, shard.end) for shard in shards]
+            peers = _gather(ranges, group)
+            assert all(peer == ranges for peer in peers), f"{name} ranks cut their gradients differently: {peers}"
+            if shards:
+                summed.append((group, shards))
+        return summed
 
 
 def learning_rate(config: OptimConfig, step: int, steps: int, peak: float | None = None) -> float:

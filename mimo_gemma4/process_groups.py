@@ -66,8 +66,11 @@ class ProcessGroups:
     """gloo over all ranks, one for each split of the data: its loading thread talks on it, and nothing else does."""
     modules: dict[str, ProcessGroupCollection] = field(default_factory=dict)
     """Groups of the modules that this rank holds."""
+    pipeline_backward: dict[str, ProcessGroup | None] = field(default_factory=dict)
+    """Per module of several stages, the group of this rank's pipeline that gradients travel on; None outside. Activations
+    travel on the module's `pp`: a second communicator, so that neither direction waits for the other."""
     bridge_forward: dict[str, ProcessGroup | None] = field(default_factory=dict)
-    """Per encoder, the group of its ranks and the language ranks that rows travel on; None outside."""
+    """Per encoder, the group of its ranks and those of the first language stage that rows travel on; None outside."""
     bridge_backward: dict[str, ProcessGroup | None] = field(default_factory=dict)
     """As `bridge_forward`, for row gradients: a second communicator, so that neither direction waits for the other."""
     created: list[ProcessGroup] = field(default_factory=list)
@@ -100,8 +103,11 @@ def create_process_groups(layout: Layout, platform: Platform) -> ProcessGroups:
         collection = _module_groups(grid, maker, alone)
         if maker.rank in grid:
             groups.modules[name] = collection
+        if grid.pp > 1:
+            made = [maker.new(members, f"{name}.pp.backward") for members in group_members(grid)["pp"]]
+            groups.pipeline_backward[name] = next((group for group in made if group is not None), None)
     for name in layout.encoders:
-        members = tuple(sorted({*layout.grids[name].ranks, *layout.language.ranks}))
+        members = tuple(sorted({*layout.grids[name].ranks, *layout.language.stage_ranks(0)}))
         for direction, bridge in (("forward", groups.bridge_forward), ("backward", groups.bridge_backward)):
             bridge[name] = alone[members[0]] if len(members) == 1 else maker.new(members, f"bridge.{name}.{direction}")
     groups.created = maker.created

@@ -15,7 +15,7 @@ from mimo_gemma4.lora import AdaptedModule
 from mimo_gemma4.model import MimoModel
 
 COLUMNS = ("busy", "wait", "flops")
-"""What a rank tells per module: seconds computing, seconds in transfers over bridges, operations of the step."""
+"""What a rank tells per module: seconds computing, seconds waiting for rows, hidden states and gradients, operations of the step."""
 
 
 class Stopwatch:
@@ -96,7 +96,7 @@ class UsageMeter:
         """Operations of this rank's data-parallel lane, told by one rank of the lane."""
         grid = self.model.layout.grids[name]
         at = grid.coordinate(self.model.rank)
-        if (at.tp, at.cp) != (0, 0):
+        if (at.tp, at.cp, at.pp) != (0, 0, 0):
             return 0.0
         if name == "language":
             lengths = [slot.length for slot in manifest.samples if slot.lane == at.dp]

@@ -6,7 +6,7 @@ parity tests all walk that one list, so no other code knows how a weight is fuse
 
 import hashlib
 from collections.abc import Collection, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
@@ -106,6 +106,14 @@ def bind_sharded(
     index[dim] = slice(part * rank, part * (rank + 1))
     shape[dim] = part * ranks
     return Binding(name, tuple(shape), tuple(index), tensor, tuple(region), initial)
+
+
+def part_of(binding: Binding, dim: int, start: int, size: int) -> Binding:
+    """`binding` of a tensor that is whole along `dim` as one of a tensor that is its part from `start`, of `size` all."""
+    index, shape = list(binding.index), list(binding.shape)
+    index[dim] = slice(start, start + shape[dim])
+    shape[dim] = size
+    return replace(binding, index=tuple(index), shape=tuple(shape))
 
 
 class BoundModule(Protocol):

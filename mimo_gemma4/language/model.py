@@ -1,6 +1,6 @@
-"""The Gemma 4 language model of one rank: tensor, sequence and context parallel over explicit process groups."""
+"""The Gemma 4 language model of one rank: one pipeline stage, cut further by tensor, sequence and context parallelism."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import torch
@@ -15,7 +15,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from mimo_gemma4.errors import ConfigError
-from mimo_gemma4.language.attention import AttentionInputs, KeyValues
+from mimo_gemma4.language.attention import AttentionInputs
 from mimo_gemma4.language.attention_backend import attention_backend
 from mimo_gemma4.language.attention_context import AttentionContext
 from mimo_gemma4.language.config import Gemma4TextConfig
@@ -24,12 +24,17 @@ from mimo_gemma4.language.layer import DecoderLayer
 from mimo_gemma4.language.loss import most_likely, softcapped, summed_cross_entropy
 from mimo_gemma4.language.norm import RMSNorm
 from mimo_gemma4.language.per_layer import PerLayerEmbedding
+from mimo_gemma4.language.replicated import share_between_stages
 from mimo_gemma4.language.rotary import inverse_frequencies, rotary_tables
+from mimo_gemma4.language.stages import Stage, StageTensors
 from mimo_gemma4.weights import ONES, Binding, bind_replicated
 
 
 class Gemma4LanguageModel(MegatronModule):
-    """Embedding, decoder layers, final norm and tied head.
+    """One stage of embedding, decoder layers, final norm and tied head; without a pipeline, all of them.
+
+    The first stage embeds. The last one has the norm and, as head, a copy of the embedding table. Every stage computes
+    the per-layer inputs of its own layers.
 
     Weights are uninitialised until `weights.initialise` or `weights.load` has filled `bindings()`. Parameters that are
     replicated over tensor parallel ranks but see only a part of the tokens or heads carry `tp_gradient_partial = True`:
@@ -46,6 +51,7 @@ class Gemma4LanguageModel(MegatronModule):
         device: torch.device,
         activation_checkpointing: str = "none",
         backend: str = "local",
+        stage: Stage | None = None,
         prefix: str = "model.language_model.",
     ) -> None:
         """Build this rank's part.
@@ -59,6 +65,7 @@ class Gemma4LanguageModel(MegatronModule):
             activation_checkpointing: what backward computes again: `none`, `selective` (attention, which never keeps
                 scores: as `none`) or `full` (layers).
             backend: kernels of attention, `local` or `te`.
+            stage: what of the model is this rank's pipeline stage; None: everything.
             prefix: what Hugging Face names start with: `model.language_model.`, or `model.` in a text-only checkpoint.
 
         Raises:
@@ -82,72 +89,107 @@ class Gemma4LanguageModel(MegatronModule):
         """Whether this rank's experts serve tokens of other ranks too."""
         self.recompute_layers = activation_checkpointing == "full"
         self.plan_attention = attention_backend(backend, device)
-        self.embedding = TokenEmbedding(
-            text.vocab_size,
-            text.hidden_size,
-            scaled_by=text.hidden_size,
-            padding_id=text.pad_token_id,
-            config=config,
-            tp_group=groups.tp,
-        )
+        self.stage = stage = Stage.whole(text) if stage is None else stage
+        self.embedding: TokenEmbedding | None = None
+        if stage.first or stage.last:
+            self.embedding = TokenEmbedding(
+                text.vocab_size,
+                text.hidden_size,
+                scaled_by=text.hidden_size,
+                padding_id=text.pad_token_id,
+                config=config,
+                tp_group=groups.tp,
+            )
+            if not (stage.first and stage.last):
+                share_between_stages(self.embedding.weight, "embd")
         self.per_layer_embedding = (
-            PerLayerEmbedding(text, config, groups.tp, device) if text.hidden_size_per_layer_input else None
+            PerLayerEmbedding(text, config, groups.tp, device, stage.layers)
+            if text.hidden_size_per_layer_input
+            else None
         )
-        self.layers = nn.ModuleList(DecoderLayer(text, layer, config, groups, device) for layer in text.layers)
-        self.norm = RMSNorm(
-            text.hidden_size,
-            text.rms_norm_eps,
-            dtype=dtype,
-            device=device,
-            partial_gradient=config.sequence_parallel,
-        )
-        self.head_dims = {layer.attention: layer.head_dim for layer in text.layers}
+        held = [text.layers[number] for number in stage.layers]
+        self.layers = nn.ModuleList(DecoderLayer(text, layer, config, groups, device) for layer in held)
+        self.norm: RMSNorm | None = None
+        if stage.last:
+            self.norm = RMSNorm(
+                text.hidden_size,
+                text.rms_norm_eps,
+                dtype=dtype,
+                device=device,
+                partial_gradient=config.sequence_parallel,
+            )
+        self.head_dims = {layer.attention: layer.head_dim for layer in held}
         # Plain attributes: a buffer would be rounded by a cast of the module.
         self.frequencies = {
             layer.attention: inverse_frequencies(text.rope_parameters[layer.attention], layer.head_dim).to(device)
-            for layer in text.layers
+            for layer in held
         }
 
     def embed(self, input_ids: torch.Tensor) -> torch.Tensor:
-        """Scaled embeddings of ids [B, S/cp] (local) → [S/(cp*tp), B, H] (local); placeholders embed as padding."""
+        """Scaled embeddings of ids [B, S/cp] (local) → [S/(cp*tp), B, H] (local); placeholders embed as padding.
+
+        On the first stage only.
+        """
+        assert self.embedding is not None
         return self.embedding(self._without_placeholders(input_ids))
 
-    def forward(self, embeddings: torch.Tensor, input_ids: torch.Tensor, context: AttentionContext) -> torch.Tensor:
-        """Final-norm hidden states [S/(cp*tp), B, H] (local).
+    def first_inputs(self, embeddings: torch.Tensor) -> StageTensors:
+        """What the first stage works on: `embeddings` are those of `embed` with the media rows put in."""
+        return StageTensors(embeddings, None if self.per_layer_embedding is None else embeddings)
 
-        `embeddings` [S/(cp*tp), B, H] (local) are those of `embed` with the media rows put in; `input_ids` [B, S/cp]
-        (local) still hold the placeholders. Without sequence parallelism the first dimension is S/cp throughout.
+    def forward(self, inputs: StageTensors, input_ids: torch.Tensor, context: AttentionContext) -> StageTensors:
+        """What the next stage works on; on the last stage, the final-norm hidden states [S/(cp*tp), B, H] (local) alone.
+
+        `inputs` come from the previous stage or `first_inputs`; `input_ids` [B, S/cp] (local) still hold the
+        placeholders. Without sequence parallelism the first dimension of all states is S/cp.
         """
-        inputs: tuple[torch.Tensor | None, ...] = (None,) * len(self.layers)
+        layer_inputs: tuple[torch.Tensor | None, ...] = (None,) * len(self.layers)
         if self.per_layer_embedding is not None:
-            inputs = self.per_layer_embedding(embeddings, self._without_placeholders(input_ids))
-        attention = {name: self._attention_inputs(name, context, embeddings.dtype) for name in self.frequencies}
+            layer_inputs = self.per_layer_embedding(inputs.embeddings, self._without_placeholders(input_ids))
+        hidden, shared = inputs.hidden, dict(inputs.shared)
+        attention = {name: self._attention_inputs(name, context, hidden.dtype) for name in self.frequencies}
         sources = {layer.key_value_source for layer in self.text.layers if not layer.owns_key_values}
-        shared: dict[int, KeyValues] = {}
-        hidden = embeddings
-        for layer, decode, layer_input in zip(self.text.layers, self.layers, inputs, strict=True):
+        for number, decode, layer_input in zip(self.stage.layers, self.layers, layer_inputs, strict=True):
+            layer = self.text.layers[number]
             arguments = (hidden, layer_input, attention[layer.attention], shared.get(layer.key_value_source))
             hidden, key_values = self._recomputed(decode, *arguments)
-            if layer.index in sources:
-                shared[layer.index] = key_values
-        return self.norm(hidden)
+            if number in sources:
+                shared[number] = key_values
+        if self.norm is not None:
+            return StageTensors(self.norm(hidden))
+        return StageTensors(hidden, inputs.embeddings, {layer: shared[layer] for layer in self.stage.sent})
 
-    def serve_experts(self) -> None:
-        """Run this rank's experts for a microbatch of which other lanes have tokens and this one has none.
+    def received_shapes(self, input_ids: torch.Tensor, context: AttentionContext) -> list[tuple[int, ...]]:
+        """Shapes of what arrives from the previous stage, `StageTensors.flat`, for a microbatch's local tokens."""
+        rows, length = input_ids.shape
+        if self.config.sequence_parallel:
+            length //= self.tp_group.size()
+        states = (length, rows, self.text.hidden_size)
+        shapes: list[tuple[int, ...]] = [states] * (1 if self.per_layer_embedding is None else 2)
+        for number in self.stage.received:
+            layer = self.text.layers[number]
+            heads = max(1, layer.num_key_value_heads // self.tp_group.size())
+            shapes += [(context.keys[layer.attention].count, rows, heads, layer.head_dim)] * 2
+        return shapes
 
-        Enters each collective of the expert parallel group that `forward`, and with gradients enabled the backward
-        pass, enter on the other lanes, and leaves the gradients of the experts in their parameters. Nothing happens
-        where experts serve no other ranks.
+    def received(self, tensors: Sequence[torch.Tensor]) -> StageTensors:
+        """What arrived from the previous stage, under its names."""
+        return StageTensors.of(tensors, self.stage.received, self.per_layer_embedding is not None)
+
+    def serve_experts(self) -> torch.Tensor | None:
+        """Run this stage's experts for a microbatch of which other lanes have tokens and this one has none.
+
+        Enters each collective of the expert parallel group that `forward` enters on the other lanes. The backward pass of
+        the result, a scalar, does the same for theirs and leaves gradients in the experts' parameters. None, and nothing
+        happens, where experts serve no other ranks.
         """
         if not self.shares_experts:
-            return
-        weight = self.norm.weight
-        nothing = weight.new_empty((0, 1, self.text.hidden_size), requires_grad=torch.is_grad_enabled())
-        hidden = nothing
+            return None
+        parameter = next(self.parameters())
+        hidden = parameter.new_empty((0, 1, self.text.hidden_size), requires_grad=torch.is_grad_enabled())
         for layer in self.layers:
             hidden = self._recomputed(cast(DecoderLayer, layer).serve_experts, hidden)
-        if torch.is_grad_enabled():
-            hidden.sum().backward()
+        return hidden.sum()
 
     def _recomputed(self, function: Callable[..., Any], *arguments: Any) -> Any:
         """The function's result; backward computes what is inside again where activation checkpointing is `full`."""
@@ -158,38 +200,48 @@ class Gemma4LanguageModel(MegatronModule):
     def loss(self, hidden: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         """Cross entropy in nats summed over this context parallel rank's tokens with labels [B, S/cp] (local) != -100.
 
-        The fp32 scalar is equal on all tensor parallel ranks; `hidden` is what `forward` gave.
+        The fp32 scalar is equal on all tensor parallel ranks; `hidden` is what the last stage's `forward` gave.
         """
         return summed_cross_entropy(
             self._for_head(hidden).flatten(0, 1),
-            self.embedding.weight,
+            self._head_weight,
             labels.t().flatten(),
             cap=self.text.final_logit_softcapping,
             tp_group=self.tp_group,
         )
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Softcapped fp32 logits [B, S/cp, vocabulary/tp] (local) of what `forward` gave."""
-        logits = F.linear(self._for_head(hidden), self.embedding.weight)
+        """Softcapped fp32 logits [B, S/cp, vocabulary/tp] (local) of what the last stage's `forward` gave."""
+        logits = F.linear(self._for_head(hidden), self._head_weight)
         return softcapped(logits, self.text.final_logit_softcapping).transpose(0, 1)
 
     @torch.no_grad()
     def greedy_tokens(self, hidden: torch.Tensor) -> torch.Tensor:
         """The most likely next token of every local position: ids [B, S/cp] (local), equal on all TP ranks.
 
-        `hidden` is what `forward` gave; logits are held for a few positions at a time.
+        `hidden` is what the last stage's `forward` gave; logits are held for a few positions at a time.
         """
         rows = self._for_head(hidden)
-        return torch.stack([most_likely(part, self.embedding.weight, self.tp_group) for part in rows.unbind(1)])
+        return torch.stack([most_likely(part, self._head_weight, self.tp_group) for part in rows.unbind(1)])
 
     def bindings(self) -> list[Binding]:
         """What this rank holds of each Hugging Face tensor; the tied head is the embedding under another use."""
-        bound = self.embedding.bindings(f"{self.prefix}embed_tokens.weight")
+        bound: list[Binding] = []
+        if self.embedding is not None:
+            bound += self.embedding.bindings(f"{self.prefix}embed_tokens.weight")
         if self.per_layer_embedding is not None:
             bound += self.per_layer_embedding.bindings(self.prefix)
-        for number, layer in enumerate(self.layers):
+        for number, layer in zip(self.stage.layers, self.layers, strict=True):
             bound += cast(DecoderLayer, layer).bindings(f"{self.prefix}layers.{number}.")
-        return [*bound, bind_replicated(f"{self.prefix}norm.weight", self.norm.weight, ONES)]
+        if self.norm is not None:
+            bound.append(bind_replicated(f"{self.prefix}norm.weight", self.norm.weight, ONES))
+        return bound
+
+    @property
+    def _head_weight(self) -> torch.Tensor:
+        """[vocabulary / tp (local), H], on the last stage."""
+        assert self.stage.last and self.embedding is not None
+        return self.embedding.weight
 
     def _attention_inputs(self, name: str, context: AttentionContext, dtype: torch.dtype) -> AttentionInputs:
         """What layers of attention type `name` share."""

@@ -9,24 +9,30 @@ from torch.distributed import ProcessGroup
 from mimo_gemma4.language.config import Gemma4TextConfig
 from mimo_gemma4.language.embedding import TokenEmbedding
 from mimo_gemma4.language.norm import RMSNorm
-from mimo_gemma4.language.replicated import ReplicatedLinear
-from mimo_gemma4.weights import ONES, Binding, Normal, bind_replicated, branch_norm
+from mimo_gemma4.language.replicated import ReplicatedLinear, share_between_stages
+from mimo_gemma4.weights import ONES, Binding, Normal, bind_replicated, branch_norm, part_of
 
 
 class PerLayerEmbedding(nn.Module):
-    """From token ids and (spliced) embeddings to the inputs of all layers.
+    """From token ids and (spliced) embeddings to the inputs of the layers of one pipeline stage.
 
+    The table's columns and the projection's rows are those of these layers; the norm is common to all stages.
     The table of ids is split over the vocabulary; the small projection is replicated and works on whatever tokens the
     rank holds, so that it needs no communication but the sum of its gradient under sequence parallelism.
     """
 
     def __init__(
-        self, text: Gemma4TextConfig, config: TransformerConfig, tp_group: ProcessGroup, device: torch.device
+        self,
+        text: Gemma4TextConfig,
+        config: TransformerConfig,
+        tp_group: ProcessGroup,
+        device: torch.device,
+        layers: range,
     ) -> None:
-        """Allocate this rank's weights, uninitialised but for the norm."""
+        """Allocate this rank's weights for `layers`, uninitialised but for the norm."""
         super().__init__()
-        self.text, self.size = text, text.hidden_size_per_layer_input
-        width = text.num_hidden_layers * self.size
+        self.text, self.size, self.layers = text, text.hidden_size_per_layer_input, layers
+        width = len(layers) * self.size
         self.table = TokenEmbedding(
             text.vocab_size_per_layer_input,
             width,
@@ -43,9 +49,11 @@ class PerLayerEmbedding(nn.Module):
             device=device,
             partial_gradient=config.sequence_parallel,
         )
+        if len(layers) < text.num_hidden_layers:
+            share_between_stages(self.norm.weight, "pp")
 
     def forward(self, embeddings: torch.Tensor, ids: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """Inputs of every layer, each [S/(cp*tp), B, size] (local).
+        """Inputs of every layer of the stage, each [S/(cp*tp), B, size] (local).
 
         `embeddings` [S/(cp*tp), B, H] (local) are scaled and hold the media rows; `ids` [B, S/cp] (local) hold the
         padding id in place of media. The order of roundings is that of transformers' `project_per_layer_inputs`.
@@ -57,10 +65,13 @@ class PerLayerEmbedding(nn.Module):
 
     def bindings(self, prefix: str) -> list[Binding]:
         """The table, the projection and its norm, under the names of transformers' text model."""
-        projection = f"{prefix}per_layer_model_projection.weight"
+        start, width = self.layers.start * self.size, self.text.num_hidden_layers * self.size
+        drawn = Normal(self.text.initializer_range)
+        (table,) = self.table.bindings(f"{prefix}embed_tokens_per_layer.weight")
+        projection = bind_replicated(f"{prefix}per_layer_model_projection.weight", self.projection.weight, drawn)
         return [
-            *self.table.bindings(f"{prefix}embed_tokens_per_layer.weight"),
-            bind_replicated(projection, self.projection.weight, Normal(self.text.initializer_range)),
+            part_of(table, 1, start, width),
+            part_of(projection, 0, start, width),
             bind_replicated(f"{prefix}per_layer_projection_norm.weight", self.norm.weight, ONES),
         ]
 

@@ -126,7 +126,8 @@ def rank_result(rank: int, case: Case) -> RankResult:
     embeddings = model.embed(batch.input_ids[:, mine])
     media = batch.media[:, rows_mine].t().unsqueeze(-1)
     embeddings = torch.where(media, rows[:, rows_mine].transpose(0, 1), embeddings)
-    hidden = model(embeddings, batch.input_ids[:, mine], local_context(model, groups, batch, held))
+    inputs = model.first_inputs(embeddings)
+    hidden = model(inputs, batch.input_ids[:, mine], local_context(model, groups, batch, held)).hidden
     loss = model.loss(hidden, batch.labels[:, mine])
     loss.backward()
     with torch.no_grad():

@@ -127,7 +127,7 @@ def rank_result(rank: int, case: Case) -> dict[str, Any]:
         text, batch.positions, batch.segments, batch.groups, held=held, cp_group=groups.cp, put=torch.clone
     )
     ids = batch.input_ids[:, mine]
-    hidden = model(model.embed(ids), ids, context)
+    hidden = model(model.first_inputs(model.embed(ids)), ids, context).hidden
     loss = model.loss(hidden, batch.labels[:, mine])
     loss.backward()
     slices = []

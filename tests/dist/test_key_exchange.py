@@ -164,7 +164,7 @@ def model_bytes(rank: int, model_name: str, sequence: Sequence, window: int) -> 
     )
     ids = torch.ones(1, held[rank].numel(), dtype=torch.long)
     with counted_bytes() as forward:
-        hidden = model(model.embed(ids), ids, context)
+        hidden = model(model.first_inputs(model.embed(ids)), ids, context).hidden
     with counted_bytes() as backward:
         hidden.sum().backward()
     return forward, backward

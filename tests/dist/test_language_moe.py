@@ -191,7 +191,7 @@ def forward_and_backward(
     metadata = (batch["positions"], batch["segments"], batch["groups"])
     context = attention_context(model.text, *metadata, held=held, cp_group=cp_group, put=torch.clone)
     ids = batch["ids"][:, mine]
-    hidden = model(model.embed(ids), ids, context)
+    hidden = model(model.first_inputs(model.embed(ids)), ids, context).hidden
     loss = model.loss(hidden, batch["labels"][:, mine])
     loss.backward()
     with torch.no_grad():

@@ -17,7 +17,7 @@ def hidden_states(
     model: Gemma4LanguageModel, groups: ProcessGroupCollection, batch: Batch, input_ids: torch.Tensor
 ) -> torch.Tensor:
     context = local_context(model, groups, batch, [torch.arange(LENGTH)])
-    return model(model.embed(input_ids), input_ids, context)
+    return model(model.first_inputs(model.embed(input_ids)), input_ids, context).hidden
 
 
 def row_gradients(rank: int, tp: int) -> dict[str, torch.Tensor]:

@@ -42,18 +42,23 @@ class Case:
     colocated: bool = False
     ep: int = 1
     checkpointing: str = "none"
+    pp: int = 1
+    part: bool = False
 
     @property
     def world(self) -> int:
-        language = self.dp * self.tp * self.cp
+        language = self.dp * self.tp * self.cp * self.pp
         return language if self.colocated else self.vision * self.vision_tp + language
 
     @property
     def overrides(self) -> list[str]:
         vision = f"ranks: {self.vision * self.vision_tp}, tp: {self.vision_tp}"
-        language = f"ranks: {self.dp * self.tp * self.cp}, tp: {self.tp}, cp: {self.cp}, ep: {self.ep}"
+        language = f"tp: {self.tp}, cp: {self.cp}, pp: {self.pp}, ep: {self.ep}"
+        language += f", part_shared_key_values: {str(self.part).lower()}"
         if self.colocated:
-            vision, language = f"tp: {self.vision_tp}", f"tp: {self.tp}, cp: {self.cp}, ep: {self.ep}"
+            vision = f"tp: {self.vision_tp}"
+        else:
+            language = f"ranks: {self.dp * self.tp * self.cp * self.pp}, {language}"
         return [
             f"layout.vision={{{vision}}}",
             f"layout.language={{{language}, sequence_parallel: {str(self.sp).lower()}}}",
@@ -75,6 +80,10 @@ QUICK = [
     Case(vision=2, dp=1, tp=2, cp=2, sp=True, packing=True),
     Case(vision=1, vision_tp=2, dp=2, cp=2, rows=1),
     Case(colocated=True, dp=2, tp=2, sp=True, packing=True, rows=1),
+    Case(vision=1, pp=2, rows=1),
+    Case(vision=1, pp=2, tp=2, sp=True, packing=True),
+    Case(vision=2, pp=3, dp=2, part=True, rows=1),
+    Case(colocated=True, pp=4, rows=7, part=True),
 ]
 COMPLETE = [
     Case(vision, vision_tp, dp, tp, cp, sp, rows, packing)

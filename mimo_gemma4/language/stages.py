@@ -1,0 +1,127 @@
+"""How the language model is cut into pipeline stages, and what passes from one to the next."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from mimo_gemma4.errors import LayoutError
+from mimo_gemma4.flops import head_flops, layer_flops
+from mimo_gemma4.language.attention import KeyValues
+from mimo_gemma4.language.config import Gemma4TextConfig
+
+
+@dataclass(frozen=True)
+class Stage:
+    """The decoder layers of one pipeline stage, and whose keys and values cross its ends."""
+
+    layers: range
+    """Numbers of its layers."""
+    total: int
+    """Layers of the whole model."""
+    received: tuple[int, ...] = ()
+    """Layers of earlier stages whose keys and values this or later stages attend to."""
+    sent: tuple[int, ...] = ()
+    """Layers of this or earlier stages whose keys and values later stages attend to."""
+
+    @property
+    def first(self) -> bool:
+        """Whether it embeds the tokens."""
+        return self.layers.start == 0
+
+    @property
+    def last(self) -> bool:
+        """Whether it has the final norm and the head."""
+        return self.layers.stop == self.total
+
+    @classmethod
+    def whole(cls, text: Gemma4TextConfig) -> "Stage":
+        """The only stage of a model without pipeline."""
+        return cls(range(text.num_hidden_layers), text.num_hidden_layers)
+
+
+@dataclass(frozen=True)
+class StageTensors:
+    """What a stage works on and hands to the next."""
+
+    hidden: torch.Tensor
+    """[S/(cp*tp), B, H] (local)."""
+    embeddings: torch.Tensor | None = None
+    """Embeddings with the media rows in place, [S/(cp*tp), B, H] (local), which per-layer embeddings are computed from on
+    every stage; None in models without."""
+    shared: dict[int, KeyValues] = field(default_factory=dict)
+    """By layer, keys and values that later stages attend to."""
+
+    def flat(self) -> list[torch.Tensor]:
+        """All tensors in a fixed order."""
+        own = [self.hidden] if self.embeddings is None else [self.hidden, self.embeddings]
+        return own + [tensor for layer in sorted(self.shared) for tensor in self.shared[layer]]
+
+    @classmethod
+    def of(cls, tensors: Sequence[torch.Tensor], layers: Sequence[int], per_layer_inputs: bool) -> "StageTensors":
+        """The inverse of `flat`; `layers` are those of `shared`."""
+        hidden, *rest = tensors
+        embeddings = rest.pop(0) if per_layer_inputs else None
+        pairs = zip(rest[::2], rest[1::2], strict=True)
+        return cls(hidden, embeddings, {layer: KeyValues(*pair) for layer, pair in zip(layers, pairs, strict=True)})
+
+
+def cut_stages(
+    text: Gemma4TextConfig, stages: int, *, sequence_length: int, part_shared_key_values: bool = False
+) -> tuple[Stage, ...]:
+    """Cut the layers into consecutive stages of about equal cost.
+
+    The cost is the forward operations for a sequence of `sequence_length` tokens; the head counts in the last stage. The
+    most costly stage is as cheap as it can be, and of such cuts each shorter prefix is the most even one.
+
+    Args:
+        text: hyperparameters.
+        stages: number of stages.
+        sequence_length: tokens of a sequence.
+        part_shared_key_values: allow cuts between layers and the source of their keys and values.
+
+    Raises `LayoutError` where there are fewer places to cut than asked for.
+    """
+    count = text.num_hidden_layers
+    cuts = [cut for cut in range(1, count) if part_shared_key_values or not _crossing(text, cut)]
+    if len(cuts) < stages - 1:
+        few = f"`layout.language.pp` is {stages}, but the model's {count} layers can be cut into {len(cuts) + 1} at most"
+        if part_shared_key_values or not text.num_kv_shared_layers:
+            raise LayoutError(f"{few}: lower it")
+        raise LayoutError(
+            f"{few} without parting the last {text.num_kv_shared_layers} layers from those whose keys and values they "
+            "share: lower it, or set `layout.language.part_shared_key_values: true` to send those from stage to stage"
+        )
+    costs = [layer_flops(text, layer, sequence_length) for layer in text.layers]
+    costs[-1] += head_flops(text, sequence_length)
+    bounds = _most_even(costs, [0, *cuts, count], stages)
+    return tuple(
+        Stage(range(start, stop), count, _crossing(text, start), _crossing(text, stop))
+        for start, stop in zip(bounds, bounds[1:], strict=False)
+    )
+
+
+def _crossing(text: Gemma4TextConfig, cut: int) -> tuple[int, ...]:
+    """Layers before `cut` whose keys and values layers from `cut` on attend to."""
+    layers = text.layers
+    return tuple(sorted({layer.key_value_source for layer in layers[cut:] if layer.key_value_source < cut}))
+
+
+def _most_even(costs: Sequence[float], points: Sequence[int], stages: int) -> tuple[int, ...]:
+    """Bounds of `stages` parts of `costs`, from 0 to their number, all among `points`, by dynamic programming."""
+    best: dict[int, tuple[float, float, tuple[int, ...]]] = {0: (0.0, 0.0, (0,))}
+    for _ in range(stages):
+        following: dict[int, tuple[float, float, tuple[int, ...]]] = {}
+        for stop in points:
+            found = [_extended(best[start], sum(costs[start:stop]), stop) for start in best if start < stop]
+            if found:
+                following[stop] = min(found)
+        best = following
+    return best[len(costs)][2]
+
+
+def _extended(
+    part: tuple[float, float, tuple[int, ...]], cost: float, stop: int
+) -> tuple[float, float, tuple[int, ...]]:
+    largest, squares, bounds = part
+    return max(largest, cost), squares + cost**2, (*bounds, stop)
