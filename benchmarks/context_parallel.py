@@ -60,7 +60,9 @@ class Way:
         """Forward and backward; the final hidden states [S/cp, 1, H] (local)."""
         self.model.plan_attention = self.backend
         self.model.zero_grad()
-        hidden = self.model(self.model.embed(self.input_ids), self.input_ids, self.context)
+        hidden = self.model(
+            self.model.first_inputs(self.model.embed(self.input_ids)), self.input_ids, self.context
+        ).hidden
         weights = torch.linspace(-1, 1, hidden.shape[-1], device=hidden.device, dtype=hidden.dtype)
         (hidden * weights).sum().backward()
         return hidden.detach()

@@ -205,7 +205,9 @@ class MimoModel:
         arrived: list[torch.Tensor] = []
         if not self.language.stage.first:
             assert self.pipeline is not None
-            arrived = self.pipeline.forward.expect(self.language.received_shapes(tokens.input_ids, tokens.context)).wait()
+            arrived = self.pipeline.forward.expect(
+                self.language.received_shapes(tokens.input_ids, tokens.context)
+            ).wait()
         outputs = self.run_stage(tokens, self.stage_inputs(tokens, media, arrived))
         if self.language.stage.last:
             return outputs.hidden

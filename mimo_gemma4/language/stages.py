@@ -85,7 +85,9 @@ def cut_stages(
     count = text.num_hidden_layers
     cuts = [cut for cut in range(1, count) if part_shared_key_values or not _crossing(text, cut)]
     if len(cuts) < stages - 1:
-        few = f"`layout.language.pp` is {stages}, but the model's {count} layers can be cut into {len(cuts) + 1} at most"
+        few = (
+            f"`layout.language.pp` is {stages}, but the model's {count} layers can be cut into {len(cuts) + 1} at most"
+        )
         if part_shared_key_values or not text.num_kv_shared_layers:
             raise LayoutError(f"{few}: lower it")
         raise LayoutError(

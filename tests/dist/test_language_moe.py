@@ -170,7 +170,7 @@ def partial_results(rank: int, case: Case) -> dict[str, Any]:
         multiple = sequence_multiple(case.cp, case.tp if case.sequence_parallel else 1)
         result |= forward_and_backward(model, lane_batch(numbers, multiple), groups.modules["language"].cp)
     else:
-        model.serve_experts()
+        model.serve_experts().backward()
     result["vocabulary"] = at.tp
     result["loss"] *= at.tp == 0
     result["gradients"] = [
