@@ -199,15 +199,26 @@ def build_modules(foundation: Foundation) -> MimoModel:
         lambda: MimoModel(config, foundation.hf_config, foundation.layout, foundation.groups, foundation.platform),
     )
 
+    names = tensor_names(foundation, model)
+
     def freeze_and_attach() -> None:
         for name, module in list(model.modules.items()):
-            options = config.module(name)
-            freeze(name, module, options.frozen)
+            options, elsewhere = config.module(name), names[name] - {binding.name for binding in module.bindings()}
+            freeze(name, module, options.frozen, elsewhere)
             if options.lora is not None:
-                model.modules[name] = attach(name, module, options.lora)
+                model.modules[name] = attach(name, module, options.lora, elsewhere)
 
     together(host, freeze_and_attach)
     return model
+
+
+def tensor_names(foundation: Foundation, model: MimoModel) -> dict[str, set[str]]:
+    """Per module of the layout, the Hugging Face names of what any rank holds of it. Collective over all ranks."""
+    host = foundation.groups.host
+    mine = {name: {binding.name for binding in module.bindings()} for name, module in model.modules.items()}
+    everyone: list[dict[str, set[str]]] = [{}] * host.size()
+    dist.all_gather_object(everyone, mine, group=host)
+    return {name: set().union(*(held.get(name, set()) for held in everyone)) for name in foundation.layout.grids}
 
 
 def fill_adapters(foundation: Foundation, model: MimoModel) -> None:

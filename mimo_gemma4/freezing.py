@@ -1,5 +1,6 @@
 """Which parameters of a module train: the option `modules.<name>.freeze`."""
 
+from collections.abc import Collection
 from fnmatch import fnmatchcase
 from typing import Literal
 
@@ -11,7 +12,7 @@ from mimo_gemma4.weights import Binding, BoundModule
 FreezeRule = bool | Literal["tower"] | list[str]
 
 
-def freeze(name: str, module: BoundModule, rule: FreezeRule) -> None:
+def freeze(name: str, module: BoundModule, rule: FreezeRule, elsewhere: Collection[str] = ()) -> None:
     """Stop training what `rule` names.
 
     True is everything, False nothing, `tower` all but the projector, and a list of patterns (`*` wildcards) the
@@ -22,6 +23,8 @@ def freeze(name: str, module: BoundModule, rule: FreezeRule) -> None:
         name: the module's name in the layout.
         module: has `bindings()`, and `projector_parameters()` where `tower` has a meaning.
         rule: the option.
+        elsewhere: Hugging Face names of parameters that other pipeline stages of the module hold; a pattern may match
+            those alone.
 
     Raises `ConfigError` for a pattern that matches no parameter, for patterns that match a part of a fused parameter,
     and for `tower` of a module without a projector.
@@ -39,18 +42,20 @@ def freeze(name: str, module: BoundModule, rule: FreezeRule) -> None:
     elif isinstance(rule, str):
         raise ConfigError(f"modules.{name}.freeze is {rule!r}; it takes true, false, tower or a list of name patterns")
     else:
-        frozen = _matching(name, module.bindings(), rule)
+        frozen = _matching(name, module.bindings(), rule, elsewhere)
     for parameter in frozen:
         parameter.requires_grad_(False)
 
 
-def _matching(name: str, bindings: list[Binding], patterns: list[str]) -> list[nn.Parameter]:
+def _matching(
+    name: str, bindings: list[Binding], patterns: list[str], elsewhere: Collection[str]
+) -> list[nn.Parameter]:
     """Parameters of whose Hugging Face names the last pattern that matches is one without `!`."""
     names: dict[nn.Parameter, set[str]] = {}
     for binding in bindings:
         if isinstance(binding.tensor, nn.Parameter):
             names.setdefault(binding.tensor, set()).add(binding.name)
-    known = set().union(*names.values())
+    known = set(elsewhere).union(*names.values())
     matched: set[str] = set()
     for pattern in patterns:
         found = {name for name in known if fnmatchcase(name, pattern.removeprefix("!"))}

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from mimo_gemma4.config import LoraConfig
 from mimo_gemma4.errors import ConfigError
 from mimo_gemma4.structured import did_you_mean
-from mimo_gemma4.weights import Binding, BoundModule, Constant, Uniform
+from mimo_gemma4.weights import Binding, BoundModule, Constant, Uniform, share_between_stages
 
 LINEARS = (nn.Linear, ColumnParallelLinear, RowParallelLinear)
 WEIGHT = ".weight"
@@ -48,6 +48,8 @@ class LowRankAdapter(nn.Module):
         cut = _cut(base)
         self.a = _parameter(weight.new_empty(len(self.targets) * self.rank, weight.shape[1]), cut.partial_a)
         """[targets * rank, inputs (local)]."""
+        if isinstance(base, nn.Linear) and any(_length(t.index[0]) < t.shape[0] for t in self.targets):
+            share_between_stages(self.a, "pp")  # each stage has its layers' rows of the base, and so of B, but all of A
         self.b = _parameter(weight.new_empty(rows, self.rank), cut.partial_b)
         """[output rows of the targets (local), rank]."""
         self.combine = cut.combine
@@ -114,13 +116,15 @@ class AdaptedModule(nn.Module):
         return [binding for adapter in self.adapters for binding in adapter.bindings()]  # type: ignore[operator]
 
 
-def attach(name: str, module: BoundModule, lora: LoraConfig) -> AdaptedModule:
+def attach(name: str, module: BoundModule, lora: LoraConfig, elsewhere: Collection[str] = ()) -> AdaptedModule:
     """Put adapters on the linears of `module` that `lora.targets` name; their values are uninitialised.
 
     Args:
         name: the module's name in the layout.
         module: an `nn.Module` of which only the linears' forward changes.
         lora: rank, scale, and name patterns of the linears.
+        elsewhere: Hugging Face names of parameters that other pipeline stages of the module hold; a pattern may match
+            those alone.
 
     Raises `ConfigError` for a pattern that names no linear, an expert's weight, or a linear held in several pieces.
     """
@@ -129,7 +133,10 @@ def attach(name: str, module: BoundModule, lora: LoraConfig) -> AdaptedModule:
     bindings = [binding for binding in module.bindings() if isinstance(binding.tensor, nn.Parameter)]
     linears = {_linear(binding): binding for binding in bindings if id(binding.tensor) in owners}
     others = [_linear(binding) for binding in bindings if id(binding.tensor) not in owners]
+    other_stages = {name.removesuffix(WEIGHT) for name in elsewhere} - linears.keys() - set(others)
     for pattern in lora.targets:
+        if any(fnmatchcase(linear, pattern) for linear in other_stages):  # which say whether they are linears
+            continue
         _check_pattern(f"modules.{name}.lora.targets", pattern, list(linears), others)
     targets: dict[nn.Module, list[Binding]] = {}
     pieces = Counter(_linear(binding) for binding in bindings)

@@ -1,5 +1,6 @@
 """The sequences that a layout and transformers both compute for a comparison."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -132,14 +133,14 @@ class Part:
     """[B, S] of the whole microbatch."""
     states_at: torch.Tensor
     """Positions whose hidden states this rank has, in its order …"""
-    hidden: list[torch.Tensor]
-    """… and these, after every layer, [positions, B, H]; empty on ranks whose states another rank has too."""
+    hidden: dict[int, torch.Tensor]
+    """… and these, after each layer of its stage by number, [positions, B, H]; empty where another rank has the same."""
     logits_at: torch.Tensor
     """Positions whose logits this rank has, in its order …"""
     words: slice
     """… and for which words …"""
     logits: torch.Tensor
-    """… [B, positions, words]."""
+    """… [B, positions, words]; no words on stages before the last."""
 
 
 def compute(
@@ -152,19 +153,21 @@ def compute(
     """One microbatch on a language rank; collective over its lane and those that share its experts."""
     language, adapter = model.language, model.adapter
     assert language is not None and adapter is not None
-    hidden: list[torch.Tensor] = []
-    handles = [
-        layer.register_forward_hook(lambda layer, arguments, output: hidden.append(output[0].cpu()))
-        for layer in language.layers
-    ]
+    hidden: dict[int, torch.Tensor] = {}
+
+    def keep(number: int) -> Callable[..., None]:
+        return lambda layer, arguments, output: hidden.update({number: output[0].cpu()})
+
+    layers = zip(language.stage.layers, language.layers, strict=True)
+    handles = [layer.register_forward_hook(keep(number)) for number, layer in layers]
     final = model.hidden(model.local_tokens(batch, microbatch), media)
     for handle in handles:
         handle.remove()
-    logits = language.logits(final).cpu()
     index, tp = adapter.token_index(microbatch.seq_length), language.tp_group
+    logits = torch.empty(microbatch.rows, len(index), 0) if final is None else language.logits(final).cpu()
     states_at = index.chunk(tp.size())[tp.rank()] if language.config.sequence_parallel else index
     if not language.config.sequence_parallel and tp.rank() > 0:
-        hidden = []
+        hidden = {}
     words = logits.shape[-1]
     first = tp.rank() * words
     shape = (microbatch.rows, microbatch.seq_length)
@@ -187,10 +190,9 @@ def gather(parts: list[Part], host: dist.ProcessGroup) -> list[Outputs]:
 def _assemble(parts: list[Part]) -> dict[int, Outputs]:
     """Sequences of one microbatch from the parts of a lane's ranks, by number."""
     rows, length = parts[0].shape
-    layers = max(len(part.hidden) for part in parts)
     hidden: list[torch.Tensor] = []
-    for layer in range(layers):
-        states = [(part.states_at, part.hidden[layer]) for part in parts if part.hidden]
+    for layer in sorted({layer for part in parts for layer in part.hidden}):
+        states = [(part.states_at, part.hidden[layer]) for part in parts if layer in part.hidden]
         whole = torch.empty(length, *states[0][1].shape[1:], dtype=states[0][1].dtype)
         for index, values in states:
             whole[index] = values

@@ -7,7 +7,7 @@ parity tests all walk that one list, so no other code knows how a weight is fuse
 import hashlib
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 import torch.distributed as dist
@@ -109,11 +109,21 @@ def bind_sharded(
 
 
 def part_of(binding: Binding, dim: int, start: int, size: int) -> Binding:
-    """`binding` of a tensor that is whole along `dim` as one of a tensor that is its part from `start`, of `size` all."""
+    """`binding`, made for a whole tensor, as one of the part from `start` of `size` elements along `dim`."""
     index, shape = list(binding.index), list(binding.shape)
     index[dim] = slice(start, start + shape[dim])
     shape[dim] = size
     return replace(binding, index=tuple(index), shape=tuple(shape))
+
+
+def share_between_stages(parameter: nn.Parameter, group: Literal["embd", "pp"]) -> None:
+    """Mark a parameter that several pipeline stages hold a copy of.
+
+    Its gradient is the sum over the stages of the process group: `embd` the first and the last, `pp` all. The second
+    mark is megatron-core's and gives it a bucket of its own, so that the stages' shards hold the same elements.
+    """
+    parameter.stage_group = group  # type: ignore[attr-defined]
+    parameter.shared_embedding = True  # type: ignore[attr-defined]
 
 
 class BoundModule(Protocol):

@@ -1,4 +1,4 @@
-"""The Gemma 4 language model of one rank: one pipeline stage, cut further by tensor, sequence and context parallelism."""
+"""One pipeline stage of the Gemma 4 language model: tensor, sequence and context parallel over explicit groups."""
 
 from collections.abc import Callable, Sequence
 from typing import Any, cast
@@ -24,10 +24,9 @@ from mimo_gemma4.language.layer import DecoderLayer
 from mimo_gemma4.language.loss import most_likely, softcapped, summed_cross_entropy
 from mimo_gemma4.language.norm import RMSNorm
 from mimo_gemma4.language.per_layer import PerLayerEmbedding
-from mimo_gemma4.language.replicated import share_between_stages
 from mimo_gemma4.language.rotary import inverse_frequencies, rotary_tables
 from mimo_gemma4.language.stages import Stage, StageTensors
-from mimo_gemma4.weights import ONES, Binding, bind_replicated
+from mimo_gemma4.weights import ONES, Binding, bind_replicated, share_between_stages
 
 
 class Gemma4LanguageModel(MegatronModule):
@@ -138,10 +137,10 @@ class Gemma4LanguageModel(MegatronModule):
         return StageTensors(embeddings, None if self.per_layer_embedding is None else embeddings)
 
     def forward(self, inputs: StageTensors, input_ids: torch.Tensor, context: AttentionContext) -> StageTensors:
-        """What the next stage works on; on the last stage, the final-norm hidden states [S/(cp*tp), B, H] (local) alone.
+        """What the next stage works on; on the last stage, the final-norm hidden states alone.
 
         `inputs` come from the previous stage or `first_inputs`; `input_ids` [B, S/cp] (local) still hold the
-        placeholders. Without sequence parallelism the first dimension of all states is S/cp.
+        placeholders. States are [S/(cp*tp), B, H] (local), without sequence parallelism [S/cp, B, H].
         """
         layer_inputs: tuple[torch.Tensor | None, ...] = (None,) * len(self.layers)
         if self.per_layer_embedding is not None:
@@ -179,9 +178,9 @@ class Gemma4LanguageModel(MegatronModule):
     def serve_experts(self) -> torch.Tensor | None:
         """Run this stage's experts for a microbatch of which other lanes have tokens and this one has none.
 
-        Enters each collective of the expert parallel group that `forward` enters on the other lanes. The backward pass of
-        the result, a scalar, does the same for theirs and leaves gradients in the experts' parameters. None, and nothing
-        happens, where experts serve no other ranks.
+        Enters each collective of the expert parallel group that `forward` enters on the other lanes. The backward pass
+        of the result, a scalar, does the same for theirs and leaves gradients in the experts' parameters. None, and
+        nothing happens, where experts serve no other ranks.
         """
         if not self.shares_experts:
             return None

@@ -9,8 +9,8 @@ from torch.distributed import ProcessGroup
 from mimo_gemma4.language.config import Gemma4TextConfig
 from mimo_gemma4.language.embedding import TokenEmbedding
 from mimo_gemma4.language.norm import RMSNorm
-from mimo_gemma4.language.replicated import ReplicatedLinear, share_between_stages
-from mimo_gemma4.weights import ONES, Binding, Normal, bind_replicated, branch_norm, part_of
+from mimo_gemma4.language.replicated import ReplicatedLinear
+from mimo_gemma4.weights import ONES, Binding, Normal, bind_replicated, branch_norm, part_of, share_between_stages
 
 
 class PerLayerEmbedding(nn.Module):

@@ -1,6 +1,4 @@
-"""Parameters of which several ranks hold the same, and the marks on those whose gradient is then only partial."""
-
-from typing import Literal
+"""Parameters that every tensor parallel rank holds whole, and the mark on those whose gradient is then only partial."""
 
 import torch
 import torch.nn.functional as F
@@ -59,13 +57,3 @@ class OneHeadLinear(ReplicatedLinear):
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
         """[..., inputs] → [..., projections * head_dim]."""
         return F.linear(inputs, self.local_rows(self.weight))
-
-
-def share_between_stages(parameter: nn.Parameter, group: Literal["embd", "pp"]) -> None:
-    """Mark a parameter that several pipeline stages hold a copy of.
-
-    Its gradient is the sum over the stages of the process group: `embd` the first and the last, `pp` all. The second
-    mark is megatron-core's and gives it a bucket of its own, so that the stages' shards hold the same elements.
-    """
-    parameter.stage_group = group  # type: ignore[attr-defined]
-    parameter.shared_embedding = True  # type: ignore[attr-defined]

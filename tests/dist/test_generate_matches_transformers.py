@@ -34,6 +34,7 @@ LAYOUTS = {
         ["layout.vision.ranks=2", "layout.language={ranks: 2, tp: 2, sequence_parallel: true}"],
     ),
     "cp 2": (3, ["layout.vision.ranks=1", "layout.language={ranks: 2, cp: 2}"]),
+    "pp 2, cp 2": (5, ["layout.vision.ranks=1", "layout.language={ranks: 4, cp: 2, pp: 2}"]),
 }
 
 

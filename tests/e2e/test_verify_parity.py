@@ -22,6 +22,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "vlm": "vision: {ranks: 1}, " + LANGUAGE,
         "text": "language: {ranks: 2, tp: 2}",
         "lanes": "vision: {ranks: 1}, language: {ranks: 2}",
+        "stages": "vision: {ranks: 1}, language: {ranks: 2, pp: 2}",
     }.items():
         (folder / f"{name}.yaml").write_text(
             f"model: {{hf_path: {folder}/model, precision: fp32}}\n"
@@ -51,6 +52,7 @@ def check(rank: int, arguments: list[str], error: float = 0.0) -> int:
     [
         (5, "vlm", ["--samples", "3"]),
         (3, "lanes", ["--samples", "4"]),
+        (3, "stages", ["--samples", "2"]),
         (2, "text", ["--random-tokens", "33", "--samples", "2"]),
         (2, "text", ["--random-tokens", "40", "model.precision=bf16"]),
     ],

@@ -1,0 +1,105 @@
+"""Checkpoints of a pipeline hold what those of one stage hold: any number of stages loads them bit for bit.
+
+The directory that training starts from has no `lm_head.weight`, so the last stage makes its head of the embedding.
+"""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from safetensors import safe_open
+
+from mimo_gemma4.build import Foundation, build_trainer
+from mimo_gemma4.config import load_config
+from mimo_gemma4.layout import build_layout
+from mimo_gemma4.platform import create_platform
+from mimo_gemma4.presets import load_model_config
+from mimo_gemma4.process_groups import create_process_groups
+from mimo_gemma4.trainer import Trainer
+from tests.dist.harness import run_ranks
+from tests.dist.test_checkpoint_resume import same_bits, whole_tensors
+from tests.vlm_reference import write_model, write_shards
+
+STAGES = ["layout.vision.ranks=1", "layout.language={ranks: 4, tp: 2, pp: 2, sequence_parallel: true}"]
+ONE_STAGE = ["layout.vision.ranks=1", "layout.language={ranks: 2, tp: 2}"]
+PARTED = ["layout.vision.ranks=1", "layout.language={ranks: 3, pp: 3, part_shared_key_values: true}"]
+EMBEDDING = "model.language_model.embed_tokens.weight"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("pipeline")
+    write_model(folder / "model")
+    write_shards(folder)
+    (folder / "run.yaml").write_text(
+        f"""
+        model: {{hf_path: {folder}/model, precision: bf16}}
+        layout: {{vision: {{}}, language: {{}}}}
+        data: {{train: {{shards: "{folder}/train-000000.tar"}}, seq_length: 300}}
+        train: {{steps: 4, global_batch_size: 5}}
+        optim: {{lr: 1.0e-2}}
+        logging: {{tensorboard: false}}
+        """
+    )
+    run_ranks(5, train, folder, "stages", STAGES, 2)
+    return folder
+
+
+def trainer_of(folder: Path, run: str, overrides: list[str]) -> Trainer:
+    config = load_config([f"config={folder}/run.yaml", f"run.dir={folder}/{run}", *overrides])
+    platform = create_platform()
+    layout = build_layout(config.layout, dist.get_world_size())
+    groups = create_process_groups(layout, platform)
+    return build_trainer(Foundation(config, load_model_config(config.model), layout, platform, groups))
+
+
+def train(rank: int, folder: Path, run: str, overrides: list[str], steps: int) -> torch.Tensor | None:
+    """Train so many steps and save; this rank's part of the embedding, or of the head that is tied to it."""
+    trainer = trainer_of(folder, run, overrides)
+    for _ in range(steps):
+        trainer.train_step()
+    trainer.save()
+    trainer.close()
+    bound = [binding for module in trainer.model.modules.values() for binding in module.bindings()]
+    return next((binding.view().detach().clone() for binding in bound if binding.name == EMBEDDING), None)
+
+
+def saved(folder: Path, run: str, step: int) -> dict[str, torch.Tensor]:
+    return whole_tensors(folder / run / "checkpoints" / f"step_{step:08d}")
+
+
+def test_saved_weights_are_those_of_the_directory(folder: Path) -> None:
+    (file,) = (folder / "model").glob("*.safetensors")
+    with safe_open(file, framework="pt") as handle:
+        written = {name: tuple(handle.get_slice(name).get_shape()) for name in handle.keys()}
+    assert "lm_head.weight" not in written
+    weights = {key.partition(".weight.")[2]: value for key, value in saved(folder, "stages", 2).items() if ".weight." in key}
+    assert {name: tuple(value.shape) for name, value in weights.items()} == written
+
+
+def test_other_numbers_of_stages_read_the_same_bits(folder: Path) -> None:
+    whole = saved(folder, "stages", 2)
+    resume = f"checkpoint.resume={folder}/stages/checkpoints/step_00000002"
+    for run, world, overrides in (("one", 3, ONE_STAGE), ("parted", 4, PARTED)):
+        run_ranks(world, train, folder, run, [*overrides, resume], 0)
+        assert same_bits(saved(folder, run, 2), whole)
+        resume = f"checkpoint.resume={folder}/{run}/checkpoints/step_00000002"
+    run_ranks(5, train, folder, "again", [*STAGES, resume], 2)
+    run_ranks(5, train, folder, "stages", [*STAGES, "checkpoint.resume=auto"], 2)
+    assert same_bits(saved(folder, "again", 4), saved(folder, "stages", 4))
+    assert not same_bits(saved(folder, "again", 4), whole)
+
+
+def test_head_and_embedding_stay_equal(folder: Path) -> None:
+    parts = run_ranks(5, train, folder, "tied", [*STAGES, "checkpoint.resume=never"], 3)
+    assert parts[0] is None
+    assert torch.equal(parts[1], parts[3]) and torch.equal(parts[2], parts[4])
+    first = saved(folder, "stages", 2)[f"language.weight.{EMBEDDING}"]
+    assert not torch.equal(parts[1], first[: len(parts[1])])
+
+
+def test_the_marker_tells_of_no_stage(folder: Path) -> None:
+    marker = json.loads((folder / "stages/checkpoints/step_00000002/complete.json").read_text())
+    assert set(marker["update_counts"]) == {"vision", "language"}
