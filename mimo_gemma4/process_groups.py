@@ -67,8 +67,8 @@ class ProcessGroups:
     modules: dict[str, ProcessGroupCollection] = field(default_factory=dict)
     """Groups of the modules that this rank holds."""
     pipeline_backward: dict[str, ProcessGroup | None] = field(default_factory=dict)
-    """Per module of several stages, the group of this rank's pipeline that gradients travel on; None outside. Activations
-    travel on the module's `pp`: a second communicator, so that neither direction waits for the other."""
+    """Per module of several stages, the group of this rank's pipeline that gradients travel on; None outside.
+    Activations travel on the module's `pp`: two communicators, so that neither direction waits for the other."""
     bridge_forward: dict[str, ProcessGroup | None] = field(default_factory=dict)
     """Per encoder, the group of its ranks and those of the first language stage that rows travel on; None outside."""
     bridge_backward: dict[str, ProcessGroup | None] = field(default_factory=dict)

@@ -77,9 +77,9 @@ def plan_step(
         manifest: the step's plan.
         rank: global rank.
         trainable: encoders whose rows need a gradient; of others nothing comes back.
-        run_ahead: per encoder that trains, how many microbatches it may have encoded beyond the number of other
-            language stages without having their gradients back, at least 1. It counts where the encoder has ranks of its
-            own; on shared ranks it encodes just in time. An encoder without backward pass runs ahead without bound.
+        run_ahead: per encoder, how many microbatches it may have encoded, beyond one for each further language stage,
+            without having their gradients back; at least 1. It counts where the encoder has ranks of its own: on shared
+            ranks it encodes just in time. An encoder without backward pass runs ahead without bound.
         train: whether there is a backward pass at all.
         observed: whether `observe` follows every forward pass.
     """

@@ -52,7 +52,7 @@ class StepRunner:
         Args:
             data: this rank's inputs.
             train: false leaves out the backward pass and the gradient transfers.
-            observe: called on language ranks after each microbatch's forward pass has left the stage, with the rows that
+            observe: called on language ranks when a microbatch's forward pass has left their stage, with the rows that
                 were put in place; on an idle lane with a microbatch of no rows. Stages call it in the same order.
         """
         self._finished_stopwatch, self._stopwatch = self._stopwatch, Stopwatch(self.model.platform.device)

@@ -15,7 +15,7 @@ from mimo_gemma4.lora import AdaptedModule
 from mimo_gemma4.model import MimoModel
 
 COLUMNS = ("busy", "wait", "flops")
-"""What a rank tells per module: seconds computing, seconds waiting for rows, hidden states and gradients, operations of the step."""
+"""What a rank tells per module: seconds computing, seconds waiting for what others send, operations of the step."""
 
 
 class Stopwatch:

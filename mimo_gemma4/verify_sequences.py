@@ -134,7 +134,7 @@ class Part:
     states_at: torch.Tensor
     """Positions whose hidden states this rank has, in its order …"""
     hidden: dict[int, torch.Tensor]
-    """… and these, after each layer of its stage by number, [positions, B, H]; empty where another rank has the same."""
+    """… and these, by layer of its stage, after that layer, [positions, B, H]; empty where another rank has them."""
     logits_at: torch.Tensor
     """Positions whose logits this rank has, in its order …"""
     words: slice

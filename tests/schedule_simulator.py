@@ -300,10 +300,10 @@ def complete(world: World, rank: int) -> Counter[Action]:
 
 
 def lower_bound(world: World, cost: Cost) -> float:
-    """Seconds that no order of passes can beat within the same memory, for layouts of one lane with one rank a part.
+    """Seconds that no order of passes can beat within the same memory, for one lane with a rank for each part.
 
-    The larger of two bounds. The longest chain of passes each of which must wait for the one before: through encoder and
-    stages and back, round after round, and for room, as stage s of P holds P - s microbatches. And for every rank: the
+    The larger of two bounds. The longest chain of passes each of which must wait for the one before: through encoder
+    and stages and back, round after round, and for room, as stage s of P holds P - s microbatches. For every rank: the
     shortest way to any of its passes, all its work, and the shortest way from any of its passes to the end.
     """
     before = _precedence(world)

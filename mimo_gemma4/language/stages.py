@@ -47,8 +47,8 @@ class StageTensors:
     hidden: torch.Tensor
     """[S/(cp*tp), B, H] (local)."""
     embeddings: torch.Tensor | None = None
-    """Embeddings with the media rows in place, [S/(cp*tp), B, H] (local), which per-layer embeddings are computed from on
-    every stage; None in models without."""
+    """Embeddings with the media rows in place, [S/(cp*tp), B, H] (local), from which every stage computes its per-layer
+    embeddings; None in models without."""
     shared: dict[int, KeyValues] = field(default_factory=dict)
     """By layer, keys and values that later stages attend to."""
 
@@ -71,8 +71,8 @@ def cut_stages(
 ) -> tuple[Stage, ...]:
     """Cut the layers into consecutive stages of about equal cost.
 
-    The cost is the forward operations for a sequence of `sequence_length` tokens; the head counts in the last stage. The
-    most costly stage is as cheap as it can be, and of such cuts each shorter prefix is the most even one.
+    The cost is the forward operations for a sequence of `sequence_length` tokens; the head counts in the last stage.
+    The costliest stage is as cheap as it can be, and the stages before any other are cut in the same way.
 
     Args:
         text: hyperparameters.

@@ -38,6 +38,7 @@ CASES = [
     Case(dp=2, tp=2, ep=2, rows=1, checkpointing="full"),
     Case(dp=2, cp=2, ep=4, rows=1),
     Case(dp=2, tp=2, sp=True, ep=2, rows=1, packing=True, colocated=True),
+    Case(dp=2, pp=2, ep=2, rows=1, checkpointing="full"),
 ]
 EP2 = Case(dp=2, ep=2, rows=1)
 WHOLE = Case(colocated=True)

@@ -40,7 +40,7 @@ def check(rank: int, arguments: list[str], error: float = 0.0) -> int:
         for encoder in model.encoders.values():
             encoder.projector_parameters()[0].data *= 1 + error
         if model.language is not None:
-            model.language.layers[2].layer_scalar *= 1 + error
+            model.language.layers[0].layer_scalar *= 1 + error
         return model
 
     verify.build_model = build_wrong_model

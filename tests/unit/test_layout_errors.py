@@ -52,7 +52,13 @@ VISION = {"vision": ModuleLayout(2)}
         ),
         ({"language": ModuleLayout(3, tp=2, cp=2)}, 3, "disjoint", ["3 ranks", "cp 2", "to 4"]),
         ({"language": ModuleLayout(2, tp=0)}, 2, "disjoint", ["`layout.language.tp` is 0"]),
-        ({"language": ModuleLayout(2, pp=2)}, 2, "disjoint", ["`layout.language.pp` is 2", "not available yet"]),
+        (
+            {"vision": ModuleLayout(2, pp=2), "language": ModuleLayout(2)},
+            4,
+            "disjoint",
+            ["`layout.vision.pp` is 2", "not available yet", "`layout.vision.tp`"],
+        ),
+        ({"language": ModuleLayout(5, pp=3)}, 5, "disjoint", ["5 ranks", "pp 3", "3 or 6"]),
         (
             {"language": ModuleLayout(8, tp=2, cp=2, ep=3)},
             8,

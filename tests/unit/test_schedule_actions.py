@@ -64,7 +64,7 @@ def make_manifest(
 
 
 def connect(world: World, name: str, choose: random.Random) -> None:
-    """Which ranks of the two lanes of each media item exchange its rows: some of the pairs, a part of them both ways."""
+    """Choose which ranks of each media item's two lanes exchange its rows, and which of them its gradients."""
     source, target = world.layout.grids[name], world.layout.language
     for slot in world.manifest.media:
         if slot.modality != name:
@@ -127,7 +127,7 @@ def test_bubble_is_that_of_1f1b(stages: int, rounds: int, backward: float):
 def near_lower_bound(layouts: int, stage_speeds: tuple[float, float], encoder_seconds: tuple[float, float]) -> float:
     """The largest ratio of a simulated step to its lower bound, over layouts of parts with random speeds.
 
-    A language stage's forward pass takes about a second, and backward passes two to three times as long as forward ones.
+    A language stage's forward pass takes about a second, and a backward pass two to three times a forward pass.
     """
     choose, worst = random.Random(3), 1.0
     for _ in range(layouts):
