@@ -52,6 +52,7 @@ CASES = [
     LoraCase(tp=4, packing=True, checkpointing="full"),  # 2 key/value heads: each on two ranks
     LoraCase(tp=4, sp=True, vision_tp=4, checkpointing="full"),
     LoraCase(tp=2, sp=True, cp=2, packing=True, checkpointing="selective"),
+    LoraCase(pp=2, tp=2, sp=True, rows=1),  # the adapter of per_layer_model_projection has a part of B on each stage
 ]
 
 

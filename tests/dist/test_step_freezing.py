@@ -20,6 +20,7 @@ from tests.vlm_reference import write_shards
 PROJECTOR = "model.embed_vision.embedding_projection.weight"
 TENSOR_PARALLEL = ["layout.vision.ranks=2", "layout.language={ranks: 2, tp: 2, sequence_parallel: true}"]
 CONTEXT_PARALLEL = ["layout.vision.ranks=1", "layout.language={ranks: 2, cp: 2}"]
+PIPELINE = ["layout.vision.ranks=1", "layout.language={ranks: 2, pp: 2}"]
 ONE_RANK = ["layout.placement=colocated"]
 
 
@@ -107,6 +108,16 @@ def test_a_frozen_encoder_keeps_its_weights_and_no_gradient_is_returned(run_fold
     assert steps.changed and all(map(in_language, steps.changed))
 
 
+def test_patterns_may_name_parameters_of_any_stage(run_folder: Path) -> None:
+    """The first pattern matches on the first stage alone, the last on the last; embedding and head are on both."""
+    patterns = ["*.layers.0.*", "*.embed_tokens.weight", "*.language_model.norm.weight"]
+    steps = steps_of_all(run_folder, PIPELINE, 3, f"modules.language.freeze={patterns}")
+    language = {name.removeprefix("model.language_model.") for name in steps.changed if in_language(name)}
+    assert language
+    assert not {"embed_tokens.weight", "norm.weight"} & language
+    assert {name.split(".")[1] for name in language if name.startswith("layers.")} == set("12345")
+
+
 def test_a_frozen_tower_trains_its_projector_alone(run_folder: Path) -> None:
     steps = steps_of_all(run_folder, TENSOR_PARALLEL, 4, "modules.vision.freeze=tower")
     assert steps.returned > 0
@@ -135,7 +146,7 @@ def test_exceptions_train_what_patterns_would_freeze(run_folder: Path) -> None:
     assert changed and all(".language_model.layers.5." in name and name.endswith("norm.weight") for name in changed)
 
 
-@pytest.mark.parametrize(("layout", "ranks"), [(TENSOR_PARALLEL, 4), (CONTEXT_PARALLEL, 3)], ids=["tp 2 sp", "cp 2"])
+@pytest.mark.parametrize(("layout", "ranks"), [(TENSOR_PARALLEL, 4), (CONTEXT_PARALLEL, 3), (PIPELINE, 3)], ids=["tp 2 sp", "cp 2", "pp 2"])
 def test_a_frozen_language_model_trains_the_encoder_alone(run_folder: Path, layout: list[str], ranks: int) -> None:
     """Also where a microbatch, or one rank's part of it, has no media: three of the ten samples are text alone.
 
