@@ -106,8 +106,13 @@ class Gemma4LanguageModel(MegatronModule):
             if text.hidden_size_per_layer_input
             else None
         )
-        held = [text.layers[number] for number in stage.layers]
+        every = text.layers
+        held = [every[number] for number in stage.layers]
         self.layers = nn.ModuleList(DecoderLayer(text, layer, config, groups, device) for layer in held)
+        self.layer_configs = {layer.index: layer for layer in (*held, *(every[number] for number in stage.received))}
+        """Of this stage's layers and of those whose keys and values arrive."""
+        self.sources = {layer.key_value_source for layer in every if not layer.owns_key_values}
+        """Layers whose keys and values others attend to too."""
         self.norm: RMSNorm | None = None
         if stage.last:
             self.norm = RMSNorm(
@@ -147,12 +152,11 @@ class Gemma4LanguageModel(MegatronModule):
             layer_inputs = self.per_layer_embedding(inputs.embeddings, self._without_placeholders(input_ids))
         hidden, shared = inputs.hidden, dict(inputs.shared)
         attention = {name: self._attention_inputs(name, context, hidden.dtype) for name in self.frequencies}
-        sources = {layer.key_value_source for layer in self.text.layers if not layer.owns_key_values}
         for number, decode, layer_input in zip(self.stage.layers, self.layers, layer_inputs, strict=True):
-            layer = self.text.layers[number]
+            layer = self.layer_configs[number]
             arguments = (hidden, layer_input, attention[layer.attention], shared.get(layer.key_value_source))
             hidden, key_values = self._recomputed(decode, *arguments)
-            if number in sources:
+            if number in self.sources:
                 shared[number] = key_values
         if self.norm is not None:
             return StageTensors(self.norm(hidden))
@@ -166,7 +170,7 @@ class Gemma4LanguageModel(MegatronModule):
         states = (length, rows, self.text.hidden_size)
         shapes: list[tuple[int, ...]] = [states] * (1 if self.per_layer_embedding is None else 2)
         for number in self.stage.received:
-            layer = self.text.layers[number]
+            layer = self.layer_configs[number]
             heads = max(1, layer.num_key_value_heads // self.tp_group.size())
             shapes += [(context.keys[layer.attention].count, rows, heads, layer.head_dim)] * 2
         return shapes

@@ -8,7 +8,7 @@ import torch
 from mimo_gemma4.errors import LayoutError
 from mimo_gemma4.flops import head_flops, layer_flops
 from mimo_gemma4.language.attention import KeyValues
-from mimo_gemma4.language.config import Gemma4TextConfig
+from mimo_gemma4.language.config import Gemma4TextConfig, LayerConfig
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,8 @@ def cut_stages(
     Raises `LayoutError` where there are fewer places to cut than asked for.
     """
     count = text.num_hidden_layers
-    cuts = [cut for cut in range(1, count) if part_shared_key_values or not _crossing(text, cut)]
+    layers = text.layers
+    cuts = [cut for cut in range(1, count) if part_shared_key_values or not _crossing(layers, cut)]
     if len(cuts) < stages - 1:
         few = (
             f"`layout.language.pp` is {stages}, but the model's {count} layers can be cut into {len(cuts) + 1} at most"
@@ -94,18 +95,17 @@ def cut_stages(
             f"{few} without parting the last {text.num_kv_shared_layers} layers from those whose keys and values they "
             "share: lower it, or set `layout.language.part_shared_key_values: true` to send those from stage to stage"
         )
-    costs = [layer_flops(text, layer, sequence_length) for layer in text.layers]
+    costs = [layer_flops(text, layer, sequence_length) for layer in layers]
     costs[-1] += head_flops(text, sequence_length)
     bounds = _most_even(costs, [0, *cuts, count], stages)
     return tuple(
-        Stage(range(start, stop), count, _crossing(text, start), _crossing(text, stop))
+        Stage(range(start, stop), count, _crossing(layers, start), _crossing(layers, stop))
         for start, stop in zip(bounds, bounds[1:], strict=False)
     )
 
 
-def _crossing(text: Gemma4TextConfig, cut: int) -> tuple[int, ...]:
+def _crossing(layers: Sequence[LayerConfig], cut: int) -> tuple[int, ...]:
     """Layers before `cut` whose keys and values layers from `cut` on attend to."""
-    layers = text.layers
     return tuple(sorted({layer.key_value_source for layer in layers[cut:] if layer.key_value_source < cut}))
 
 
