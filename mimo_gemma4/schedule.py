@@ -37,7 +37,7 @@ ActionKind = Literal[
   their gradients back; each rank of the edge, sender or receiver, has both.
 - `forward`, `backward`: a language stage's passes. `send_hidden` gives the next stage what it needs, `send_gradient`
   the previous one; `expect_…` makes room for it on the other side and `receive_…` waits for it.
-- `observe`: whoever watches an evaluation looks at the microbatch; stages may exchange more there.
+- `observe`: whoever watches an evaluation looks at the microbatch, on all stages when it has gone through them.
 """
 
 _ORDER: dict[ActionKind, int] = {kind: number for number, kind in enumerate(get_args(ActionKind))}
@@ -81,7 +81,7 @@ def plan_step(
             without having their gradients back; at least 1. It counts where the encoder has ranks of its own: on shared
             ranks it encodes just in time. An encoder without backward pass runs ahead without bound.
         train: whether there is a backward pass at all.
-        observed: whether `observe` follows every forward pass.
+        observed: whether every microbatch is observed.
     """
     returning = trainable if train else frozenset()
     slotted = [*_edges(layout, manifest, rank, returning, run_ahead)]
@@ -121,8 +121,8 @@ def _stage(layout: Layout, manifest: StepManifest, rank: int, train: bool, obser
     forward = [forward_slot(number, at.pp) for number in rounds]
     yield from ((forward[number], Action("forward", number, LANGUAGE)) for number in rounds)
     yield from moves("hidden", forward, receives=not first, sends=not last)
-    if observed:
-        yield from ((forward[number], Action("observe", number, LANGUAGE)) for number in rounds)
+    if observed:  # by all stages in one slot, for they may wait for one another
+        yield from ((forward_slot(number, stages - 1), Action("observe", number, LANGUAGE)) for number in rounds)
     if train:
         backward = [backward_slot(number, at.pp, stages) for number in rounds]
         yield from ((backward[number], Action("backward", number, LANGUAGE)) for number in rounds)

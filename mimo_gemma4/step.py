@@ -52,8 +52,8 @@ class StepRunner:
         Args:
             data: this rank's inputs.
             train: false leaves out the backward pass and the gradient transfers.
-            observe: called on language ranks when a microbatch's forward pass has left their stage, with the rows that
-                were put in place; on an idle lane with a microbatch of no rows. Stages call it in the same order.
+            observe: called on language ranks when a microbatch has gone through all stages, with the rows that were put
+                in place on the first; on an idle lane with a microbatch of no rows. It may use the pipeline.
         """
         self._finished_stopwatch, self._stopwatch = self._stopwatch, Stopwatch(self.model.platform.device)
         edges = self.trainable_edges if train else frozenset()

@@ -19,6 +19,7 @@ from mimo_gemma4.schedule import Action, plan_step
 Message = tuple[int, int]
 """Sender and receiver, as ranks."""
 PASSES = ("forward", "backward", "encode", "encoder_backward")
+COLLECTIVES = (*PASSES, "observe")
 Cost = Callable[[Action, int], float]
 """Seconds that an action takes on a rank."""
 
@@ -80,6 +81,8 @@ class World:
         if action.module == LANGUAGE:
             at, grid = self.places[rank], self.layout.language
             lanes = grid.dp if self.experts else 1
+            if action.kind == "observe":  # answers go through the stages again and back to all of them
+                return ("pipeline", -1 if self.experts else at.dp), grid.tp * grid.cp * grid.pp * lanes
             return ("stage", at.pp, -1 if self.experts else at.dp), grid.tp * grid.cp * lanes
         grid = self.layout.grids[action.module]
         return ("encoder", action.module, grid.coordinate(rank).dp), grid.tp
@@ -164,7 +167,7 @@ class _Simulation:
             return False
         action = self.plans[rank][self.place[rank]]
         self._check(action, rank)
-        if action.kind in PASSES:
+        if action.kind in COLLECTIVES:
             return self._collective(action, rank, freed)
         handed = self.world.batch(action, rank)
         if handed is not None:
@@ -194,9 +197,10 @@ class _Simulation:
         for member in here:
             seconds = self.cost(action, member)
             self.clock[member], self.busy[member] = start + seconds, self.busy[member] + seconds
-            key = member, action.module
-            self.in_flight[key] += 1 if action.kind in ("forward", "encode") else -1
-            self.most[key] = max(self.most[key], self.in_flight[key])
+            if action.kind in PASSES:
+                key = member, action.module
+                self.in_flight[key] += 1 if action.kind in ("forward", "encode") else -1
+                self.most[key] = max(self.most[key], self.in_flight[key])
             self._finish(action, member)
         freed |= set(here) - {rank}
         return True

@@ -22,7 +22,7 @@ def make_world(choose: random.Random) -> World:
     ranks = tp * cp * dp * pp
     modules = {}
     for name in encoders:
-        encoder_tp = choose.choice([1, 1, 2])
+        encoder_tp = choose.choice([1, 1, 1, 2, 4])
         lanes = choose.randint(1, 3)
         if colocated:
             modules[name] = ModuleLayout(tp=encoder_tp if ranks % encoder_tp == 0 else 1)
