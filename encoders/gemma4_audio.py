@@ -275,7 +275,7 @@ class LightConvolution(nn.Module):
         normed = copy_to_tensor_model_parallel_region(self.pre_layer_norm(hidden), group=self.tp_group)
         gated = F.glu(self.linear_start(normed), dim=-1)  # [N, D (local)]
         parted = gated.new_zeros(length, gated.shape[-1]).index_copy(0, apart, gated)
-        mixed = F.conv1d(parted.t()[None], self.convolution, groups=len(self.convolution))[0].t()
+        mixed = F.conv1d(parted.t().contiguous()[None], self.convolution, groups=len(self.convolution))[0].t()
         # Output t of a convolution without padding is that of row t + kernel - 1.
         mixed = mixed.index_select(0, apart - (self.convolution.shape[-1] - 1)).clamp(-self.bound, self.bound)
         return hidden + self.linear_end(F.silu(self._norm(mixed)))
