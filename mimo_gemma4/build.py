@@ -16,9 +16,9 @@ from mimo_gemma4.config import Config, LoraConfig, ShardsConfig
 from mimo_gemma4.cp_cost import AttentionCosts, cheaper_layout
 from mimo_gemma4.data.chat import ConversationEncoder
 from mimo_gemma4.data.dataset import ShardDataset, Source
-from mimo_gemma4.data.digits import ensure_digits
 from mimo_gemma4.data.loader import StepLoader
 from mimo_gemma4.data.planner import StepPlanner
+from mimo_gemma4.data.quickstart import ensure_shards
 from mimo_gemma4.data.tokenizer import load_tokenizer, media_tokens
 from mimo_gemma4.errors import ConfigError, DataError
 from mimo_gemma4.evaluate import Evaluator
@@ -107,12 +107,13 @@ def build_conversation_encoder(foundation: Foundation) -> ConversationEncoder:
 def prepare_shards(foundation: Foundation) -> None:
     """Write the quickstart's shards where they are missing, on one rank of every host."""
     data = foundation.config.data
-    if data.quickstart is None:
+    quickstart = data.quickstart
+    if quickstart is None:
         return
 
     def write() -> None:
         if foundation.platform.local_rank == 0:
-            ensure_digits(Path(str(data.train.shards)).parent)
+            ensure_shards(quickstart, Path(str(data.train.shards)).parent)
 
     together(foundation.groups.host, write)
 

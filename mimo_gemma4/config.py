@@ -109,8 +109,9 @@ class DataConfig:
     """Shards to train on."""
     valid: ShardsConfig | None = None
     """Held-out shards. Without them the run does not evaluate."""
-    quickstart: Literal["digits"] | None = None
-    """Write missing shards of `train` and `valid` on first use. `digits`: from scikit-learn's handwritten digits."""
+    quickstart: Literal["digits", "digits_and_tones"] | None = None
+    """Write missing shards of `train` and `valid` on first use. `digits`: scikit-learn's handwritten digits.
+    `digits_and_tones`: those, digits dialled on a telephone, both together, and digits spelled out."""
     seq_length: int = 4096
     """Most tokens of a sample, and of a pack of samples, media included. A longer sample counts as bad."""
     packing: bool = True

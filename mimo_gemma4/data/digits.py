@@ -5,17 +5,12 @@ scan.
 """
 
 import io
-import os
-import shutil
-import tempfile
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
-TRAIN_SHARDS = 4
 TRAIN_SAMPLES = 6_000
 VALID_SCANS = 360
 """Scans kept for validation: each is shown once, a third of them alone and the others in pairs."""
@@ -24,32 +19,20 @@ SIDE = 48
 QUESTION = "What number is this?"
 
 _SEED = 1797
-_MARKER = ".complete"
 _MARGIN = 4
 """Pixels around a digit in its tile."""
 _SHIFT = 2
 """Pixels by which a training digit may be moved each way."""
 
 
-def ensure_digits(folder: str | Path) -> tuple[list[Path], list[Path]]:
-    """Train and validation shards in `folder`, written on first use (by one process; the others wait for it).
+def make_samples() -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """The samples for training and for validation; always the same."""
+    from sklearn.datasets import load_digits
 
-    The shards appear all at once: an interrupted run leaves none, and a finished one is never written again.
-    """
-    folder = Path(folder)
-    train = [folder / f"train-{number:06d}.tar" for number in range(TRAIN_SHARDS)]
-    valid = [folder / "valid-000000.tar"]
-    if not (folder / _MARKER).exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        partial = Path(tempfile.mkdtemp(dir=folder, prefix=".partial-"))
-        try:
-            _write_all([partial / path.name for path in train], partial / valid[0].name)
-            for path in (*train, *valid):
-                os.replace(partial / path.name, path)
-            (folder / _MARKER).touch()
-        finally:
-            shutil.rmtree(partial)
-    return train, valid
+    scans = load_digits()
+    train_scans, valid_scans = split_scans()
+    generator = np.random.Generator(np.random.PCG64([_SEED, 1]))
+    return list(_train_samples(train_scans, scans, generator)), list(_valid_samples(valid_scans, scans))
 
 
 def split_scans() -> tuple[np.ndarray, np.ndarray]:
@@ -58,33 +41,30 @@ def split_scans() -> tuple[np.ndarray, np.ndarray]:
     return order[VALID_SCANS:], order[:VALID_SCANS]
 
 
-def _write_all(train: Sequence[Path], valid: Path) -> None:
-    from sklearn.datasets import load_digits
-
-    scans = load_digits()
-    train_scans, valid_scans = split_scans()
-    generator = np.random.Generator(np.random.PCG64([_SEED, 1]))
-    samples = list(_train_samples(train_scans, scans, generator))
-    size = TRAIN_SAMPLES // len(train)
-    for number, path in enumerate(train):
-        _write(path, samples[number * size : (number + 1) * size])
-    _write(valid, list(_valid_samples(valid_scans, scans)))
-
-
 def _train_samples(numbers: np.ndarray, scans: Any, generator: np.random.Generator) -> Iterator[dict[str, Any]]:
     for position in range(TRAIN_SAMPLES):
         chosen = generator.choice(numbers, size=1 + position % 2, replace=False)
-        tiles = [_tile(scans.images[n], generator.integers(-_SHIFT, _SHIFT + 1, 2)) for n in chosen]
-        contrast = generator.uniform(0.8, 1.0)
-        yield _sample(f"train-{position:05d}", tiles, [scans.target[n] for n in chosen], contrast)
+        picture = draw_moved([scans.images[n] for n in chosen], generator)
+        yield _sample(f"train-{position:05d}", picture, [scans.target[n] for n in chosen])
 
 
 def _valid_samples(numbers: np.ndarray, scans: Any) -> Iterator[dict[str, Any]]:
     alone = len(numbers) // 3
     shown = [[n] for n in numbers[:alone]] + numbers[alone:].reshape(-1, 2).tolist()
     for position, chosen in enumerate(shown):
-        tiles = [_tile(scans.images[n], np.zeros(2, int)) for n in chosen]
-        yield _sample(f"valid-{position:05d}", tiles, [scans.target[n] for n in chosen], 1.0)
+        picture = draw([scans.images[n] for n in chosen])
+        yield _sample(f"valid-{position:05d}", picture, [scans.target[n] for n in chosen])
+
+
+def draw(scans: Sequence[np.ndarray]) -> bytes:
+    """A png file of scans [8, 8] side by side, each a square of `SIDE` pixels."""
+    return _png([_tile(scan, np.zeros(2, int)) for scan in scans], 1.0)
+
+
+def draw_moved(scans: Sequence[np.ndarray], generator: np.random.Generator) -> bytes:
+    """As `draw`, for training: every scan moved a little, the contrast of all a little lower."""
+    tiles = [_tile(scan, generator.integers(-_SHIFT, _SHIFT + 1, 2)) for scan in scans]
+    return _png(tiles, generator.uniform(0.8, 1.0))
 
 
 def _tile(scan: np.ndarray, shift: np.ndarray) -> np.ndarray:
@@ -97,20 +77,16 @@ def _tile(scan: np.ndarray, shift: np.ndarray) -> np.ndarray:
     return tile
 
 
-def _sample(key: str, tiles: Sequence[np.ndarray], digits: Sequence[int], contrast: float) -> dict[str, Any]:
-    """A WebDataset sample; its keys begin with split and number, so that they are unique over all shards."""
+def _png(tiles: Sequence[np.ndarray], contrast: float) -> bytes:
     picture = Image.fromarray((np.concatenate(tiles, axis=1) * contrast).astype(np.uint8)).convert("RGB")
     buffer = io.BytesIO()
     picture.save(buffer, "png", compress_level=1)
+    return buffer.getvalue()
+
+
+def _sample(key: str, picture: bytes, digits: Sequence[int]) -> dict[str, Any]:
+    """A WebDataset sample; its keys begin with split and number, so that they are unique over all shards."""
     question = [{"type": "image"}, {"type": "text", "text": QUESTION}]
     answer = [{"type": "text", "text": "".join(str(digit) for digit in digits)}]
     messages = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
-    return {"__key__": key, "json": {"messages": messages}, "0.png": buffer.getvalue()}
-
-
-def _write(path: Path, samples: Sequence[dict[str, Any]]) -> None:
-    from webdataset import TarWriter
-
-    with TarWriter(str(path), mtime=0) as writer:
-        for sample in samples:
-            writer.write(sample)
+    return {"__key__": key, "json": {"messages": messages}, "0.png": picture}

@@ -14,7 +14,7 @@ from PIL import Image
 
 from mimo_gemma4.build import Foundation, build_trainer
 from mimo_gemma4.config import load_config
-from mimo_gemma4.data.digits import ensure_digits
+from mimo_gemma4.data.quickstart import ensure_shards
 from mimo_gemma4.layout import build_layout
 from mimo_gemma4.platform import create_platform
 from mimo_gemma4.presets import load_model_config
@@ -37,7 +37,7 @@ SHORT = [
 def digits(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     """Arguments that put the quickstart's shards into a temporary folder."""
     folder = tmp_path_factory.mktemp("digits")
-    ensure_digits(folder)
+    ensure_shards("digits", folder)
     return [
         f"data.train.shards={folder}/train-{{000000..000003}}.tar",
         f"data.valid.shards={folder}/valid-000000.tar",

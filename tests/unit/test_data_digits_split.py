@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 
 from mimo_gemma4.data import digits
-from mimo_gemma4.data.digits import SIDE, ensure_digits, split_scans
+from mimo_gemma4.data.digits import SIDE, split_scans
+from mimo_gemma4.data.quickstart import ensure_shards
 from mimo_gemma4.data.sample import text_of
 from tests.shard_maker import TileProcessor, open_dataset
 
@@ -13,7 +14,7 @@ from tests.shard_maker import TileProcessor, open_dataset
 def shards(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(digits, "TRAIN_SAMPLES", 600)  # a tenth, for speed
-        yield ensure_digits(tmp_path_factory.mktemp("digits") / "data")
+        yield ensure_shards("digits", tmp_path_factory.mktemp("digits") / "data")
 
 
 def pictures(dataset, indexes):
@@ -58,6 +59,6 @@ def test_sizes_answers_and_counts(shards):
 def test_shards_are_written_once_and_leave_nothing_partial(shards):
     train, valid = shards
     before = [path.stat().st_mtime_ns for path in (*train, *valid)]
-    assert ensure_digits(train[0].parent) == shards
+    assert ensure_shards("digits", train[0].parent) == shards
     assert [path.stat().st_mtime_ns for path in (*train, *valid)] == before
     assert not list(train[0].parent.glob(".partial*"))

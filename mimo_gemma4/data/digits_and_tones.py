@@ -1,0 +1,115 @@
+"""Data of the quickstart with sound: digits drawn, dialled, both in one sample, and spelled out without any media.
+
+Every sample asks which digits it holds. Training and validation share no scan, no sound, and no spelled-out number.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from mimo_gemma4.data.dial_tones import dial
+from mimo_gemma4.data.digits import draw, draw_moved, split_scans
+
+TRAIN_SAMPLES = 2_400
+"""Of each kind."""
+VALID_SAMPLES = 100
+"""Of each kind."""
+WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+
+_SEED = 697
+_SPELLED = 3
+"""Digits of a number that is spelled out."""
+
+
+@dataclass(frozen=True)
+class _Split:
+    """What the samples of training or of validation are made from."""
+
+    name: str
+    pictures: dict[int, list[np.ndarray]]
+    """Scans [8, 8] by the digit that they show."""
+    numbers: np.ndarray
+    """Which numbers may be spelled out."""
+    draw: Callable[[Sequence[np.ndarray]], bytes]
+    """Scans → png file."""
+    generator: np.random.Generator
+
+
+def make_samples() -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """The samples for training and for validation, kinds in turn; always the same."""
+    from sklearn.datasets import load_digits
+
+    scans = load_digits()
+    numbers = _generator(0).permutation(10**_SPELLED)
+    train_scans, valid_scans = split_scans()
+    generator = _generator(1)
+    train = _Split(
+        "train",
+        _by_digit(scans, train_scans),
+        numbers[VALID_SAMPLES:],
+        lambda chosen: draw_moved(chosen, generator),
+        generator,
+    )
+    valid = _Split("valid", _by_digit(scans, valid_scans), numbers[:VALID_SAMPLES], draw, _generator(2))
+    return _samples(train, TRAIN_SAMPLES), _samples(valid, VALID_SAMPLES)
+
+
+def _generator(stream: int) -> np.random.Generator:
+    return np.random.Generator(np.random.PCG64([_SEED, stream]))
+
+
+def _by_digit(scans: Any, numbers: np.ndarray) -> dict[int, list[np.ndarray]]:
+    return {digit: [scans.images[n] for n in numbers if scans.target[n] == digit] for digit in range(10)}
+
+
+def _samples(split: _Split, count: int) -> list[dict[str, Any]]:
+    kinds = (_drawn, _dialled, _drawn_and_dialled, _spelled)
+    return [
+        _sample(f"{split.name}-{n * len(kinds) + k:05d}", *kind(split, n))
+        for n in range(count)
+        for k, kind in enumerate(kinds)
+    ]
+
+
+_Content = tuple[dict[str, bytes], str, Sequence[int]]
+"""Media files by extension, in the order of the message, the question and the digits of the answer."""
+
+
+def _drawn(split: _Split, number: int) -> _Content:
+    digits = _digits(split, 1 + number % 2)
+    return {"png": _draw(split, digits)}, "What number is shown?", digits
+
+
+def _dialled(split: _Split, number: int) -> _Content:
+    digits = _digits(split, 1 + number % 2)
+    return {"wav": dial(digits, split.generator)}, "What number is dialled?", digits
+
+
+def _drawn_and_dialled(split: _Split, number: int) -> _Content:
+    digits = _digits(split, 2)
+    media = {"png": _draw(split, digits[:1]), "wav": dial(digits[1:], split.generator)}
+    return media, "What is shown, and what is dialled?", digits
+
+
+def _spelled(split: _Split, number: int) -> _Content:
+    digits = [int(digit) for digit in f"{split.numbers[number % len(split.numbers)]:0{_SPELLED}d}"]
+    return {}, f"Say {' '.join(WORDS[digit] for digit in digits)}.", digits
+
+
+def _digits(split: _Split, count: int) -> list[int]:
+    return split.generator.integers(10, size=count).tolist()
+
+
+def _draw(split: _Split, digits: Sequence[int]) -> bytes:
+    return split.draw([split.pictures[d][split.generator.integers(len(split.pictures[d]))] for d in digits])
+
+
+def _sample(key: str, media: dict[str, bytes], question: str, digits: Sequence[int]) -> dict[str, Any]:
+    types = {"png": "image", "wav": "audio"}
+    content = [*({"type": types[extension]} for extension in media), {"type": "text", "text": question}]
+    answer = [{"type": "text", "text": "".join(map(str, digits))}]
+    messages = [{"role": "user", "content": content}, {"role": "assistant", "content": answer}]
+    files = {f"{number}.{extension}": data for number, (extension, data) in enumerate(media.items())}
+    return {"__key__": key, "json": {"messages": messages}} | files
