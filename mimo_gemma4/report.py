@@ -2,15 +2,22 @@
 
 import io
 import json
+from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 from PIL import Image
 
+from encoders.gemma4_sound import log_mel
+from encoders.waveform import read_waveform
 from mimo_gemma4.data.dataset import ShardDataset
 from mimo_gemma4.data.shards import read_range
 from mimo_gemma4.evaluate import Reading
 from mimo_gemma4.metrics import plot_loss, save_samples
 from mimo_gemma4.trainer import Trainer
+
+_HEIGHT = 128
+"""Pixels of a picture in samples.png."""
 
 
 def write_report(trainer: Trainer) -> None:
@@ -22,7 +29,7 @@ def write_report(trainer: Trainer) -> None:
     if evaluator is None or not (folder / "eval.json").is_file():
         return
     result = json.loads((folder / "eval.json").read_text(encoding="utf-8"))
-    pictured = [(reading, _first_image(evaluator.loader.dataset, reading)) for reading in evaluator.readings]
+    pictured = [(reading, _picture(evaluator.loader.dataset, reading)) for reading in evaluator.readings]
     shown = [(reading, image) for reading, image in pictured if image is not None][: trainer.config.eval.pictures]
     if shown:
         readings, images = zip(*shown, strict=True)
@@ -41,9 +48,37 @@ def evaluation_table(result: dict) -> str:
     return "\n".join(lines)
 
 
-def _first_image(dataset: ShardDataset, reading: Reading) -> Image.Image | None:
-    """The first image of a sample; None where it has none."""
+def _picture(dataset: ShardDataset, reading: Reading) -> Image.Image | None:
+    """A sample's first image and the spectrogram of its first sound, side by side; None where it has neither."""
+    first: dict[str, Image.Image] = {}
     for item in dataset.media(reading.index):
-        if item.media_type == "image":
-            return Image.open(io.BytesIO(read_range(item.shard, item.offset, item.size))).convert("RGB")
-    return None
+        if item.media_type in _DRAWN and item.media_type not in first:
+            data = read_range(item.shard, item.offset, item.size)
+            first[item.media_type] = _DRAWN[item.media_type](data)
+    if not first:
+        return None
+    parts = [_scaled(picture) for picture in first.values()]
+    joined = Image.new("RGB", (sum(part.width for part in parts), _HEIGHT))
+    left = 0
+    for part in parts:
+        joined.paste(part, (left, 0))
+        left += part.width
+    return joined
+
+
+def _scaled(picture: Image.Image) -> Image.Image:
+    return picture.resize((max(1, round(picture.width * _HEIGHT / picture.height)), _HEIGHT))
+
+
+def _image(data: bytes) -> Image.Image:
+    return Image.open(io.BytesIO(data)).convert("RGB")
+
+
+def _spectrogram(data: bytes) -> Image.Image:
+    """A sound as a square: its time from left to right, its mel bands from below, brighter where louder."""
+    bands = log_mel(read_waveform(data)).T[::-1]
+    grey = (bands - bands.min()) * (255 / max(1e-6, bands.max() - bands.min()))
+    return Image.fromarray(grey.astype(np.uint8)).resize((_HEIGHT, _HEIGHT)).convert("RGB")
+
+
+_DRAWN: dict[str, Callable[[bytes], Image.Image]] = {"image": _image, "audio": _spectrogram}

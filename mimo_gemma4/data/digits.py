@@ -44,7 +44,7 @@ def split_scans() -> tuple[np.ndarray, np.ndarray]:
 def _train_samples(numbers: np.ndarray, scans: Any, generator: np.random.Generator) -> Iterator[dict[str, Any]]:
     for position in range(TRAIN_SAMPLES):
         chosen = generator.choice(numbers, size=1 + position % 2, replace=False)
-        picture = draw_moved([scans.images[n] for n in chosen], generator)
+        picture = draw([scans.images[n] for n in chosen], generator)
         yield _sample(f"train-{position:05d}", picture, [scans.target[n] for n in chosen])
 
 
@@ -56,13 +56,13 @@ def _valid_samples(numbers: np.ndarray, scans: Any) -> Iterator[dict[str, Any]]:
         yield _sample(f"valid-{position:05d}", picture, [scans.target[n] for n in chosen])
 
 
-def draw(scans: Sequence[np.ndarray]) -> bytes:
-    """A png file of scans [8, 8] side by side, each a square of `SIDE` pixels."""
-    return _png([_tile(scan, np.zeros(2, int)) for scan in scans], 1.0)
+def draw(scans: Sequence[np.ndarray], generator: np.random.Generator | None = None) -> bytes:
+    """A png file of scans [8, 8] side by side, each a square of `SIDE` pixels.
 
-
-def draw_moved(scans: Sequence[np.ndarray], generator: np.random.Generator) -> bytes:
-    """As `draw`, for training: every scan moved a little, the contrast of all a little lower."""
+    With a `generator`, for training: every scan is moved a little, and the contrast of the whole is a little lower.
+    """
+    if generator is None:
+        return _png([_tile(scan, np.zeros(2, int)) for scan in scans], 1.0)
     tiles = [_tile(scan, generator.integers(-_SHIFT, _SHIFT + 1, 2)) for scan in scans]
     return _png(tiles, generator.uniform(0.8, 1.0))
 

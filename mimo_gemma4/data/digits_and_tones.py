@@ -3,14 +3,14 @@
 Every sample asks which digits it holds. Training and validation share no scan, no sound, and no spelled-out number.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from mimo_gemma4.data.dial_tones import dial
-from mimo_gemma4.data.digits import draw, draw_moved, split_scans
+from mimo_gemma4.data.digits import draw, split_scans
 
 TRAIN_SAMPLES = 2_400
 """Of each kind."""
@@ -22,6 +22,9 @@ _SEED = 697
 _SPELLED = 3
 """Digits of a number that is spelled out."""
 
+_Content = tuple[dict[str, bytes], str, Sequence[int]]
+"""Media files by extension, in the order of the message; the question; the digits of the answer."""
+
 
 @dataclass(frozen=True)
 class _Split:
@@ -32,9 +35,9 @@ class _Split:
     """Scans [8, 8] by the digit that they show."""
     numbers: np.ndarray
     """Which numbers may be spelled out."""
-    draw: Callable[[Sequence[np.ndarray]], bytes]
-    """Scans → png file."""
     generator: np.random.Generator
+    moved: bool
+    """Whether every picture is drawn a little differently."""
 
 
 def make_samples() -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
@@ -44,15 +47,8 @@ def make_samples() -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     scans = load_digits()
     numbers = _generator(0).permutation(10**_SPELLED)
     train_scans, valid_scans = split_scans()
-    generator = _generator(1)
-    train = _Split(
-        "train",
-        _by_digit(scans, train_scans),
-        numbers[VALID_SAMPLES:],
-        lambda chosen: draw_moved(chosen, generator),
-        generator,
-    )
-    valid = _Split("valid", _by_digit(scans, valid_scans), numbers[:VALID_SAMPLES], draw, _generator(2))
+    train = _Split("train", _by_digit(scans, train_scans), numbers[VALID_SAMPLES:], _generator(1), moved=True)
+    valid = _Split("valid", _by_digit(scans, valid_scans), numbers[:VALID_SAMPLES], _generator(2), moved=False)
     return _samples(train, TRAIN_SAMPLES), _samples(valid, VALID_SAMPLES)
 
 
@@ -73,10 +69,6 @@ def _samples(split: _Split, count: int) -> list[dict[str, Any]]:
     ]
 
 
-_Content = tuple[dict[str, bytes], str, Sequence[int]]
-"""Media files by extension, in the order of the message, the question and the digits of the answer."""
-
-
 def _drawn(split: _Split, number: int) -> _Content:
     digits = _digits(split, 1 + number % 2)
     return {"png": _draw(split, digits)}, "What number is shown?", digits
@@ -88,8 +80,8 @@ def _dialled(split: _Split, number: int) -> _Content:
 
 
 def _drawn_and_dialled(split: _Split, number: int) -> _Content:
-    digits = _digits(split, 2)
-    media = {"png": _draw(split, digits[:1]), "wav": dial(digits[1:], split.generator)}
+    digits = _digits(split, 3)
+    media = {"png": _draw(split, digits[:2]), "wav": dial(digits[2:], split.generator)}
     return media, "What is shown, and what is dialled?", digits
 
 
@@ -103,7 +95,8 @@ def _digits(split: _Split, count: int) -> list[int]:
 
 
 def _draw(split: _Split, digits: Sequence[int]) -> bytes:
-    return split.draw([split.pictures[d][split.generator.integers(len(split.pictures[d]))] for d in digits])
+    chosen = [split.pictures[digit][split.generator.integers(len(split.pictures[digit]))] for digit in digits]
+    return draw(chosen, split.generator if split.moved else None)
 
 
 def _sample(key: str, media: dict[str, bytes], question: str, digits: Sequence[int]) -> dict[str, Any]:
