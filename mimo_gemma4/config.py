@@ -249,7 +249,7 @@ class EvalConfig:
     max_new_tokens: int = 0
     """Longest greedy answer, compared with the true one. 0: only the loss is computed."""
     pictures: int = 32
-    """Answers that `samples.png` shows with their images."""
+    """Answers that `samples.png` shows, each with the first image and the spectrogram of the first sound."""
 
 
 @dataclass

@@ -3,6 +3,7 @@
 import io
 import json
 from collections.abc import Callable
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -12,11 +13,10 @@ from encoders.gemma4_sound import log_mel
 from encoders.waveform import read_waveform
 from mimo_gemma4.data.dataset import ShardDataset
 from mimo_gemma4.data.shards import read_range
-from mimo_gemma4.evaluate import Reading
 from mimo_gemma4.metrics import plot_loss, save_samples
 from mimo_gemma4.trainer import Trainer
 
-_HEIGHT = 128
+_HEIGHT, _WIDEST = 128, 512
 """Pixels of a picture in samples.png."""
 
 
@@ -29,8 +29,8 @@ def write_report(trainer: Trainer) -> None:
     if evaluator is None or not (folder / "eval.json").is_file():
         return
     result = json.loads((folder / "eval.json").read_text(encoding="utf-8"))
-    pictured = [(reading, _picture(evaluator.loader.dataset, reading)) for reading in evaluator.readings]
-    shown = [(reading, image) for reading, image in pictured if image is not None][: trainer.config.eval.pictures]
+    pictured = ((reading, sample_picture(evaluator.loader.dataset, reading.index)) for reading in evaluator.readings)
+    shown = list(islice(((reading, image) for reading, image in pictured if image), trainer.config.eval.pictures))
     if shown:
         readings, images = zip(*shown, strict=True)
         save_samples(images, [r.predicted for r in readings], [r.true for r in readings], folder / "samples.png")
@@ -48,10 +48,10 @@ def evaluation_table(result: dict) -> str:
     return "\n".join(lines)
 
 
-def _picture(dataset: ShardDataset, reading: Reading) -> Image.Image | None:
-    """A sample's first image and the spectrogram of its first sound, side by side; None where it has neither."""
+def sample_picture(dataset: ShardDataset, index: int) -> Image.Image | None:
+    """First image and spectrogram of the first sound of sample `index`, side by side; None where it has neither."""
     first: dict[str, Image.Image] = {}
-    for item in dataset.media(reading.index):
+    for item in dataset.media(index):
         if item.media_type in _DRAWN and item.media_type not in first:
             data = read_range(item.shard, item.offset, item.size)
             first[item.media_type] = _DRAWN[item.media_type](data)
@@ -67,7 +67,8 @@ def _picture(dataset: ShardDataset, reading: Reading) -> Image.Image | None:
 
 
 def _scaled(picture: Image.Image) -> Image.Image:
-    return picture.resize((max(1, round(picture.width * _HEIGHT / picture.height)), _HEIGHT))
+    width = round(picture.width * _HEIGHT / picture.height)
+    return picture.resize((max(1, min(_WIDEST, width)), _HEIGHT))
 
 
 def _image(data: bytes) -> Image.Image:

@@ -70,7 +70,7 @@ def test_kinds_come_in_turn_and_answers_name_their_digits(splits):
         for sample in samples[:40]:
             question, answer = turns(sample)
             if media(sample) == ():
-                assert question == f"Say {' '.join(WORDS[int(digit)] for digit in answer)}."
+                assert question == f"{' '.join(WORDS[int(digit)] for digit in answer)}?"
             elif media(sample) == ("wav",):
                 assert heard(sample["0.wav"]) == answer
             elif media(sample) == ("png", "wav"):
