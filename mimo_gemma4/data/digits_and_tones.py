@@ -71,12 +71,12 @@ def _samples(split: _Split, count: int) -> list[dict[str, Any]]:
 
 def _drawn(split: _Split, number: int) -> _Content:
     digits = _digits(split, 1 + number % 2)
-    return {"png": _draw(split, digits)}, "What is shown?", digits
+    return {"png": _draw(split, digits)}, "What number is shown?", digits
 
 
 def _dialled(split: _Split, number: int) -> _Content:
     digits = _digits(split, 1 + number % 2)
-    return {"wav": dial(digits, split.generator)}, "What is dialled?", digits
+    return {"wav": dial(digits, split.generator)}, "What number is dialled?", digits
 
 
 def _drawn_and_dialled(split: _Split, number: int) -> _Content:
