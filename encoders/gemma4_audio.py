@@ -25,7 +25,7 @@ from encoders.base import Encoder
 from encoders.gemma4_audio_attention import LocalAttention, embed_distances, visible_keys
 from encoders.gemma4_audio_config import Gemma4AudioConfig
 from encoders.gemma4_sound import Gemma4AudioProcessor
-from encoders.gemma4_vision import ClippableLinear, RMSNorm
+from encoders.gemma4_vision import ClippableLinear, RMSNorm, tower_config
 from mimo_gemma4.errors import LayoutError
 from mimo_gemma4.media import MediaHeader
 from mimo_gemma4.weights import ONES, Binding, Constant, Normal, bind_replicated, bind_sharded
@@ -130,23 +130,14 @@ def _transformer_config(audio: Gemma4AudioConfig, tp: int, dtype: torch.dtype) -
         raise LayoutError(
             f"layout.audio.tp={tp} does not divide audio_config.num_attention_heads={audio.num_attention_heads}"
         )
-    return TransformerConfig(
+    return tower_config(
+        tp,
+        dtype,
         num_layers=audio.num_hidden_layers,
         hidden_size=audio.hidden_size,
         ffn_hidden_size=4 * audio.hidden_size,
         num_attention_heads=audio.num_attention_heads,
-        tensor_model_parallel_size=tp,
-        params_dtype=dtype,
-        bf16=dtype == torch.bfloat16,
-        normalization="RMSNorm",
         layernorm_epsilon=audio.rms_norm_eps,
-        add_bias_linear=False,
-        attention_dropout=0.0,
-        hidden_dropout=0.0,
-        calculate_per_token_loss=True,
-        use_cpu_initialization=True,  # weights are made on the device of the surrounding `torch.device` context
-        perform_initialization=False,  # bindings fill them
-        gradient_accumulation_fusion=False,
     )
 
 

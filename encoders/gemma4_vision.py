@@ -118,18 +118,26 @@ def _transformer_config(vision: Gemma4VisionConfig, tp: int, dtype: torch.dtype)
     for key in ("num_attention_heads", "num_key_value_heads", "intermediate_size"):
         if getattr(vision, key) % tp:
             raise LayoutError(f"layout.vision.tp={tp} does not divide vision_config.{key}={getattr(vision, key)}")
-    return TransformerConfig(
+    return tower_config(
+        tp,
+        dtype,
         num_layers=vision.num_hidden_layers,
         hidden_size=vision.hidden_size,
         ffn_hidden_size=vision.intermediate_size,
         num_attention_heads=vision.num_attention_heads,
         num_query_groups=vision.num_key_value_heads,
         kv_channels=vision.head_dim,
+        layernorm_epsilon=vision.rms_norm_eps,
+    )
+
+
+def tower_config(tp: int, dtype: torch.dtype, **sizes: Any) -> TransformerConfig:
+    """What the towers of Gemma 4 have in common for megatron-core; `sizes` are the other fields."""
+    return TransformerConfig(
         tensor_model_parallel_size=tp,
         params_dtype=dtype,
         bf16=dtype == torch.bfloat16,
         normalization="RMSNorm",
-        layernorm_epsilon=vision.rms_norm_eps,
         add_bias_linear=False,
         attention_dropout=0.0,
         hidden_dropout=0.0,
@@ -137,6 +145,7 @@ def _transformer_config(vision: Gemma4VisionConfig, tp: int, dtype: torch.dtype)
         use_cpu_initialization=True,  # weights are made on the device of the surrounding `torch.device` context
         perform_initialization=False,  # bindings fill them
         gradient_accumulation_fusion=False,
+        **sizes,
     )
 
 
