@@ -1,9 +1,14 @@
 """transformers' audio tower and projector under the names of the whole model, with random weights."""
 
 import torch
+import transformers
+from packaging.version import Version
 from torch import nn
 from transformers.models.gemma4.configuration_gemma4 import Gemma4AudioConfig, Gemma4TextConfig
 from transformers.models.gemma4.modeling_gemma4 import Gemma4AudioModel, Gemma4MultimodalEmbedder
+
+# Up to 5.19 the tower reads its mask as a boolean one, which `eager` does not make: it would attend to what is masked.
+ATTENTION = "eager" if Version(transformers.__version__) >= Version("5.20") else "sdpa"
 
 
 class AudioReference(nn.Module):
@@ -12,7 +17,7 @@ class AudioReference(nn.Module):
     def __init__(self, options: dict, language_hidden: int):
         super().__init__()
         config = Gemma4AudioConfig(**options)
-        config._attn_implementation = "eager"
+        config._attn_implementation = ATTENTION
         self.audio_tower = Gemma4AudioModel(config)
         self.embed_audio = Gemma4MultimodalEmbedder(config, Gemma4TextConfig(hidden_size=language_hidden))
 
