@@ -61,10 +61,15 @@ class TransformerEnginePlan:
         """Attend as `AttentionPlan` says."""
         attention = _dot_product_attention(query.shape[2], key.shape[2], query.shape[3])
         attended = [
-            attention(query[rows], key[own], value[own], window_size=(self.window - 1, 0))
+            attention(*map(_own_memory, (query[rows], key[own], value[own])), window_size=(self.window - 1, 0))
             for rows, own in self.stretches
         ]
         return attended[0] if len(attended) == 1 else torch.cat(attended)
+
+
+def _own_memory(states: torch.Tensor) -> torch.Tensor:
+    """States that begin where their memory begins: Transformer Engine refuses views into the middle of a tensor."""
+    return states.contiguous() if states.storage_offset() == 0 else states.clone(memory_format=torch.contiguous_format)
 
 
 @cache
