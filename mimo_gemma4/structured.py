@@ -91,7 +91,7 @@ def reference(cls: type) -> str:
     lines = [
         "# Configuration",
         "",
-        "Generated from `mimo_gemma4/config.py` by `python -m mimo_gemma4.config`.",
+        "Generated from `mimo_gemma4/options.py` by `python -m mimo_gemma4.config`.",
         "",
     ]
     for entry in fields(cls):
