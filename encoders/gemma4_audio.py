@@ -24,8 +24,8 @@ from torch.utils.checkpoint import checkpoint
 from encoders.base import Encoder
 from encoders.gemma4_audio_attention import LocalAttention, embed_distances, visible_keys
 from encoders.gemma4_audio_config import Gemma4AudioConfig
+from encoders.gemma4_layers import ClippableLinear, RMSNorm, tower_config
 from encoders.gemma4_sound import Gemma4AudioProcessor
-from encoders.gemma4_vision import ClippableLinear, RMSNorm, tower_config
 from mimo_gemma4.errors import LayoutError
 from mimo_gemma4.media import MediaHeader
 from mimo_gemma4.weights import ONES, Binding, Constant, Normal, bind_replicated, bind_sharded

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from encoders.gemma4_audio_config import Gemma4AudioConfig
-from encoders.gemma4_vision import ClippableLinear
+from encoders.gemma4_layers import ClippableLinear
 from mimo_gemma4.weights import Binding, Constant, Normal, bind_replicated, bind_sharded
 
 

@@ -11,7 +11,6 @@ from typing import Any, Literal, cast
 
 import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 from megatron.core.tensor_parallel.mappings import copy_to_tensor_model_parallel_region
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
@@ -22,10 +21,11 @@ from torch.utils.checkpoint import checkpoint
 
 from encoders.base import Encoder
 from encoders.gemma4_image import Gemma4FrameProcessor, Gemma4ImageProcessor
+from encoders.gemma4_layers import ClippableLinear, RMSNorm, tower_config
 from encoders.gemma4_vision_config import Gemma4VisionConfig
 from mimo_gemma4.errors import LayoutError
 from mimo_gemma4.media import MediaHeader
-from mimo_gemma4.weights import ONES, Binding, Constant, Normal, bind_replicated, bind_sharded, branch_norm
+from mimo_gemma4.weights import ONES, Binding, Constant, Normal, bind_replicated, branch_norm
 
 
 class Gemma4VisionEncoder(Encoder):
@@ -128,24 +128,6 @@ def _transformer_config(vision: Gemma4VisionConfig, tp: int, dtype: torch.dtype)
         num_query_groups=vision.num_key_value_heads,
         kv_channels=vision.head_dim,
         layernorm_epsilon=vision.rms_norm_eps,
-    )
-
-
-def tower_config(tp: int, dtype: torch.dtype, **sizes: Any) -> TransformerConfig:
-    """What the towers of Gemma 4 have in common for megatron-core; `sizes` are the other fields."""
-    return TransformerConfig(
-        tensor_model_parallel_size=tp,
-        params_dtype=dtype,
-        bf16=dtype == torch.bfloat16,
-        normalization="RMSNorm",
-        add_bias_linear=False,
-        attention_dropout=0.0,
-        hidden_dropout=0.0,
-        calculate_per_token_loss=True,
-        use_cpu_initialization=True,  # weights are made on the device of the surrounding `torch.device` context
-        perform_initialization=False,  # bindings fill them
-        gradient_accumulation_fusion=False,
-        **sizes,
     )
 
 
@@ -254,74 +236,6 @@ class VisionLayer(nn.Module):
             name = f"{place}_layernorm"
             bindings.append(bind_replicated(f"{prefix}{name}.weight", getattr(self, name).weight, initial))
         return bindings
-
-
-class ClippableLinear(nn.Module):
-    """Tensor parallel linear without bias that clamps inputs and outputs where the model has such bounds."""
-
-    input_min: Tensor
-    input_max: Tensor
-    output_min: Tensor
-    output_max: Tensor
-
-    def __init__(
-        self,
-        cut: Literal["column", "row"],
-        inputs: int,
-        outputs: int,
-        config: TransformerConfig,
-        tp_group: ProcessGroup,
-        *,
-        clipped: bool,
-    ):
-        """Allocate the local weight and, where `clipped`, the four bounds (infinite until loaded)."""
-        super().__init__()
-        self.cut, self.tp_group, self.clipped = cut, tp_group, clipped
-        common = {"config": config, "init_method": None, "bias": False, "tp_group": tp_group}
-        if cut == "column":  # the caller reduces the gradient of the input, once for all linears that read it
-            self.linear = ColumnParallelLinear(inputs, outputs, gather_output=False, disable_grad_reduce=True, **common)
-        else:
-            self.linear = RowParallelLinear(inputs, outputs, input_is_parallel=True, skip_bias_add=False, **common)
-        if clipped:
-            for name, bound in CLIP_BOUNDS.items():
-                self.register_buffer(name, torch.tensor(bound, dtype=config.params_dtype))
-
-    def forward(self, inputs: Tensor) -> Tensor:
-        """[P, inputs (local if cut by row)] → [P, outputs (local if cut by column)]."""
-        if self.clipped:
-            inputs = torch.clamp(inputs, self.input_min, self.input_max)
-        outputs = self.linear(inputs)[0]  # summed over the tensor parallel group if cut by row, so clamped as a whole
-        return torch.clamp(outputs, self.output_min, self.output_max) if self.clipped else outputs
-
-    def bindings(self, prefix: str, drawn: Normal) -> list[Binding]:
-        """The weight and the bounds."""
-        dim = 0 if self.cut == "column" else 1
-        bindings = [bind_sharded(f"{prefix}linear.weight", self.linear.weight, dim, self.tp_group, drawn)]
-        if self.clipped:
-            bindings += [bind_replicated(f"{prefix}{name}", getattr(self, name), None) for name in CLIP_BOUNDS]
-        return bindings
-
-
-CLIP_BOUNDS = {
-    "input_min": -float("inf"),
-    "input_max": float("inf"),
-    "output_min": -float("inf"),
-    "output_max": float("inf"),
-}
-
-
-class RMSNorm(nn.Module):
-    """Root mean square norm with weight, computed in fp32 and cast once at the end."""
-
-    def __init__(self, size: int, eps: float, dtype: torch.dtype):
-        """Allocate the weight."""
-        super().__init__()
-        self.eps = eps
-        self.weight = nn.Parameter(torch.empty(size, dtype=dtype))
-
-    def forward(self, hidden: Tensor) -> Tensor:
-        """[..., size] → [..., size]."""
-        return F.rms_norm(hidden, self.weight.shape, self.weight, self.eps)
 
 
 class Pooler(nn.Module):
