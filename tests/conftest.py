@@ -12,6 +12,9 @@ import transformers.models.gemma4.modeling_gemma4  # noqa: E402, F401
 import transformers.utils.chat_template_utils  # noqa: E402, F401
 
 import mimo_gemma4.build  # noqa: E402, F401
+from encoders.registry import registered_encoders  # noqa: E402
+
+registered_encoders()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -96,9 +96,8 @@ def _file(media_type: str, size: int, seed: int) -> tuple[str, bytes]:
     return extension, sound(round(SECONDS[size % len(SECONDS)] * rate), seed, rate, extension.upper())
 
 
-def reference_planner(model_folder: Path, shard: Path, batch_size: int, seed: int) -> StepPlanner:
+def reference_planner(hf_config: dict[str, Any], shard: Path, batch_size: int, seed: int) -> StepPlanner:
     """The order of the samples, and their dataset, with all encoders of the model."""
-    hf_config = json.loads((model_folder / "config.json").read_text())
     modalities = [name for name in ("vision", "audio") if hf_config.get(f"{name}_config")]
     processors = [processor for name in modalities for processor in build_processors(name, hf_config)]
     encoder = ConversationEncoder(byte_tokenizer(), processors, media_tokens(hf_config))
@@ -120,8 +119,6 @@ def huggingface_step(
 
     With `adapter`, a PEFT adapter's folder, the gradients are those of its A and B.
     """
-    planner = reference_planner(model_folder, shard, batch_size, seed)
-    dataset = planner.dataset
     model = Gemma4ForConditionalGeneration.from_pretrained(
         model_folder, attn_implementation="eager", dtype=torch.float32
     )
@@ -129,21 +126,34 @@ def huggingface_step(
         from peft import PeftModel
 
         model = PeftModel.from_pretrained(model, adapter, is_trainable=True)
-    loss, count = torch.zeros(()), 0
-    for index in planner.samples(step):
-        encoded = dataset.encode(index)
-        labels = torch.from_numpy(encoded.labels)
-        ids = torch.from_numpy(encoded.input_ids)[None]
-        logits = model(input_ids=ids, **transformers_media(dataset, index, ids)).logits[0]
-        loss = loss + F.cross_entropy(logits.float(), labels, reduction="sum", ignore_index=-100)
-        count += int((labels != -100).sum())
-    (loss / count).backward()
+    hf_config = json.loads((model_folder / "config.json").read_text())
+    planner = reference_planner(hf_config, shard, batch_size, seed)
+
+    def logits(index: int, ids: torch.Tensor) -> torch.Tensor:
+        return model(input_ids=ids, **transformers_media(planner.dataset, index, ids)).logits[0]
+
+    loss, count = mean_loss(planner, step, logits)
+    loss.backward()
     gradients = {
         name.removeprefix("base_model.model.").replace(".default", ""): parameter.grad
         for name, parameter in model.named_parameters()
         if parameter.grad is not None
     }
-    return Reference(loss.item() / count, count, gradients)
+    return Reference(loss.item(), count, gradients)
+
+
+def mean_loss(
+    planner: StepPlanner, step: int, logits: Callable[[int, torch.Tensor], torch.Tensor]
+) -> tuple[torch.Tensor, int]:
+    """Loss of a token and number of tokens of a global step, from `logits(sample, its ids [1, S])` [S, vocabulary]."""
+    loss, count = torch.zeros(()), 0
+    for index in planner.samples(step):
+        encoded = planner.dataset.encode(index)
+        labels = torch.from_numpy(encoded.labels)
+        output = logits(index, torch.from_numpy(encoded.input_ids)[None])
+        loss = loss + F.cross_entropy(output.float(), labels, reduction="sum", ignore_index=-100)
+        count += int((labels != -100).sum())
+    return loss / count, count
 
 
 def transformers_media(dataset: ShardDataset, index: int, ids: torch.Tensor) -> dict[str, torch.Tensor]:

@@ -1,9 +1,10 @@
 """A model whose experts are cut over lanes trains, answers and is saved like one that is whole, idle lanes included.
 
 Seven samples in microbatches of one row leave a lane without any in the last round, whether there are two lanes or
-four. Tolerances of the gradients: those of `test_step_gradient_parity`, whose checks these are.
+four. Tolerances of the gradients: those of `step_parity`, whose checks these are.
 """
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,8 @@ from mimo_gemma4.trainer import Trainer
 from tests.dist.harness import run_ranks
 from tests.dist.test_checkpoint_resume import same_bits, whole_tensors
 from tests.dist.test_generate_matches_transformers import own_answers, transformers_answers
-from tests.dist.test_step_gradient_parity import BATCH, SEED, STEP, Case, check, write_run
-from tests.vlm_reference import SAMPLES, Reference, huggingface_step
+from tests.dist.step_parity import BATCH, Case, Prepared, check, prepare, write_run
+from tests.vlm_reference import SAMPLES
 
 TEXT: dict[str, Any] = dict(
     enable_moe_block=True,
@@ -46,35 +47,26 @@ OTHER = Case(tp=2, dp=2, ep=2, rows=1, colocated=True)
 
 
 @pytest.fixture(scope="module")
-def run_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_run(tmp_path_factory.mktemp("experts"), **TEXT)
+def experts(tmp_path_factory: pytest.TempPathFactory) -> Prepared:
+    return prepare(tmp_path_factory.mktemp("experts"), partial(write_run, **TEXT))
 
 
-@pytest.fixture(scope="module")
-def reference(run_folder: Path) -> Reference:
-    return run_ranks(1, reference_rank, run_folder)[0]
+@pytest.mark.parametrize("world", sorted({case.world for case in CASES}))
+def test_step_gradients(world: int, experts: Prepared) -> None:
+    check((case, experts) for case in CASES if case.world == world)
 
 
-def reference_rank(rank: int, folder: Path) -> Reference:
-    return huggingface_step(folder / "model", folder / "train-000000.tar", STEP, BATCH, SEED)
-
-
-@pytest.mark.parametrize("case", CASES, ids=str)
-def test_step_gradients(case: Case, run_folder: Path, reference: Reference) -> None:
-    check(case, run_folder, reference)
-
-
-def test_answers(run_folder: Path) -> None:
+def test_answers(experts: Prepared) -> None:
     """The last of three samples a batch leave one lane of four idle; the others' answers end with their rows."""
-    expected = run_ranks(1, transformers_answers, run_folder)[0]
+    expected = run_ranks(1, transformers_answers, experts.folder)[0]
     overrides = [
         *Case(dp=4, ep=4, rows=1).overrides,
-        f"data.valid={{shards: {run_folder}/train-000000.tar}}",
+        f"data.valid={{shards: {experts.folder}/train-000000.tar}}",
         f"eval.batch_size={BATCH}",
     ]
     found = {
         answer.index: (answer.predicted, space)
-        for answers in run_ranks(5, own_answers, run_folder, overrides)
+        for answers in run_ranks(5, own_answers, experts.folder, overrides)
         for answer, space in answers
     }
     assert sorted(found) == list(range(SAMPLES))
@@ -106,14 +98,14 @@ def load_and_save(rank: int, folder: Path, source: Path, target: Path, case: Cas
     saved(target, trainer)
 
 
-def test_checkpoints_change_their_expert_parallel_size(tmp_path: Path, run_folder: Path) -> None:
-    run_ranks(EP2.world, train_and_save, run_folder, tmp_path / "ep2", EP2)
+def test_checkpoints_change_their_expert_parallel_size(tmp_path: Path, experts: Prepared) -> None:
+    run_ranks(EP2.world, train_and_save, experts.folder, tmp_path / "ep2", EP2)
     written = whole_tensors(tmp_path / "ep2" / "step_00000001")
     experts = {key: value for key, value in written.items() if "experts" in key}
     assert {key.split(".")[1] for key in experts} == {"weight", "exp_avg", "exp_avg_sq"}
     assert all(value.count_nonzero() > value.numel() // 2 for value in experts.values())
     for name, case in (("whole", WHOLE), ("other", OTHER)):
         run_ranks(
-            case.world, load_and_save, run_folder, tmp_path / "ep2" / "step_00000001", tmp_path / name, case
+            case.world, load_and_save, experts.folder, tmp_path / "ep2" / "step_00000001", tmp_path / name, case
         )
         assert same_bits(written, whole_tensors(tmp_path / name / "step_00000001"))

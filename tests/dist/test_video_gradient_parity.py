@@ -4,36 +4,23 @@ import json
 from pathlib import Path
 
 import numpy as np
-import pytest
 
-from tests.dist.harness import run_ranks
-from tests.dist.test_step_gradient_parity import BATCH, SEED, STEP, step_on_rank, worst_gradient
+from tests.dist.step_parity import SHARD, Case, check, prepare, write_config
 from tests.shard_maker import jpeg, write_shard
-from tests.vlm_reference import huggingface_step, write_model
+from tests.vlm_reference import write_model
 
 VIDEOS = [[6], [], [1, 3], [2], [], [9], [4], [5, 1], [], [3]]
 """Frames of the videos of every sample; at most four of a video are shown."""
 
 
-@pytest.fixture
-def run_folder(tmp_path: Path) -> Path:
-    config_file = write_model(tmp_path / "model") / "config.json"
+def write(folder: Path) -> None:
+    config_file = write_model(folder / "model") / "config.json"
     hf_config = json.loads(config_file.read_text())
     hf_config["text_config"]["use_bidirectional_attention"] = "vision"
     hf_config["vision_processor"] |= {"max_frame_tokens": 3, "num_frames": 4}
     config_file.write_text(json.dumps(hf_config))
-    write_shard(tmp_path / "train-000000.tar", samples())
-    (tmp_path / "run.yaml").write_text(
-        f"""
-        run: {{dir: {tmp_path}/run, seed: {SEED}}}
-        model: {{hf_path: {tmp_path}/model, precision: fp32}}
-        layout: {{vision: {{ranks: 2}}, language: {{ranks: 1}}}}
-        data: {{train: {{shards: "{tmp_path}/train-000000.tar"}}, seq_length: 300}}
-        train: {{global_batch_size: {BATCH}, microbatch_size: 2}}
-        logging: {{tensorboard: false}}
-        """
-    )
-    return tmp_path
+    write_shard(folder / SHARD, samples())
+    write_config(folder)
 
 
 def samples() -> dict[str, bytes]:
@@ -54,16 +41,7 @@ def samples() -> dict[str, bytes]:
     return members
 
 
-def reference_rank(rank: int, folder: Path):  # noqa: ANN201
-    return huggingface_step(folder / "model", folder / "train-000000.tar", STEP, BATCH, SEED)
-
-
-def test_step_gradients(run_folder: Path):
-    reference = run_ranks(1, reference_rank, run_folder)[0]
-    results = run_ranks(3, step_on_rank, run_folder, [])
-    outcome = results[0][0]
-    assert outcome["hashes"] == 0
-    assert outcome["loss_tokens"] == reference.loss_tokens
-    assert outcome["loss"] == pytest.approx(reference.loss, rel=1e-5)
-    ratio, name = worst_gradient(results, reference)
-    assert ratio <= 1.0, f"{name} deviates by {ratio:.2f} times its tolerance"
+def test_step_gradients(tmp_path: Path) -> None:
+    prepared = prepare(tmp_path, write)
+    assert {"image", "video"} == set(" ".join(prepared.kinds).split())
+    check([(Case(vision=2), prepared)])
