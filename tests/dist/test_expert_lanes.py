@@ -101,9 +101,9 @@ def load_and_save(rank: int, folder: Path, source: Path, target: Path, case: Cas
 def test_checkpoints_change_their_expert_parallel_size(tmp_path: Path, experts: Prepared) -> None:
     run_ranks(EP2.world, train_and_save, experts.folder, tmp_path / "ep2", EP2)
     written = whole_tensors(tmp_path / "ep2" / "step_00000001")
-    experts = {key: value for key, value in written.items() if "experts" in key}
-    assert {key.split(".")[1] for key in experts} == {"weight", "exp_avg", "exp_avg_sq"}
-    assert all(value.count_nonzero() > value.numel() // 2 for value in experts.values())
+    of_experts = {key: value for key, value in written.items() if "experts" in key}
+    assert {key.split(".")[1] for key in of_experts} == {"weight", "exp_avg", "exp_avg_sq"}
+    assert all(value.count_nonzero() > value.numel() // 2 for value in of_experts.values())
     for name, case in (("whole", WHOLE), ("other", OTHER)):
         run_ranks(
             case.world, load_and_save, experts.folder, tmp_path / "ep2" / "step_00000001", tmp_path / name, case
