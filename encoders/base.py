@@ -5,7 +5,7 @@ A third party writes one file in this package with a subclass of `Encoder` and a
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any, ClassVar, Protocol, Self
 
 import torch
@@ -14,6 +14,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
 from mimo_gemma4.media import MediaHeader, MediaProcessor
+from mimo_gemma4.stages import Stage
 from mimo_gemma4.weights import Binding
 
 
@@ -95,3 +96,46 @@ class Encoder(nn.Module, ABC):
     @abstractmethod
     def projector_parameters(self) -> list[nn.Parameter]:
         """The parameters that `freeze: tower` leaves trainable."""
+
+
+class StagedEncoder(Encoder):
+    """An encoder that can be cut into pipeline stages of consecutive layers, `layout.<modality>.pp` of them.
+
+    The first stage has what lies before the layers, the last what lies behind them and the projector; `bindings` and
+    `projector_parameters` tell of what this rank's stage has. Every stage's `forward` is given the inputs. On stages
+    after the first it has one more keyword argument, `hidden`: what the stage before returned. That is, in place of
+    rows, one tensor of hidden states of the weights' type, equal on all tensor parallel ranks, as its gradient must be.
+    """
+
+    stage: Stage
+    """What of the encoder this rank holds."""
+    only_first: ClassVar[frozenset[str]]
+    """Arguments of `forward` that the first stage alone reads; the others are given None."""
+
+    @abstractmethod
+    def __init__(
+        self,
+        hf_config: dict[str, Any],
+        groups: ProcessGroupCollection,
+        *,
+        language_hidden: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        stage: Stage,
+        activation_checkpointing: str = "none",
+    ):
+        """Build `stage` of the encoder, as `Encoder` says."""
+        super().__init__(hf_config, groups, language_hidden=language_hidden, dtype=dtype, device=device)
+        self.stage = stage
+
+    @classmethod
+    @abstractmethod
+    def layer_costs(cls, hf_config: dict[str, Any], language_hidden: int) -> list[float]:
+        """Forward operations of each layer for an item of the largest size, up to a constant factor.
+
+        What lies before the layers counts as the first's, what lies behind them as the last's. Raises `ConfigError`.
+        """
+
+    @abstractmethod
+    def hidden_shape(self, inputs: Mapping[str, Any]) -> tuple[int, ...]:
+        """Shape of the hidden states between stages for what `processor.collate` returned, on the host."""

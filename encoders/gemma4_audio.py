@@ -6,7 +6,7 @@ layers, together 2 to 3% of the operations of the released models, are computed 
 reference: transformers' `Gemma4AudioModel` and `Gemma4MultimodalEmbedder`.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any, cast
 
 import torch
@@ -21,25 +21,28 @@ from torch.distributed import ProcessGroup
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from encoders.base import Encoder
+from encoders.base import StagedEncoder
 from encoders.gemma4_audio_attention import LocalAttention, embed_distances, visible_keys
-from encoders.gemma4_audio_config import Gemma4AudioConfig
+from encoders.gemma4_audio_config import Gemma4AudioConfig, half
 from encoders.gemma4_layers import ClippableLinear, RMSNorm, tower_config
-from encoders.gemma4_sound import Gemma4AudioProcessor
+from encoders.gemma4_sound import HOP, Gemma4AudioProcessor
+from encoders.waveform import MAX_SAMPLES
 from mimo_gemma4.errors import LayoutError
 from mimo_gemma4.media import MediaHeader
+from mimo_gemma4.stages import Stage
 from mimo_gemma4.weights import ONES, Binding, Constant, Normal, bind_replicated, bind_sharded
 
 LAYER_NORM_EPS = 1e-6
 """Of the norms around attention and feed-forward, whatever `audio_config.rms_norm_eps` says of the others."""
 
 
-class Gemma4AudioEncoder(Encoder):
+class Gemma4AudioEncoder(StagedEncoder):
     """Audio tower and projector of Gemma 4 E2B and E4B."""
 
     modality = "audio"
     architecture = "gemma4_audio"
     processor = Gemma4AudioProcessor
+    only_first = frozenset({"features", "frame_index", "halved_index"})
 
     def __init__(
         self,
@@ -49,42 +52,68 @@ class Gemma4AudioEncoder(Encoder):
         language_hidden: int,
         dtype: torch.dtype,
         device: torch.device,
+        stage: Stage,
         activation_checkpointing: str = "none",
     ):
-        """Build it as `Encoder` says.
+        """Build it as `StagedEncoder` says.
 
         `activation_checkpointing="full"` recomputes the subsampling and every layer in backward, "selective" the scores
         and weights of the attention.
         """
-        super().__init__(hf_config, groups, language_hidden=language_hidden, dtype=dtype, device=device)
+        super().__init__(hf_config, groups, language_hidden=language_hidden, dtype=dtype, device=device, stage=stage)
         self.audio = Gemma4AudioConfig.from_config(hf_config)
         self.language_hidden = language_hidden
         self.recompute = activation_checkpointing == "full"
         self.audio_processor = Gemma4AudioProcessor(self.audio)
         self.config = _transformer_config(self.audio, groups.tp.size(), dtype)
+        self.subsampling: Subsampling | None = None
+        self.output_proj: nn.Linear | None = None
+        self.projector: nn.Linear | None = None
         with torch.device(device):
-            self.subsampling = Subsampling(self.audio, dtype)
+            if stage.first:
+                self.subsampling = Subsampling(self.audio, dtype)
             self.layers = nn.ModuleList(
                 ConformerLayer(
                     self.audio, self.config, groups.tp, recompute_attention=activation_checkpointing == "selective"
                 )
-                for _ in range(self.audio.num_hidden_layers)
+                for _ in stage.layers
             )
-            self.output_proj = nn.Linear(self.audio.hidden_size, self.audio.output_proj_dims, dtype=dtype)
-            self.projector = nn.Linear(self.audio.output_proj_dims, language_hidden, bias=False, dtype=dtype)
+            if stage.last:
+                self.output_proj = nn.Linear(self.audio.hidden_size, self.audio.output_proj_dims, dtype=dtype)
+                self.projector = nn.Linear(self.audio.output_proj_dims, language_hidden, bias=False, dtype=dtype)
+
+    @classmethod
+    def layer_costs(cls, hf_config: dict[str, Any], language_hidden: int) -> list[float]:
+        """Forward operations for a sound of the largest length."""
+        audio, frames = Gemma4AudioConfig.from_config(hf_config), MAX_SAMPLES // HOP
+        rows = half(half(frames))
+        costs = [audio.layer_flops(rows)] * audio.num_hidden_layers
+        costs[0] += audio.subsampling_flops(frames)
+        costs[-1] += 2.0 * rows * audio.output_proj_dims * (audio.hidden_size + language_hidden)
+        return costs
+
+    def hidden_shape(self, inputs: Mapping[str, Any]) -> tuple[int, ...]:
+        """[rows, D]."""
+        return len(inputs["positions"]), self.audio.hidden_size
 
     def forward(
         self,
-        features: Tensor,
-        frame_index: Tensor,
-        halved_index: Tensor,
+        features: Tensor | None,
+        frame_index: Tensor | None,
+        halved_index: Tensor | None,
         positions: Tensor,
         sounds: Tensor,
         count: int,
+        hidden: Tensor | None = None,
     ) -> Tensor:
-        """Encode sounds as `Gemma4AudioProcessor.collate` gives them into [rows, language_hidden]."""
-        audio, device = self.audio, features.device
-        hidden = self._run(self.subsampling, features, frame_index, halved_index)  # [rows, D]
+        """Encode sounds as `Gemma4AudioProcessor.collate` gives them into [rows, language_hidden].
+
+        Stages before the last hand on `hidden` [rows, D].
+        """
+        audio, device = self.audio, positions.device
+        if self.subsampling is not None:
+            hidden = self._run(self.subsampling, features, frame_index, halved_index)  # [rows, D]
+        assert hidden is not None
         distances = embed_distances(audio.attention_chunk_size, audio.hidden_size, hidden.dtype, device)
         seen = visible_keys(positions, audio.attention_chunk_size)
         # Where rows lie once every sound has the zeros before it that a causal convolution starts from.
@@ -92,6 +121,8 @@ class Gemma4AudioEncoder(Encoder):
         apart = torch.arange(len(positions), device=device) + zeros * (sounds + 1)
         for layer in self.layers:
             hidden = self._run(layer, hidden, distances, seen, apart, len(positions) + zeros * count)
+        if self.output_proj is None or self.projector is None:
+            return hidden
         rows = self.output_proj(hidden)
         return self.projector(F.rms_norm(rows.float(), rows.shape[-1:], eps=audio.rms_norm_eps).to(rows.dtype))
 
@@ -108,20 +139,23 @@ class Gemma4AudioEncoder(Encoder):
 
     def projector_parameters(self) -> list[nn.Parameter]:
         """The projection to the language model's width; the norm before it has no weight."""
-        return list(self.projector.parameters())
+        return [] if self.projector is None else list(self.projector.parameters())
 
     def bindings(self) -> list[Binding]:
         """Parameters and buffers under `model.audio_tower.` and `model.embed_audio.`."""
         drawn = Normal(self.audio.initializer_range)
-        bindings = self.subsampling.bindings("model.audio_tower.subsample_conv_projection.", drawn)
-        for number, layer in enumerate(cast(Iterable[ConformerLayer], self.layers)):
+        bindings: list[Binding] = []
+        if self.subsampling is not None:
+            bindings += self.subsampling.bindings("model.audio_tower.subsample_conv_projection.", drawn)
+        for number, layer in zip(self.stage.layers, cast(Iterable[ConformerLayer], self.layers), strict=True):
             bindings += layer.bindings(f"model.audio_tower.layers.{number}.", drawn)
-        return [
-            *bindings,
-            bind_replicated("model.audio_tower.output_proj.weight", self.output_proj.weight, drawn),
-            bind_replicated("model.audio_tower.output_proj.bias", self.output_proj.bias, Constant(0.0)),
-            bind_replicated("model.embed_audio.embedding_projection.weight", self.projector.weight, drawn),
-        ]
+        if self.output_proj is not None and self.projector is not None:
+            bindings += [
+                bind_replicated("model.audio_tower.output_proj.weight", self.output_proj.weight, drawn),
+                bind_replicated("model.audio_tower.output_proj.bias", self.output_proj.bias, Constant(0.0)),
+                bind_replicated("model.embed_audio.embedding_projection.weight", self.projector.weight, drawn),
+            ]
+        return bindings
 
 
 def _transformer_config(audio: Gemma4AudioConfig, tp: int, dtype: torch.dtype) -> TransformerConfig:

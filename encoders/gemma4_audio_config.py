@@ -82,16 +82,25 @@ class Gemma4AudioConfig:
 
     def flops(self, frames: int) -> float:
         """Forward operations of the tower for a clip of `frames` mel frames."""
+        rows = half(half(frames))
+        output = 2.0 * rows * self.hidden_size * self.output_proj_dims
+        return self.subsampling_flops(frames) + self.num_hidden_layers * self.layer_flops(rows) + output
+
+    def subsampling_flops(self, frames: int) -> float:
+        """Forward operations of the two convolutions and the projection behind them."""
         halved, rows = half(frames), half(half(frames))
         first, second = self.subsampling_conv_channels
         convolutions = 9 * first * (MEL_BANDS // 2 * halved + second * MEL_BANDS // 4 * rows)
-        projections = rows * self.hidden_size * (self.subsampled_width + self.output_proj_dims)
+        return 2.0 * (convolutions + rows * self.hidden_size * self.subsampled_width)
+
+    def layer_flops(self, rows: int) -> float:
+        """Forward operations of one layer for the `rows` of a sound."""
         feed_forward, attention, light_convolution = 16, 4, 3  # matrices of hidden_size² in a layer
         linears = rows * self.hidden_size**2 * (feed_forward + attention + light_convolution)
         seen = min(rows, self.attention_chunk_size)
         pairs = seen * (seen + 1) // 2 + (rows - seen) * self.attention_chunk_size
         local = self.hidden_size * (3 * pairs + self.conv_kernel_size * rows)  # keys, positions, values; depthwise
-        return 2.0 * (convolutions + projections + self.num_hidden_layers * (linears + local))
+        return 2.0 * (linears + local)
 
 
 def half(frames: int) -> int:

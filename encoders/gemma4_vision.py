@@ -4,7 +4,7 @@ All images of a call are one concatenation of their patches, [P, D]; only attent
 reference: transformers' `Gemma4VisionModel` and `Gemma4MultimodalEmbedder`.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Any, Literal, cast
@@ -19,22 +19,24 @@ from torch.nn import functional as F
 from torch.nn.attention.varlen import varlen_attn
 from torch.utils.checkpoint import checkpoint
 
-from encoders.base import Encoder
+from encoders.base import StagedEncoder
 from encoders.gemma4_image import Gemma4FrameProcessor, Gemma4ImageProcessor
 from encoders.gemma4_layers import ClippableLinear, RMSNorm, tower_config
 from encoders.gemma4_vision_config import Gemma4VisionConfig
 from mimo_gemma4.errors import LayoutError
 from mimo_gemma4.media import MediaHeader
+from mimo_gemma4.stages import Stage
 from mimo_gemma4.weights import ONES, Binding, Constant, Normal, bind_replicated, branch_norm
 
 
-class Gemma4VisionEncoder(Encoder):
+class Gemma4VisionEncoder(StagedEncoder):
     """Vision tower and projector of Gemma 4 E2B, E4B (clipped linears), 26B-A4B and 31B (standardised rows)."""
 
     modality = "vision"
     architecture = "gemma4_vision"
     processor = Gemma4ImageProcessor
     frame_processor = Gemma4FrameProcessor
+    only_first = frozenset({"pixel_values"})
 
     def __init__(
         self,
@@ -44,38 +46,66 @@ class Gemma4VisionEncoder(Encoder):
         language_hidden: int,
         dtype: torch.dtype,
         device: torch.device,
+        stage: Stage,
         activation_checkpointing: str = "none",
     ):
-        """Build it as `Encoder` says.
+        """Build it as `StagedEncoder` says.
 
         `activation_checkpointing="full"` recomputes every layer in backward; "selective" is as "none", because
         attention scores are never stored.
         """
-        super().__init__(hf_config, groups, language_hidden=language_hidden, dtype=dtype, device=device)
+        super().__init__(hf_config, groups, language_hidden=language_hidden, dtype=dtype, device=device, stage=stage)
         self.vision = Gemma4VisionConfig.from_config(hf_config)
         self.language_hidden = language_hidden
         self.recompute_layers = activation_checkpointing == "full"
         self.images = Gemma4ImageProcessor.from_config(hf_config)
         self.frames = Gemma4FrameProcessor.from_config(hf_config)
         self.config = _transformer_config(self.vision, groups.tp.size(), dtype)
+        self.patch_embedder: PatchEmbedder | None = None
+        self.pooler: Pooler | None = None
+        self.projector: nn.Linear | None = None
         with torch.device(device):
-            self.patch_embedder = PatchEmbedder(self.vision, dtype)
-            self.layers = nn.ModuleList(
-                VisionLayer(self.vision, self.config, groups.tp) for _ in range(self.vision.num_hidden_layers)
-            )
-            self.pooler = Pooler(self.vision, dtype)
-            self.projector = nn.Linear(self.vision.hidden_size, language_hidden, bias=False, dtype=dtype)
+            if stage.first:
+                self.patch_embedder = PatchEmbedder(self.vision, dtype)
+            self.layers = nn.ModuleList(VisionLayer(self.vision, self.config, groups.tp) for _ in stage.layers)
+            if stage.last:
+                self.pooler = Pooler(self.vision, dtype)
+                self.projector = nn.Linear(self.vision.hidden_size, language_hidden, bias=False, dtype=dtype)
+
+    @classmethod
+    def layer_costs(cls, hf_config: dict[str, Any], language_hidden: int) -> list[float]:
+        """Forward operations per patch of an image of the largest size."""
+        vision, images = Gemma4VisionConfig.from_config(hf_config), Gemma4ImageProcessor.from_config(hf_config)
+        pooled = images.pooling_kernel_size**2
+        layers = vision.linear_flops - vision.embedding_flops
+        layers += vision.attention_flops * images.max_soft_tokens * pooled
+        costs = [layers / vision.num_hidden_layers] * vision.num_hidden_layers
+        costs[0] += vision.embedding_flops
+        costs[-1] += 2.0 * vision.hidden_size * language_hidden / pooled
+        return costs
+
+    def hidden_shape(self, inputs: Mapping[str, Any]) -> tuple[int, ...]:
+        """[P, D]: a line for each patch."""
+        return len(inputs["positions"]), self.vision.hidden_size
 
     def forward(
-        self, pixel_values: Tensor, positions: Tensor, lengths: list[int], boundaries: Tensor, row_index: Tensor
+        self,
+        pixel_values: Tensor | None,
+        positions: Tensor,
+        lengths: list[int],
+        boundaries: Tensor,
+        row_index: Tensor,
+        hidden: Tensor | None = None,
     ) -> Tensor:
         """Encode images as `Gemma4ImageProcessor.collate` gives them.
 
         pixel_values [P, patch_size**2 * 3] in [0, 1]; positions [P, 2], (x, y) of each patch; lengths, patches per
         image (host), and boundaries [images + 1], their cumulative sums; row_index [rows] restores the items' order.
-        Returns [rows, language_hidden], equal on TP ranks.
+        Returns [rows, language_hidden], equal on TP ranks; stages before the last hand on `hidden` [P, D].
         """
-        hidden = self.patch_embedder(pixel_values, positions)  # [P, D]
+        if self.patch_embedder is not None:
+            hidden = self.patch_embedder(pixel_values, positions)  # [P, D]
+        assert hidden is not None
         rotary = axial_rotary(positions, self.vision.head_dim, self.vision.rope_theta, hidden.dtype)
         images = PackedImages(lengths, boundaries)
         for layer in self.layers:
@@ -83,6 +113,8 @@ class Gemma4VisionEncoder(Encoder):
                 hidden = checkpoint(layer, hidden, rotary, images, use_reentrant=False, preserve_rng_state=False)
             else:
                 hidden = layer(hidden, rotary, images)
+        if self.pooler is None or self.projector is None:
+            return hidden
         rows = self.pooler(hidden).index_select(0, row_index)  # [rows, D]
         return self.projector(F.rms_norm(rows, rows.shape[-1:], eps=self.vision.rms_norm_eps))
 
@@ -100,17 +132,21 @@ class Gemma4VisionEncoder(Encoder):
 
     def projector_parameters(self) -> list[nn.Parameter]:
         """The projection to the language model's width; the norm before it has no weight."""
-        return list(self.projector.parameters())
+        return [] if self.projector is None else list(self.projector.parameters())
 
     def bindings(self) -> list[Binding]:
         """Parameters and buffers under `model.vision_tower.` and `model.embed_vision.`."""
         drawn = Normal(self.vision.initializer_range)
-        bindings = self.patch_embedder.bindings("model.vision_tower.patch_embedder.", drawn)
-        for number, layer in enumerate(cast(Iterable[VisionLayer], self.layers)):
+        bindings: list[Binding] = []
+        if self.patch_embedder is not None:
+            bindings += self.patch_embedder.bindings("model.vision_tower.patch_embedder.", drawn)
+        for number, layer in zip(self.stage.layers, cast(Iterable[VisionLayer], self.layers), strict=True):
             bindings += layer.bindings(f"model.vision_tower.encoder.layers.{number}.", drawn)
-        bindings += self.pooler.bindings("model.vision_tower.")
-        name = "model.embed_vision.embedding_projection.weight"
-        return [*bindings, bind_replicated(name, self.projector.weight, drawn)]
+        if self.pooler is not None and self.projector is not None:
+            bindings += self.pooler.bindings("model.vision_tower.")
+            name = "model.embed_vision.embedding_projection.weight"
+            bindings.append(bind_replicated(name, self.projector.weight, drawn))
+        return bindings
 
 
 def _transformer_config(vision: Gemma4VisionConfig, tp: int, dtype: torch.dtype) -> TransformerConfig:

@@ -65,11 +65,16 @@ class Gemma4VisionConfig:
             raise ConfigError(f"vision_config.rope_parameters.rope_type is {rope['rope_type']!r}; it must be 'axial'")
 
     @property
+    def embedding_flops(self) -> float:
+        """Forward operations of the patch embedding, per patch."""
+        return 2.0 * 3 * self.patch_size**2 * self.hidden_size
+
+    @property
     def linear_flops(self) -> float:
         """Forward operations of the patch embedding and the layers' linears, per patch."""
         heads = 2 * self.num_attention_heads + 2 * self.num_key_value_heads  # q and o, k and v
-        layer = self.hidden_size * (heads * self.head_dim + 3 * self.intermediate_size)
-        return 2.0 * (self.num_hidden_layers * layer + 3 * self.patch_size**2 * self.hidden_size)
+        layer = 2.0 * self.hidden_size * (heads * self.head_dim + 3 * self.intermediate_size)
+        return self.num_hidden_layers * layer + self.embedding_flops
 
     @property
     def attention_flops(self) -> float:

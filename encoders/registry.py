@@ -13,9 +13,10 @@ import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
 
 import encoders
-from encoders.base import Encoder
-from mimo_gemma4.errors import ConfigError
+from encoders.base import Encoder, StagedEncoder
+from mimo_gemma4.errors import ConfigError, LayoutError
 from mimo_gemma4.media import MediaProcessor
+from mimo_gemma4.stages import Stage, cut_evenly
 
 
 def registered_encoders() -> dict[tuple[str, str], type[Encoder]]:
@@ -62,16 +63,39 @@ def build_encoder(
     dtype: torch.dtype,
     device: torch.device,
     activation_checkpointing: str = "none",
+    stage: int = 0,
+    stages: int = 1,
 ) -> Encoder:
-    """The encoder of `modality`, its weights not yet filled. Raises `ConfigError` or `LayoutError`."""
-    return encoder_class(modality, hf_config)(
+    """Number `stage` of the encoder's `stages`, its weights not yet filled. Raises `ConfigError` or `LayoutError`."""
+    found = encoder_class(modality, hf_config)
+    part: dict[str, Any] = {}
+    if issubclass(found, StagedEncoder):
+        part["stage"] = _cut(found, hf_config, language_hidden, stages)[stage]
+    elif stages > 1:
+        raise LayoutError(
+            f"`layout.{modality}.pp` is {stages}, but the encoder {found.architecture!r} cannot be cut into pipeline "
+            f"stages: set it to 1 and give its ranks to `layout.{modality}.tp` or to more lanes"
+        )
+    return found(
         hf_config,
         groups,
         language_hidden=language_hidden,
         dtype=dtype,
         device=device,
         activation_checkpointing=activation_checkpointing,
+        **part,
     )
+
+
+def _cut(encoder: type[StagedEncoder], hf_config: dict[str, Any], language_hidden: int, stages: int) -> list[Stage]:
+    costs = encoder.layer_costs(hf_config, language_hidden)
+    if len(costs) < stages:
+        raise LayoutError(
+            f"`layout.{encoder.modality}.pp` is {stages}, but {encoder.modality}_config has {len(costs)} layers, and "
+            "every pipeline stage needs one: lower it"
+        )
+    bounds = cut_evenly(costs, stages)
+    return [Stage(range(*ends), len(costs)) for ends in zip(bounds, bounds[1:], strict=False)]
 
 
 def build_processor(modality: str, hf_config: dict[str, Any]) -> MediaProcessor:

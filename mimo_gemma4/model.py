@@ -20,7 +20,7 @@ from mimo_gemma4.data.manifest import Microbatch
 from mimo_gemma4.language.attention_context import AttentionContext, attention_context
 from mimo_gemma4.language.config import Gemma4TextConfig
 from mimo_gemma4.language.model import Gemma4LanguageModel
-from mimo_gemma4.language.stages import Stage, StageTensors, cut_stages
+from mimo_gemma4.language.stages import LanguageStage, StageTensors, cut_stages
 from mimo_gemma4.layout import Layout
 from mimo_gemma4.partition import PartitionAdapter, PartitionConfig, cp_token_index
 from mimo_gemma4.pipeline import Pipeline
@@ -117,7 +117,7 @@ class MimoModel:
             )
         )
 
-    def _stage(self) -> Stage:
+    def _stage(self) -> LanguageStage:
         """What of the language model this rank holds."""
         grid, options = self.layout.language, self.config.layout.modules["language"]
         stages = cut_stages(

@@ -43,15 +43,3 @@ class AudioReference(nn.Module):
         mask = torch.arange(padded.shape[1], device=padded.device) < lengths[:, None]
         output = self.audio_tower(padded, mask)
         return self.embed_audio(output.last_hidden_state)[output.attention_mask]
-
-
-class StateSource:
-    """A module's weights as a source of `mimo_gemma4.weights.load`."""
-
-    def __init__(self, module: nn.Module):
-        self.state = module.state_dict()
-
-    def read(self, name, index, shape):
-        tensor = self.state[name.removeprefix("model.")]
-        assert tuple(tensor.shape) == shape
-        return tensor[index]

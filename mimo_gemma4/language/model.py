@@ -25,7 +25,7 @@ from mimo_gemma4.language.loss import most_likely, softcapped, summed_cross_entr
 from mimo_gemma4.language.norm import RMSNorm
 from mimo_gemma4.language.per_layer import PerLayerEmbedding
 from mimo_gemma4.language.rotary import inverse_frequencies, rotary_tables
-from mimo_gemma4.language.stages import Stage, StageTensors
+from mimo_gemma4.language.stages import LanguageStage, StageTensors
 from mimo_gemma4.weights import ONES, Binding, bind_replicated, share_between_stages
 
 
@@ -50,7 +50,7 @@ class Gemma4LanguageModel(MegatronModule):
         device: torch.device,
         activation_checkpointing: str = "none",
         backend: str = "local",
-        stage: Stage | None = None,
+        stage: LanguageStage | None = None,
         prefix: str = "model.language_model.",
     ) -> None:
         """Build this rank's part.
@@ -88,7 +88,7 @@ class Gemma4LanguageModel(MegatronModule):
         """Whether this rank's experts serve tokens of other ranks too."""
         self.recompute_layers = activation_checkpointing == "full"
         self.plan_attention = attention_backend(backend, device)
-        self.stage = stage = Stage.whole(text) if stage is None else stage
+        self.stage = stage = LanguageStage.whole(text.num_hidden_layers) if stage is None else stage
         self.embedding: TokenEmbedding | None = None
         if stage.first or stage.last:
             self.embedding = TokenEmbedding(

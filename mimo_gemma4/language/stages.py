@@ -9,35 +9,20 @@ from mimo_gemma4.errors import LayoutError
 from mimo_gemma4.flops import head_flops, layer_flops
 from mimo_gemma4.language.attention import KeyValues
 from mimo_gemma4.language.config import Gemma4TextConfig, LayerConfig
+from mimo_gemma4.stages import Stage, cut_evenly
 
 
 @dataclass(frozen=True)
-class Stage:
-    """The decoder layers of one pipeline stage, and whose keys and values cross its ends."""
+class LanguageStage(Stage):
+    """The decoder layers of one pipeline stage, and whose keys and values cross its ends.
 
-    layers: range
-    """Numbers of its layers."""
-    total: int
-    """Layers of the whole model."""
+    The first stage embeds the tokens, the last has the final norm and the head.
+    """
+
     received: tuple[int, ...] = ()
     """Layers of earlier stages whose keys and values this or later stages attend to."""
     sent: tuple[int, ...] = ()
     """Layers of this or earlier stages whose keys and values later stages attend to."""
-
-    @property
-    def first(self) -> bool:
-        """Whether it embeds the tokens."""
-        return self.layers.start == 0
-
-    @property
-    def last(self) -> bool:
-        """Whether it has the final norm and the head."""
-        return self.layers.stop == self.total
-
-    @classmethod
-    def whole(cls, text: Gemma4TextConfig) -> "Stage":
-        """The only stage of a model without pipeline."""
-        return cls(range(text.num_hidden_layers), text.num_hidden_layers)
 
 
 @dataclass(frozen=True)
@@ -68,7 +53,7 @@ class StageTensors:
 
 def cut_stages(
     text: Gemma4TextConfig, stages: int, *, sequence_length: int, part_shared_key_values: bool = False
-) -> tuple[Stage, ...]:
+) -> tuple[LanguageStage, ...]:
     """Cut the layers into consecutive stages of about equal cost.
 
     The cost is the forward operations for a sequence of `sequence_length` tokens; the head counts in the last stage.
@@ -97,9 +82,9 @@ def cut_stages(
         )
     costs = [layer_flops(text, layer, sequence_length) for layer in layers]
     costs[-1] += head_flops(text, sequence_length)
-    bounds = _most_even(costs, [0, *cuts, count], stages)
+    bounds = cut_evenly(costs, stages, cuts)
     return tuple(
-        Stage(range(start, stop), count, _crossing(layers, start), _crossing(layers, stop))
+        LanguageStage(range(start, stop), count, _crossing(layers, start), _crossing(layers, stop))
         for start, stop in zip(bounds, bounds[1:], strict=False)
     )
 
@@ -107,23 +92,3 @@ def cut_stages(
 def _crossing(layers: Sequence[LayerConfig], cut: int) -> tuple[int, ...]:
     """Layers before `cut` whose keys and values layers from `cut` on attend to."""
     return tuple(sorted({layer.key_value_source for layer in layers[cut:] if layer.key_value_source < cut}))
-
-
-def _most_even(costs: Sequence[float], points: Sequence[int], stages: int) -> tuple[int, ...]:
-    """Bounds of `stages` parts of `costs`, from 0 to their number, all among `points`, by dynamic programming."""
-    best: dict[int, tuple[float, float, tuple[int, ...]]] = {0: (0.0, 0.0, (0,))}
-    for _ in range(stages):
-        following: dict[int, tuple[float, float, tuple[int, ...]]] = {}
-        for stop in points:
-            found = [_extended(best[start], sum(costs[start:stop]), stop) for start in best if start < stop]
-            if found:
-                following[stop] = min(found)
-        best = following
-    return best[len(costs)][2]
-
-
-def _extended(
-    part: tuple[float, float, tuple[int, ...]], cost: float, stop: int
-) -> tuple[float, float, tuple[int, ...]]:
-    largest, squares, bounds = part
-    return max(largest, cost), squares + cost**2, (*bounds, stop)

@@ -13,8 +13,9 @@ from encoders.registry import build_encoder, build_processor
 from mimo_gemma4.config import ModelConfig
 from mimo_gemma4.presets import load_model_config
 from mimo_gemma4.weights import load
-from tests.audio_reference import AudioReference, StateSource
+from tests.audio_reference import AudioReference
 from tests.dist.harness import run_ranks
+from tests.state_source import StateSource
 
 pytestmark = pytest.mark.gpu
 

@@ -12,7 +12,8 @@ from encoders.registry import build_encoder, build_processor
 from mimo_gemma4.errors import ConfigError
 from mimo_gemma4.media import MediaHeader
 from mimo_gemma4.weights import load
-from tests.audio_reference import AudioReference, StateSource
+from tests.audio_reference import AudioReference
+from tests.state_source import StateSource
 
 LANGUAGE_HIDDEN = 24
 COMMON = dict(model_type="gemma4_audio", num_attention_heads=4, subsampling_conv_channels=[128, 8], output_proj_dims=40)

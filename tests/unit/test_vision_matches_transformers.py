@@ -5,13 +5,12 @@ import torch
 import torch.distributed as dist
 from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import nn
-from transformers.models.gemma4.configuration_gemma4 import Gemma4TextConfig
-from transformers.models.gemma4.configuration_gemma4 import Gemma4VisionConfig as ReferenceConfig
-from transformers.models.gemma4.modeling_gemma4 import Gemma4MultimodalEmbedder, Gemma4VisionModel
 
 from encoders.base import Encoder
 from encoders.registry import build_encoder, build_processor
 from mimo_gemma4.weights import load
+from tests.state_source import StateSource
+from tests.vision_reference import VisionReference
 
 LANGUAGE_HIDDEN = 24
 VARIANTS = {
@@ -28,50 +27,6 @@ def one_rank():
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     yield
     dist.destroy_process_group()
-
-
-class Reference(nn.Module):
-    """transformers' tower and projector under the names of the whole model."""
-
-    def __init__(self, variant: str, attention: str):
-        super().__init__()
-        config = ReferenceConfig(**COMMON, **VARIANTS[variant], attn_implementation=attention)
-        self.vision_tower = Gemma4VisionModel(config)
-        self.embed_vision = Gemma4MultimodalEmbedder(config, Gemma4TextConfig(hidden_size=LANGUAGE_HIDDEN))
-
-    def randomise(self, seed: int) -> None:
-        generator = torch.Generator().manual_seed(seed)
-        head_dim = self.vision_tower.config.head_dim
-        for name, tensor in self.state_dict().items():
-            noise = torch.randn(tensor.shape, generator=generator)
-            if name.endswith(("_min", "_max")):  # bounds that many of the roughly unit-sized activations exceed
-                tensor.copy_((1 + 0.2 * noise.abs()) * (1 if name.endswith("max") else -1))
-            elif name.endswith(("norm.weight", "std_scale")):
-                tensor.copy_(1 + 0.2 * noise)
-            else:
-                tensor.copy_(noise / tensor.shape[-1] ** 0.5)
-            if name.endswith(("q_norm.weight", "k_norm.weight")):
-                tensor.mul_(head_dim**-0.25)  # scores of unit size: attention with scale 1 is ill-conditioned otherwise
-
-    def forward(self, items: list[dict[str, torch.Tensor]], processor) -> torch.Tensor:
-        patches = max(item["pixel_values"].shape[0] for item in items)
-        pixels = torch.zeros(len(items), patches, items[0]["pixel_values"].shape[1])
-        positions = torch.full((len(items), patches, 2), -1)
-        for i, item in enumerate(items):
-            inputs = processor.collate([item])
-            pixels[i, : inputs["lengths"][0]] = inputs["pixel_values"]
-            positions[i, : inputs["lengths"][0]] = inputs["positions"]
-        return self.embed_vision(self.vision_tower(pixels, positions).last_hidden_state)
-
-
-class StateSource:
-    def __init__(self, module: nn.Module):
-        self.state = module.state_dict()
-
-    def read(self, name, index, shape):
-        tensor = self.state[name.removeprefix("model.")]
-        assert tuple(tensor.shape) == shape
-        return tensor[index]
 
 
 def hf_config(variant: str) -> dict:
@@ -95,8 +50,8 @@ def build(variant: str, activation_checkpointing: str = "none") -> Encoder:
 
 def gradients(
     variant: str, attention: str, items, processor
-) -> tuple[Reference, torch.Tensor, dict[str, torch.Tensor]]:
-    reference = Reference(variant, attention)
+) -> tuple[VisionReference, torch.Tensor, dict[str, torch.Tensor]]:
+    reference = VisionReference(COMMON | VARIANTS[variant], LANGUAGE_HIDDEN, attention)
     reference.randomise(seed=0)
     rows = reference(items, processor)
     (rows * cotangent(rows)).sum().backward()
@@ -149,6 +104,7 @@ def test_bindings_name_every_tensor_of_the_model_once(variant: str):
     encoder = build(variant)
     names = [binding.name for binding in encoder.bindings()]
     assert len(names) == len(set(names))
-    assert set(names) == {f"model.{name}" for name in Reference(variant, "sdpa").state_dict()}
+    reference = VisionReference(COMMON | VARIANTS[variant], LANGUAGE_HIDDEN)
+    assert set(names) == {f"model.{name}" for name in reference.state_dict()}
     bound = {id(binding.tensor) for binding in encoder.bindings()}
     assert bound == {id(tensor) for tensor in [*encoder.parameters(), *encoder.buffers()]}
