@@ -5,9 +5,12 @@ A row leaves from one of its encoder lane's tensor parallel ranks (each ships an
 that holds its token: one (cp, tp) coordinate under sequence parallelism, all tensor parallel ranks of one CP rank
 without it. Copies that are replicated over tensor parallel ranks carry equal gradients, so only one of them returns it.
 A row whose source and destination are one rank is a local copy.
+
+Rows and gradients are posted and received by separate calls. In each round a rank posts one batch a direction, which
+holds what it sends as well as what it receives; whoever only receives may post long before anything is sent.
 """
 
-from collections.abc import Iterator
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -16,28 +19,54 @@ import torch.distributed as dist
 
 from mimo_gemma4.data.manifest import MediaSlot, StepManifest
 from mimo_gemma4.layout import Layout
+from mimo_gemma4.messages import Arrival, Mailbox
 from mimo_gemma4.partition import CpLayout, cp_token_index
 from mimo_gemma4.platform import Platform
 
 
 @dataclass(frozen=True)
-class Route:
-    """What one rank sends and receives in one round of one edge; host indices, lists in a fixed order of peers."""
+class Parcels:
+    """What one rank sends to its peers, or receives from them, in one round."""
 
-    sends: tuple[tuple[int, torch.Tensor], ...]
-    """(destination rank, rows of this encoder lane's output)."""
-    receives: tuple[tuple[int, torch.Tensor], ...]
-    """(source rank, flat positions `local_sequence * B + b` in this rank's [S/(cp*tp), B, H] embeddings)."""
-    gradient_sends: tuple[tuple[int, torch.Tensor], ...]
-    """(encoder rank, indices into the received rows whose gradients go back to it)."""
-    gradient_receives: tuple[tuple[int, torch.Tensor], ...]
-    """(language rank, rows of this encoder lane's output whose gradients come from it)."""
+    counts: tuple[tuple[int, int], ...]
+    """(peer, number of rows), by rank; only peers with rows."""
+    index: torch.Tensor
+    """Which rows [n], peer after peer, on the host."""
+
+    @classmethod
+    def sort(cls, peers: torch.Tensor, index: torch.Tensor) -> "Parcels":
+        """Parcels of the rows `index` [n] for or from `peers` [n], which keep their order within a peer."""
+        ranks, counts = peers.unique(return_counts=True)
+        counted = zip(ranks.tolist(), counts.tolist(), strict=True)
+        return cls(tuple(counted), index[peers.argsort(stable=True)])
+
+    def slices(self, rows: torch.Tensor) -> list[tuple[int, torch.Tensor]]:
+        """(peer, its part of `rows` [n, …])."""
+        parts = rows.split([count for _, count in self.counts])
+        return [(peer, part) for (peer, _), part in zip(self.counts, parts, strict=True)]
+
+
+@dataclass(frozen=True)
+class Route:
+    """What one rank sends and receives in one round of one edge."""
+
+    sends: Parcels
+    """Rows of this encoder lane's output, by destination."""
+    receives: Parcels
+    """Flat positions `local_sequence * B + b` in this rank's [S/(cp*tp), B, H] embeddings, by source."""
+    gradient_sends: Parcels
+    """Indices into the received rows, by the encoder rank that their gradients go back to."""
+    gradient_receives: Parcels
+    """Rows of this rank's share of its encoder lane's output, by the language rank that their gradients come from."""
+    rows: int
+    """Rows of this encoder lane's output; 0 where it has none."""
+    share: int
+    """How many of them each of the lane's tensor parallel ranks ships; the last ones may have fewer."""
 
     @property
     def positions(self) -> torch.Tensor:
-        """Flat positions of all received rows, in the order in which `Bridge.forward` returns them."""
-        parts = [index for _, index in self.receives]
-        return torch.cat(parts) if parts else torch.empty(0, dtype=torch.long)
+        """Flat positions of all received rows, in the order in which they arrive."""
+        return self.receives.index
 
 
 class Bridge:
@@ -71,178 +100,152 @@ class Bridge:
         """
         self.source, self.target = layout.grids[encoder], layout.language
         self.encoder, self.rank = encoder, rank
-        self.forward_group, self.backward_group = forward_group, backward_group
+        self.rows, self.gradients = Mailbox(forward_group), Mailbox(backward_group)
         self.encoder_tp_group = encoder_tp_group
         self.hidden_size, self.dtype = hidden_size, dtype
         self.platform, self.device = platform, platform.device
-        self._pending: list[tuple[list[dist.Work], list[torch.Tensor]]] = []
+        source, target = self.source, self.target
+        self._source_ranks = torch.tensor(
+            [[source.rank_at(tp=tp, dp=lane, pp=source.pp - 1) for tp in range(source.tp)] for lane in range(source.dp)]
+        )
+        self._target_ranks = torch.tensor(
+            [
+                [[target.rank_at(tp=tp, cp=cp, dp=lane) for tp in range(target.tp)] for cp in range(target.cp)]
+                for lane in range(target.dp)
+            ]
+        )
+        self._encoder_lane = source.coordinate(rank).dp if rank in source else None
+        self._language_lane = target.coordinate(rank).dp if rank in target.stage_ranks(0) else None
 
     # --- planning (host) ---
 
     def route(self, manifest: StepManifest, round_: int) -> Route:
         """This rank's part of round `round_`, from the manifest alone."""
-        sends, receives, gradient_sends, gradient_receives = {}, {}, {}, {}
-        owned = {}
-        for source_rank, target_rank, rows, positions, owner in self._transfers(manifest, round_):
-            if source_rank == self.rank:
-                sends[target_rank] = rows
-                gradient_receives[target_rank] = rows[owner]
-            if target_rank == self.rank:
-                receives[source_rank] = positions
-                owned[source_rank] = owner
-        start = 0
-        for source_rank in sorted(receives):
-            gradient_sends[source_rank] = start + owned[source_rank].nonzero().flatten()
-            start += len(receives[source_rank])
-        return Route(*(_in_peer_order(part) for part in (sends, receives, gradient_sends, gradient_receives)))
+        encoded: tuple[MediaSlot, ...] = ()
+        awaited: tuple[MediaSlot, ...] = ()
+        if self._encoder_lane is not None:
+            encoded = manifest.encoded(self.encoder, round_, self._encoder_lane)
+        if self._language_lane is not None:
+            awaited = manifest.awaited(self.encoder, round_, self._language_lane)
+        leaving, arriving = self._copies(manifest, encoded), self._copies(manifest, awaited)
+        _, target, row, _, returns = leaving[leaving[:, 0] == self.rank].unbind(1)
+        arriving = arriving[arriving[:, 1] == self.rank]
+        source, _, _, position, owned = arriving[arriving[:, 0].argsort(stable=True)].unbind(1)
+        rows = _total(encoded)
+        share = -(-rows // self.source.tp)
+        first_row = 0 if self.encoder_tp_group is None else self.encoder_tp_group.rank() * share
+        returning, returned = owned.nonzero().flatten(), returns.bool()
+        return Route(
+            sends=Parcels.sort(target, row),
+            receives=Parcels.sort(source, position),
+            gradient_sends=Parcels.sort(source[returning], returning),
+            gradient_receives=Parcels.sort(target[returned], row[returned] - first_row),
+            rows=rows,
+            share=share,
+        )
 
-    def _transfers(
-        self, manifest: StepManifest, round_: int
-    ) -> Iterator[tuple[int, int, torch.Tensor, torch.Tensor, torch.Tensor]]:
-        """Yield (source rank, target rank, source rows, target positions, owner mask), once for each pair of ranks."""
-        for lane in range(self.source.dp):
-            slots = manifest.encoded(self.encoder, round_, lane)
-            if not slots:
-                continue
-            table = self._rows_of(manifest, slots)
-            pairs = table[:, 0] * self.target_size + table[:, 1]
-            for pair in pairs.unique().tolist():
-                part = table[pairs == pair]
-                source_tp, target = divmod(pair, self.target_size)
-                source_rank = self.source.rank_at(tp=source_tp, dp=lane, pp=self.source.pp - 1)
-                yield source_rank, target, part[:, 2], part[:, 3], part[:, 4].bool()
+    def _copies(self, manifest: StepManifest, slots: Sequence[MediaSlot]) -> torch.Tensor:
+        """Every copy of the rows of one round's `slots` that is shipped, in the order of the slots.
 
-    @property
-    def target_size(self) -> int:
-        """One more than the largest global rank of the language grid."""
-        return max(self.target.ranks) + 1
-
-    def _rows_of(self, manifest: StepManifest, slots: tuple[MediaSlot, ...]) -> torch.Tensor:
-        """A line per (row, target): source tp, target rank, row, flat position, whether it returns the gradient."""
-        total = sum(slot.rows for slot in slots)
-        sequence_parallel = self.target.sequence_parallel and self.target.tp > 1
-        lines = []
+        Returns:
+            [n, 5] on the host: source rank, target rank, row of the encoder lane's output, flat position on the target,
+            and 1 where the gradient of this copy is the one that goes back, else 0.
+        """
+        if not slots:
+            return torch.empty(0, 5, dtype=torch.long)
+        target, items, cps, locals_ = self.target, [], [], []
+        scattered = target.tp if target.sequence_parallel else 1
         for slot in slots:
             microbatch = manifest.microbatch(slot.lane, slot.microbatch)
-            cp_of, local_of = _owners(
-                microbatch.seq_length, self.target.cp, microbatch.segment_starts, microbatch.cp_layout
-            )
-            span = slice(slot.start, slot.start + slot.rows)
-            rows = torch.arange(slot.encoder_offset, slot.encoder_offset + slot.rows)
-            source_tp = rows * self.source.tp // total
-            share = rows * self.target.tp // total
-            cp, local = cp_of[span], local_of[span]
-            local_length = microbatch.seq_length // self.target.cp // (self.target.tp if sequence_parallel else 1)
-            targets = (
-                [local // local_length]
-                if sequence_parallel
-                else [torch.full_like(rows, t) for t in range(self.target.tp)]
-            )
-            for tp in targets:
-                rank = self._target_ranks(slot.lane)[cp, tp]
-                position = (local % local_length) * microbatch.rows + slot.row
-                owner = torch.ones_like(rows) if sequence_parallel else (tp == share).long()
-                lines.append(torch.stack([source_tp, rank, rows, position, owner], dim=1))
-        return torch.cat(lines)
-
-    @lru_cache(maxsize=1024)  # noqa: B019 - a bridge lives as long as the run
-    def _target_ranks(self, lane: int) -> torch.Tensor:
-        """Global ranks of a language lane's first stage: [cp, tp]."""
-        target = self.target
-        return torch.tensor(
-            [[target.rank_at(tp=tp, cp=cp, dp=lane) for tp in range(target.tp)] for cp in range(target.cp)]
+            cp_of, local_of = _owners(microbatch.seq_length, target.cp, microbatch.segment_starts, microbatch.cp_layout)
+            cps.append(cp_of[slot.start : slot.start + slot.rows])
+            locals_.append(local_of[slot.start : slot.start + slot.rows])
+            of_lane = _total(manifest.encoded(self.encoder, slot.microbatch, slot.encoder_lane))
+            of_rank = microbatch.seq_length // target.cp // scattered
+            items.append((slot.encoder_lane, of_lane, slot.lane, microbatch.rows, slot.row, of_rank))
+        counts = torch.tensor([slot.rows for slot in slots])
+        offsets = torch.tensor([slot.encoder_offset for slot in slots])
+        row = torch.arange(int(counts.sum())) + (offsets - counts.cumsum(0) + counts).repeat_interleave(counts)
+        encoder_lane, total, lane, width, place, local_length = (
+            torch.tensor(items).repeat_interleave(counts, dim=0).unbind(1)
         )
+        cp, local = torch.cat(cps), torch.cat(locals_)
+        source = self._source_ranks[encoder_lane, row // -(-total // self.source.tp)]
+        position = local % local_length * width + place
+        # Of one row's copies, one for each replica over tensor parallel ranks; every replica returns an equal part.
+        replicas = torch.arange(1 if scattered > 1 else target.tp)[:, None]
+        targets = self._target_ranks[lane, cp, local // local_length if scattered > 1 else replicas].view(-1, len(row))
+        owner = row * len(replicas) // total == replicas
+        columns = torch.broadcast_tensors(source, targets, row, position, owner.long())
+        return torch.stack(columns, dim=2).flatten(0, 1)
 
     # --- moving (device) ---
 
-    def forward(self, route: Route, rows: torch.Tensor | None) -> torch.Tensor | None:
-        """Send this rank's share of `rows` and receive its own.
+    def post_rows(self, route: Route, rows: torch.Tensor | None) -> Arrival:
+        """Start sending this rank's share of `rows` and receiving what falls on its tokens.
 
         Args:
             route: this rank's route.
             rows: output [rows, H] of this rank's encoder lane; None where it has none.
 
         Returns:
-            The received rows [n, H] in the order of `route.positions`; None where none arrive.
+            On its way, the one tensor [n, H] of received rows in the order of `route.positions`; none where n is 0.
         """
-        arrived = self._exchange(route.sends, rows, _lengths(route.receives), self.forward_group)
-        return torch.cat(arrived) if arrived else None
+        return self._post(self.rows, route.sends, rows, route.receives)
 
-    def backward(self, route: Route, gradients: torch.Tensor | None, rows: int) -> torch.Tensor | None:
-        """Return the gradients of received rows, and collect those of this rank's own output.
+    def post_gradients(self, route: Route, gradients: torch.Tensor | None) -> Arrival:
+        """Start returning the gradients of received rows and collecting those of this rank's own output.
 
         Args:
-            route: the round's route.
-            gradients: gradients [n, H] of the rows that `forward` returned; None where there were none.
-            rows: number of rows of this rank's encoder output in the round, 0 where it has none.
+            route: the route that the rows took.
+            gradients: gradients [n, H] of the received rows; None where there were none.
 
         Returns:
-            Gradient [rows, H] of the encoder lane's output, equal on its tensor parallel ranks; None where rows is 0.
+            On its way, what `output_gradient` takes.
         """
-        arrived = self._exchange(
-            route.gradient_sends, gradients, _lengths(route.gradient_receives), self.backward_group
-        )
-        if rows == 0:
-            return None
-        gradient = torch.zeros(rows, self.hidden_size, dtype=self.dtype, device=self.device)
-        for (_, index), part in zip(route.gradient_receives, arrived, strict=True):
-            gradient.index_copy_(0, self.platform.put(index), part)
-        if self.encoder_tp_group is not None and self.encoder_tp_group.size() > 1:
-            dist.all_reduce(gradient, group=self.encoder_tp_group)  # each TP rank collected the share it had sent
-        return gradient
+        return self._post(self.gradients, route.gradient_sends, gradients, route.gradient_receives)
+
+    def output_gradient(self, route: Route, arrival: Arrival) -> torch.Tensor:
+        """Wait for the returned gradients and put them in order.
+
+        Returns:
+            Gradient [rows, H] of the encoder lane's output, equal on its tensor parallel ranks.
+        """
+        share = torch.empty(route.share, self.hidden_size, dtype=self.dtype, device=self.device)
+        for gradients in arrival.wait():
+            share.index_copy_(0, self.platform.put(route.gradient_receives.index), gradients)
+        group = self.encoder_tp_group
+        if group is None or group.size() == 1:
+            return share
+        whole = share.new_empty(route.share * group.size(), self.hidden_size)
+        dist.all_gather_into_tensor(whole, share, group=group)  # each rank got back the share that it had shipped
+        return whole[: route.rows]
 
     def drain(self) -> None:
-        """Wait for all sends of the step and release their buffers."""
-        for works, _ in self._pending:
-            for work in works:
-                work.wait()
-        self._pending.clear()
+        """Let go of everything that this rank has sent, when it has left."""
+        self.rows.drain()
+        self.gradients.drain()
 
-    def _exchange(
-        self,
-        sends: tuple[tuple[int, torch.Tensor], ...],
-        rows: torch.Tensor | None,
-        receives: list[tuple[int, int]],
-        group: dist.ProcessGroup,
-    ) -> list[torch.Tensor]:
-        """One batch of sends and receives; sends stay pending until `drain`, receives are complete on return."""
-        operations, buffers, incoming, local = [], [], [], {}
-        assert rows is None or rows.dtype == self.dtype, (
-            f"{self.encoder} rows are {rows.dtype}, the bridge {self.dtype}"
-        )
-        for peer, index in sends:
+    def _post(self, mailbox: Mailbox, leaving: Parcels, rows: torch.Tensor | None, arriving: Parcels) -> Arrival:
+        """One batch of sends and receives; what goes from this rank to itself is copied at once."""
+        sends, receives, buffers = [], {}, []
+        if arriving.counts:
+            buffers.append(torch.empty(len(arriving.index), self.hidden_size, dtype=self.dtype, device=self.device))
+            receives = dict(arriving.slices(buffers[0]))
+        if leaving.counts:
             assert rows is not None, "a route sends rows that this rank did not compute"
-            payload = rows.detach().index_select(0, self.platform.put(index))
-            if peer == self.rank:
-                local[peer] = payload
-            else:
-                buffers.append(payload)
-                operations.append(dist.P2POp(dist.isend, payload, peer, group))
-        for peer, count in receives:
-            if peer == self.rank:
-                incoming.append(local[peer])
-            else:
-                buffer = torch.empty(count, self.hidden_size, dtype=self.dtype, device=self.device)
-                incoming.append(buffer)
-                operations.append(dist.P2POp(dist.irecv, buffer, peer, group))
-        works = dist.batch_isend_irecv(operations) if operations else []
-        if len(works) == len(operations):  # gloo: a handle for each operation, sends first
-            works, receiving = works[: len(buffers)], works[len(buffers) :]
-        else:  # NCCL: one handle for the batch; waiting for it orders the streams and does not block the host
-            receiving = works if len(operations) > len(buffers) else []
-        for work in receiving:
-            work.wait()
-        self._pending.append((works, buffers))
-        return incoming
+            assert rows.dtype == self.dtype, f"{self.encoder} rows are {rows.dtype}, the bridge {self.dtype}"
+            for peer, index in leaving.slices(self.platform.put(leaving.index)):
+                if peer == self.rank:
+                    torch.index_select(rows.detach(), 0, index, out=receives.pop(peer))
+                else:
+                    sends.append((peer, rows.detach().index_select(0, index)))
+        return Arrival(buffers, mailbox.post(sends, list(receives.items())).works)
 
 
-def _lengths(parts: tuple[tuple[int, torch.Tensor], ...]) -> list[tuple[int, int]]:
-    return [(peer, len(index)) for peer, index in parts]
-
-
-def _in_peer_order(parts: dict[int, torch.Tensor]) -> tuple[tuple[int, torch.Tensor], ...]:
-    """The non-empty parts, by rank."""
-    return tuple((peer, parts[peer]) for peer in sorted(parts) if len(parts[peer]))
+def _total(slots: Sequence[MediaSlot]) -> int:
+    """Rows of all items of an encoder lane in one round."""
+    return slots[-1].encoder_offset + slots[-1].rows if slots else 0
 
 
 @lru_cache(maxsize=64)

@@ -193,8 +193,9 @@ class ModuleConfig:
     """What to change in this encoder's preprocessing, `{max_soft_tokens: 560}` for example. Null: it is that of the
     model directory or preset."""
     run_ahead: int = 2
-    """Microbatches that an encoder on ranks of its own may have encoded, beyond one for each further stage of the
-    language module, without having their gradients back; each keeps its activations. A frozen one is not bounded."""
+    """Microbatches that an encoder may have encoded, beyond one for each further stage of the language module, without
+    having their gradients back; each keeps its activations. With 1 it waits for every transfer, with 2 transfers travel
+    while it works. Not bounded where the encoder is frozen and has ranks of its own."""
 
     @property
     def frozen(self) -> bool | Literal["tower"] | list[str]:

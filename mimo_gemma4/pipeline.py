@@ -1,28 +1,14 @@
 """Moves tensors between neighbouring pipeline stages; both ends know every shape, so nothing is announced."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 
 from mimo_gemma4.layout import ModuleGrid
+from mimo_gemma4.messages import Arrival, Mailbox
 
 Shapes = Sequence[tuple[int, ...]]
-
-
-@dataclass(frozen=True)
-class Arrival:
-    """Tensors on their way here."""
-
-    tensors: list[torch.Tensor]
-    works: list[dist.Work]
-
-    def wait(self) -> list[torch.Tensor]:
-        """The tensors. On a GPU the stream waits for them, not the host."""
-        for work in self.works:
-            work.wait()
-        return self.tensors
 
 
 class Channel:
@@ -45,30 +31,22 @@ class Channel:
             dtype: of all tensors.
             device: where they live.
         """
-        self.group, self.source, self.target, self.dtype, self.device = group, source, target, dtype, device
-        self._leaving: list[tuple[list[dist.Work], list[torch.Tensor]]] = []
+        self.mailbox, self.source, self.target, self.dtype, self.device = Mailbox(group), source, target, dtype, device
 
     def send(self, tensors: Sequence[torch.Tensor]) -> None:
         """Start sending; the tensors are kept until they have left."""
         assert self.target is not None
-        self._leaving = [(works, kept) for works, kept in self._leaving if not all(w.is_completed() for w in works)]
-        payload = [tensor.detach().contiguous() for tensor in tensors]
-        operations = [dist.P2POp(dist.isend, tensor, self.target, self.group) for tensor in payload]
-        self._leaving.append((dist.batch_isend_irecv(operations), payload))
+        self.mailbox.post([(self.target, tensor.detach().contiguous()) for tensor in tensors], [])
 
     def expect(self, shapes: Shapes) -> Arrival:
         """Make room for what the source sends next, and start receiving it."""
         assert self.source is not None
         buffers = [torch.empty(shape, dtype=self.dtype, device=self.device) for shape in shapes]
-        operations = [dist.P2POp(dist.irecv, buffer, self.source, self.group) for buffer in buffers]
-        return Arrival(buffers, dist.batch_isend_irecv(operations))
+        return self.mailbox.post([], [(self.source, buffer) for buffer in buffers])
 
     def drain(self) -> None:
         """Wait until everything has left."""
-        for works, _ in self._leaving:
-            for work in works:
-                work.wait()
-        self._leaving.clear()
+        self.mailbox.drain()
 
 
 class Pipeline:

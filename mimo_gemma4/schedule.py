@@ -19,24 +19,29 @@ from mimo_gemma4.layout import LANGUAGE, Layout
 ActionKind = Literal[
     "receive_hidden",
     "receive_gradient",
+    "receive_rows",
+    "expect_rows",
     "forward",
     "backward",
     "send_hidden",
     "send_gradient",
+    "send_row_gradients",
     "observe",
     "expect_hidden",
     "expect_gradient",
-    "return",
+    "receive_row_gradients",
+    "expect_row_gradients",
     "encoder_backward",
     "encode",
-    "transfer",
+    "send_rows",
 ]
 """What a rank does.
 
-- `encode`, `encoder_backward`: an encoder's passes. `transfer` moves its rows to the first language stage, `return`
-  their gradients back; each rank of the edge, sender or receiver, has both.
 - `forward`, `backward`: a language stage's passes. `send_hidden` gives the next stage what it needs, `send_gradient`
   the previous one; `expect_…` makes room for it on the other side and `receive_…` waits for it.
+- `encode`, `encoder_backward`: an encoder's passes. `send_rows` gives the first language stage its output,
+  `send_row_gradients` gives back what the rows got. A rank that sends and receives in one round of an edge starts both
+  with `send_…`, in one batch: on NCCL its peers, which do the same, would otherwise wait for one another.
 - `observe`: whoever watches an evaluation looks at the microbatch, on all stages when it has gone through them.
 """
 
@@ -78,8 +83,8 @@ def plan_step(
         rank: global rank.
         trainable: encoders whose rows need a gradient; of others nothing comes back.
         run_ahead: per encoder, how many microbatches it may have encoded, beyond one for each further language stage,
-            without having their gradients back; at least 1. It counts where the encoder has ranks of its own: on shared
-            ranks it encodes just in time. An encoder without backward pass runs ahead without bound.
+            without having their gradients back; at least 1. Without backward pass an encoder on ranks of its own runs
+            ahead without bound.
         train: whether there is a backward pass at all.
         observed: whether every microbatch is observed.
     """
@@ -140,22 +145,33 @@ def _edges(
     for name in layout.encoders:
         grid = layout.grids[name]
         encoder_lane = grid.coordinate(rank).dp if rank in grid else None
-        if lane is None and encoder_lane is None:
-            continue
-        ahead = run_ahead[name] if name in returning else max(1, manifest.rounds)
-        if rank in layout.language:
-            ahead = 1
+        ahead = run_ahead[name]
+        if encoder_lane is not None and name not in returning and _alone(layout, name, encoder_lane):
+            ahead = max(1, manifest.rounds)
         for number in range(manifest.rounds):
             encodes = encoder_lane is not None and bool(manifest.encoded(name, number, encoder_lane))
-            awaits = lane is not None and manifest.has_media(name, number, lane)
-            # With `ahead` 1 this is the slot before the first stage's forward pass.
-            early = forward_slot(number, 0) - 2 * ahead + 1
-            late = backward_slot(number, 0, stages)
+            awaits = lane is not None and bool(manifest.awaited(name, number, lane))
+            forward, backward = forward_slot(number, 0), backward_slot(number, 0, stages)
+            # Ahead by one, an encoder works just in time; by more, what it sends and gets back travels during a pass.
+            spare = 1 if ahead > 1 else 0
+            encode, encoder_backward = forward - 2 * ahead + 1 + spare, backward + spare
+            moves: list[tuple[int, ActionKind]] = []
             if encodes:
-                yield early, Action("encode", number, name)
-            if encodes or awaits:
-                yield early, Action("transfer", number, name)
-                if name in returning:
-                    yield late, Action("return", number, name)
+                moves += [(encode, "encode"), (encode, "send_rows")]
+            elif awaits:
+                moves += [(forward - 2 if encoder_lane is None else encode, "expect_rows")]
+            if awaits:
+                moves += [(forward, "receive_rows")]
+            if awaits and name in returning:
+                moves += [(backward, "send_row_gradients")]
+            elif encodes and name in returning:
+                moves += [(encoder_backward - 2, "expect_row_gradients")]
             if encodes and name in returning:
-                yield late, Action("encoder_backward", number, name)
+                moves += [(encoder_backward, "receive_row_gradients"), (encoder_backward, "encoder_backward")]
+            yield from ((slot, Action(kind, number, name)) for slot, kind in moves)
+
+
+def _alone(layout: Layout, name: str, lane: int) -> bool:
+    """Whether no rank of an encoder's lane holds another module; asked of lanes, whose ranks must do the same."""
+    grid = layout.grids[name]
+    return all(len(layout.modules_of(grid.rank_at(tp=tp, dp=lane))) == 1 for tp in range(grid.tp))

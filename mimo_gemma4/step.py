@@ -11,14 +11,15 @@ from mimo_gemma4.data.collate import LanguageBatch
 from mimo_gemma4.data.loader import StepData
 from mimo_gemma4.data.manifest import Microbatch, StepManifest
 from mimo_gemma4.language.model import Gemma4LanguageModel
+from mimo_gemma4.messages import Arrival
 from mimo_gemma4.model import LocalTokens, Media, MimoModel
-from mimo_gemma4.pipeline import Arrival, Pipeline
+from mimo_gemma4.pipeline import Pipeline
 from mimo_gemma4.schedule import Action, plan_step
 from mimo_gemma4.usage import Stopwatch
 
 Observer = Callable[[LanguageBatch, Microbatch, Media], None]
 
-WAITING = ("transfer", "return", "receive_hidden", "receive_gradient")
+WAITING = ("receive_rows", "receive_row_gradients", "receive_hidden", "receive_gradient")
 """Kinds of actions in which a rank waits for others."""
 
 
@@ -111,6 +112,7 @@ class _Execution:
         self.outputs: dict[tuple[str, int], torch.Tensor] = {}
         self.routes: dict[tuple[str, int], Route] = {}
         self.received: dict[tuple[str, int], torch.Tensor] = {}
+        self.moving: dict[tuple[str, str, int], Arrival] = {}
         self.gradients: dict[tuple[str, int], torch.Tensor] = {}
         self.tokens: dict[int, LocalTokens] = {}
         self.expected: dict[tuple[str, int], Arrival] = {}
@@ -141,27 +143,33 @@ class _Execution:
         with torch.set_grad_enabled(self.train and key[0] in self.trainable_edges):
             self.outputs[key] = self.model.encoders[key[0]](**self._to_device(inputs))
 
-    def _transfer(self, key: tuple[str, int]) -> None:
+    def _post_rows(self, key: tuple[str, int]) -> None:
         bridge = self.model.bridges[key[0]]
         route = self.routes[key] = bridge.route(self.data.manifest, key[1])
-        rows = bridge.forward(route, self.outputs.get(key))
-        if rows is not None:
-            self.received[key] = rows.requires_grad_(key[0] in self.trainable_edges)
+        self.moving["rows", *key] = bridge.post_rows(route, self.outputs.get(key))
         if key[0] not in self.trainable_edges:  # nothing comes back for it
             self.outputs.pop(key, None)
 
-    def _return(self, key: tuple[str, int]) -> None:
+    _send_rows = _expect_rows = _post_rows
+
+    def _receive_rows(self, key: tuple[str, int]) -> None:
+        for rows in self.moving.pop(("rows", *key)).wait():
+            self.received[key] = rows.requires_grad_(key[0] in self.trainable_edges)
+
+    def _post_row_gradients(self, key: tuple[str, int]) -> None:
         rows = self.received.pop(key, None)
-        output = self.outputs.get(key)
-        gradient = self.model.bridges[key[0]].backward(
-            self.routes.pop(key), None if rows is None else rows.grad, 0 if output is None else len(output)
-        )
-        if gradient is not None:
-            self.gradients[key] = gradient
+        gradients = None if rows is None else rows.grad
+        self.moving["gradients", *key] = self.model.bridges[key[0]].post_gradients(self.routes[key], gradients)
+
+    _send_row_gradients = _expect_row_gradients = _post_row_gradients
+
+    def _receive_row_gradients(self, key: tuple[str, int]) -> None:
+        arrival = self.moving.pop(("gradients", *key))
+        self.gradients[key] = self.model.bridges[key[0]].output_gradient(self.routes[key], arrival)
 
     def _encoder_backward(self, key: tuple[str, int]) -> None:
-        output, gradient = self.outputs.pop(key, None), self.gradients.pop(key, None)
-        if output is not None and output.requires_grad:
+        output, gradient = self.outputs.pop(key), self.gradients.pop(key)
+        if output.requires_grad:
             output.backward(gradient)
 
     # --- language stage ---

@@ -87,17 +87,16 @@ class World:
         grid = self.layout.grids[action.module]
         return ("encoder", action.module, grid.coordinate(rank).dp), grid.tp
 
-    def batch(self, action: Action, rank: int) -> tuple[tuple, set[Message], bool] | None:
-        """Communicator and messages that an action hands to it, and whether the rank waits for their arrival."""
-        if action.kind in ("transfer", "return"):
-            pairs = (self.rows if action.kind == "transfer" else self.owners).get((action.module, action.round), [])
-            mine = {pair for pair in pairs if rank in pair}
-            return (action.module, action.kind), mine, any(target == rank for _, target in mine)
+    def batch(self, action: Action, rank: int) -> tuple[tuple, set[Message]] | None:
+        """Communicator and messages that an action hands to it."""
         verb, _, what = action.kind.partition("_")
         if verb not in ("send", "expect"):
             return None
+        if what in ("rows", "row_gradients"):
+            pairs = (self.rows if what == "rows" else self.owners).get((action.module, action.round), [])
+            return (what, action.module), {pair for pair in pairs if rank in pair}
         peer = self.neighbour(rank, 1 if (verb == "send") == (what == "hidden") else -1)
-        return (what, LANGUAGE), {(rank, peer) if verb == "send" else (peer, rank)}, False
+        return (what, LANGUAGE), {(rank, peer) if verb == "send" else (peer, rank)}
 
 
 @dataclass
@@ -133,7 +132,7 @@ class _Simulation:
         self.place, self.clock, self.busy = [0] * count, [0.0] * count, [0.0] * count
         self.done: list[set[Action]] = [set() for _ in plans]
         self.awaited: list[Batch | None] = [None] * count
-        self.expected: list[dict[tuple, Batch]] = [{} for _ in plans]
+        self.posted: list[dict[tuple, Batch]] = [{} for _ in plans]
         self.queues: dict[tuple, dict[int, deque[Batch]]] = defaultdict(lambda: defaultdict(deque))
         self.arrivals: dict[tuple, list[int]] = defaultdict(list)
         self.in_flight: Counter[tuple[int, str]] = Counter()
@@ -171,17 +170,15 @@ class _Simulation:
             return self._collective(action, rank, freed)
         handed = self.world.batch(action, rank)
         if handed is not None:
-            communicator, messages, waits = handed
+            communicator, messages = handed
             batch = Batch(action.round, self.clock[rank], set(messages), self.clock[rank])
             if messages:
                 self.queues[communicator][rank].append(batch)
                 touched.add(communicator)
-            if waits:
-                self.awaited[rank] = batch
-            if action.kind.startswith("expect"):
-                self.expected[rank][action.kind.removeprefix("expect_"), action.round] = batch
+            if action.kind not in ("send_hidden", "send_gradient"):  # nothing arrives with these
+                self.posted[rank][*communicator, action.round] = batch
         elif action.kind.startswith("receive"):
-            self.awaited[rank] = self.expected[rank].pop((action.kind.removeprefix("receive_"), action.round))
+            self.awaited[rank] = self.posted[rank][action.kind.removeprefix("receive_"), action.module, action.round]
         self._finish(action, rank)
         return True
 
@@ -248,25 +245,25 @@ def _leave(queue: deque[Batch]) -> None:
 def needs(world: World, action: Action, rank: int) -> Iterator[Action]:
     """What has to be done on the same rank before an action."""
     at, kind, round_ = world.places[rank], action.kind, action.round
-    returning = world.trainable if world.train else frozenset()
     if action.module != LANGUAGE:
-        grid = world.layout.grids[action.module]
-        encodes = rank in grid and bool(world.manifest.encoded(action.module, round_, grid.coordinate(rank).dp))
-        awaits = at is not None and at.pp == 0 and world.manifest.has_media(action.module, round_, at.dp)
-        if kind == "transfer" and encodes:
-            yield Action("encode", round_, action.module)
-        if kind == "return":
-            yield Action("transfer", round_, action.module)
-        if kind == "return" and awaits:
+        grid, name = world.layout.grids[action.module], action.module
+        encodes = rank in grid and bool(world.manifest.encoded(name, round_, grid.coordinate(rank).dp))
+        awaits = at is not None and at.pp == 0 and bool(world.manifest.awaited(name, round_, at.dp))
+        if kind == "send_rows":
+            yield Action("encode", round_, name)
+        if kind == "receive_rows":
+            yield Action("send_rows" if encodes else "expect_rows", round_, name)
+        if kind == "send_row_gradients":
             yield Action("backward", round_, LANGUAGE)
+        if kind == "receive_row_gradients":
+            yield Action("send_row_gradients" if awaits else "expect_row_gradients", round_, name)
         if kind == "encoder_backward":
-            yield Action("return", round_, action.module)
-        assert kind not in ("return", "encoder_backward") or action.module in returning
+            yield Action("receive_row_gradients", round_, name)
         return
     if kind == "forward" and at.pp == 0:
         for name in world.layout.encoders:
-            if world.manifest.has_media(name, round_, at.dp):
-                yield Action("transfer", round_, name)
+            if world.manifest.awaited(name, round_, at.dp):
+                yield Action("receive_rows", round_, name)
     if kind == "forward" and at.pp > 0 and world.filled(rank, round_):
         yield Action("receive_hidden", round_, LANGUAGE)
     if kind in ("send_hidden", "observe", "backward"):
@@ -295,12 +292,14 @@ def complete(world: World, rank: int) -> Counter[Action]:
         for name in world.layout.encoders:
             grid, returned = world.layout.grids[name], world.train and name in world.trainable
             encodes = rank in grid and bool(manifest.encoded(name, number, grid.coordinate(rank).dp))
-            awaits = at is not None and at.pp == 0 and manifest.has_media(name, number, at.dp)
-            expected[Action("encode", number, name)] += encodes
-            expected[Action("transfer", number, name)] += encodes or awaits
-            expected[Action("return", number, name)] += (encodes or awaits) and returned
-            expected[Action("encoder_backward", number, name)] += encodes and returned
-    return +expected
+            awaits = at is not None and at.pp == 0 and bool(manifest.awaited(name, number, at.dp))
+            kinds = ["encode", "send_rows"] * encodes + ["expect_rows"] * (awaits and not encodes)
+            kinds += ["receive_rows"] * awaits
+            kinds += ["receive_row_gradients", "encoder_backward"] * (encodes and returned)
+            kinds += ["send_row_gradients"] * (awaits and returned)
+            kinds += ["expect_row_gradients"] * (encodes and returned and not awaits)
+            expected.update(Action(kind, number, name) for kind in kinds)
+    return expected
 
 
 def lower_bound(world: World, cost: Cost) -> float:

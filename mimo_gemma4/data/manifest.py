@@ -1,9 +1,11 @@
 """The plan of one global step: who reads, encodes and trains on what. Numbers only, equal on every rank."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Literal
+
+_Key = tuple[str, int, int]
 
 
 @dataclass(frozen=True)
@@ -115,15 +117,12 @@ class StepManifest:
         return tuple(sorted((s for m in self.microbatches for s in m.samples), key=lambda s: s.sample))
 
     @cached_property
-    def _media_by_lane(self) -> dict[tuple[str, int, int], tuple[MediaSlot, ...]]:
-        grouped: dict[tuple[str, int, int], list[MediaSlot]] = {}
-        for slot in self.media:
-            grouped.setdefault((slot.modality, slot.microbatch, slot.encoder_lane), []).append(slot)
-        return {key: tuple(slots) for key, slots in grouped.items()}
+    def _encoded(self) -> dict[tuple[str, int, int], tuple[MediaSlot, ...]]:
+        return _grouped(self.media, lambda slot: (slot.modality, slot.microbatch, slot.encoder_lane))
 
     @cached_property
-    def _awaited(self) -> frozenset[tuple[str, int, int]]:
-        return frozenset((slot.modality, slot.microbatch, slot.lane) for slot in self.media)
+    def _awaited(self) -> dict[tuple[str, int, int], tuple[MediaSlot, ...]]:
+        return _grouped(self.media, lambda slot: (slot.modality, slot.microbatch, slot.lane))
 
     def microbatch(self, lane: int, number: int) -> Microbatch:
         """Microbatch `number` of language lane `lane`."""
@@ -131,8 +130,16 @@ class StepManifest:
 
     def encoded(self, modality: str, round_: int, encoder_lane: int) -> tuple[MediaSlot, ...]:
         """The items that an encoder lane encodes in a round, in the order of their output rows."""
-        return self._media_by_lane.get((modality, round_, encoder_lane), ())
+        return self._encoded.get((modality, round_, encoder_lane), ())
 
-    def has_media(self, modality: str, round_: int, lane: int) -> bool:
-        """Whether a language lane's microbatch of a round holds rows of `modality`."""
-        return (modality, round_, lane) in self._awaited
+    def awaited(self, modality: str, round_: int, lane: int) -> tuple[MediaSlot, ...]:
+        """The items of `modality` whose rows a language lane's microbatch of a round holds, by encoder lane."""
+        return self._awaited.get((modality, round_, lane), ())
+
+
+def _grouped(slots: Iterable[MediaSlot], key: Callable[[MediaSlot], _Key]) -> dict[_Key, tuple[MediaSlot, ...]]:
+    """The slots of each key, in their order."""
+    groups: dict[_Key, list[MediaSlot]] = {}
+    for slot in slots:
+        groups.setdefault(key(slot), []).append(slot)
+    return {value: tuple(group) for value, group in groups.items()}

@@ -106,6 +106,7 @@ def bridge_rank(rank: int, case: tuple, seeds: list[int]) -> None:
         manifest = random_manifest(seed, vision.dp, language.dp, 3, multiples, packed)
         for round_ in range(manifest.rounds):
             check_round(bridge, manifest, round_, rank, sp)
+    bridge.drain()
     groups.destroy()
 
 
@@ -119,7 +120,7 @@ def check_round(bridge: Bridge, manifest: StepManifest, round_: int, rank: int, 
             rows = torch.tensor(values, device=bridge.device)[:, None].expand(-1, WIDTH).contiguous()
             expected_gradient = torch.tensor([gradient_value(s, i) for s in slots for i in range(s.rows)])
     route = bridge.route(manifest, round_)
-    received = bridge.forward(route, rows)
+    received = next(iter(bridge.post_rows(route, rows).wait()), None)
     gradients = None
     if rank in language:
         at = language.coordinate(rank)
@@ -133,11 +134,11 @@ def check_round(bridge: Bridge, manifest: StepManifest, round_: int, rank: int, 
             assert received is None
     else:
         assert received is None
-    returned = bridge.backward(route, gradients, 0 if rows is None else len(rows))
-    bridge.drain()
+    arrival = bridge.post_gradients(route, gradients)
     if expected_gradient is None:
-        assert returned is None
-    else:  # exact: each gradient is moved, and added only to zeros
+        assert not arrival.tensors
+    else:  # exact: each gradient is moved and added to nothing
+        returned = bridge.output_gradient(route, arrival)
         assert torch.equal(returned[:, 0].cpu(), expected_gradient)
         assert torch.equal(returned, returned[:, :1].expand_as(returned))
 
@@ -175,13 +176,13 @@ def test_lost_and_doubled_gradients_are_caught() -> None:
 
 
 def mutated_rank(rank: int, mutation: str) -> None:
-    original = Bridge.backward
+    original = Bridge.post_gradients
 
-    def backward(self: Bridge, route, gradients, rows):  # noqa: ANN001, ANN202
+    def post_gradients(self: Bridge, route, gradients):  # noqa: ANN001, ANN202
         if gradients is not None and dist.get_rank() == 3 and len(gradients) > 1:
             gradients = gradients.clone()
             gradients[0] *= 0 if mutation == "drop" else 2
-        return original(self, route, gradients, rows)
+        return original(self, route, gradients)
 
-    Bridge.backward = backward
+    Bridge.post_gradients = post_gradients
     bridge_rank(rank, (2, 1, 2, 1, 1, False, False), [0, 1, 2])

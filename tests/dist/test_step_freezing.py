@@ -59,13 +59,13 @@ class Steps:
 
 def two_steps(rank: int, folder: Path, overrides: list[str]) -> Steps:
     returned: list[int] = []
-    backward = Bridge.backward
+    post_gradients = Bridge.post_gradients
 
-    def counted(self: Bridge, route, gradients, rows):  # noqa: ANN001, ANN202
-        returned.append(sum(len(index) for _, index in route.gradient_sends))
-        return backward(self, route, gradients, rows)
+    def counted(self: Bridge, route, gradients):  # noqa: ANN001, ANN202
+        returned.append(len(route.gradient_sends.index))
+        return post_gradients(self, route, gradients)
 
-    Bridge.backward = counted
+    Bridge.post_gradients = counted
     config = load_config([f"config={folder}/run.yaml", *overrides])
     platform = create_platform()
     layout = build_layout(config.layout, dist.get_world_size())

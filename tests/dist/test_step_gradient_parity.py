@@ -113,14 +113,14 @@ def test_one_wrong_row_gradient_is_caught(mutation: str, images: Prepared) -> No
 
 
 def mutated_step(rank: int, folder: Path, overrides: list[str], factor: float) -> tuple[dict, list]:
-    original, done = Bridge.backward, []
+    original, done = Bridge.post_gradients, []
 
-    def backward(self: Bridge, route, gradients, rows):  # noqa: ANN001, ANN202
+    def post_gradients(self: Bridge, route, gradients):  # noqa: ANN001, ANN202
         if gradients is not None and rank == 2 and not done:
             gradients = gradients.clone()
             gradients[0] *= factor
             done.append(True)
-        return original(self, route, gradients, rows)
+        return original(self, route, gradients)
 
-    Bridge.backward = backward
+    Bridge.post_gradients = post_gradients
     return step_on_rank(rank, folder, overrides)

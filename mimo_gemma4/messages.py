@@ -1,0 +1,53 @@
+"""Messages between two ranks, in batches that are posted and never waited for by the host of a GPU."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+Message = tuple[int, torch.Tensor]
+"""Global rank of the peer, and the contiguous tensor that it is sent or that it fills."""
+
+
+@dataclass(frozen=True)
+class Arrival:
+    """Tensors on their way here."""
+
+    tensors: list[torch.Tensor]
+    works: list[dist.Work]
+
+    def wait(self) -> list[torch.Tensor]:
+        """The tensors. On a GPU the stream waits for them, not the host."""
+        for work in self.works:
+            work.wait()
+        return self.tensors
+
+
+class Mailbox:
+    """A communicator of its own: its batches travel one after the other, each when both ends have posted it."""
+
+    def __init__(self, group: dist.ProcessGroup):
+        """Post on `group`, which nothing else may use while messages travel."""
+        self.group = group
+        self._leaving: list[tuple[list[dist.Work], list[torch.Tensor]]] = []
+
+    def post(self, sends: Sequence[Message], receives: Sequence[Message]) -> Arrival:
+        """Start sending and receiving one batch; what is sent is kept until it has left, found out without waiting."""
+        self._leaving = [entry for entry in self._leaving if not all(work.is_completed() for work in entry[0])]
+        operations = [dist.P2POp(dist.isend, tensor, peer, self.group) for peer, tensor in sends]
+        operations += [dist.P2POp(dist.irecv, tensor, peer, self.group) for peer, tensor in receives]
+        works = dist.batch_isend_irecv(operations) if operations else []
+        # gloo gives a handle for each operation, NCCL one for the batch.
+        separate = len(works) == len(operations)
+        if sends:
+            self._leaving.append((works[: len(sends)] if separate else works, [tensor for _, tensor in sends]))
+        arriving = works[len(sends) :] if separate else works
+        return Arrival([tensor for _, tensor in receives], arriving if receives else [])
+
+    def drain(self) -> None:
+        """Let go of everything that was sent, when it has left; the stream of a GPU waits for that, not the host."""
+        for works, _ in self._leaving:
+            for work in works:
+                work.wait()
+        self._leaving.clear()
