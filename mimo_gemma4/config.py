@@ -25,6 +25,7 @@ from mimo_gemma4.options import (
     ModuleConfig,
     ModuleLayout,
     OptimConfig,
+    ProfileConfig,
     RunConfig,
     ShardsConfig,
     SourceConfig,
@@ -44,6 +45,7 @@ __all__ = [
     "ModuleConfig",
     "ModuleLayout",
     "OptimConfig",
+    "ProfileConfig",
     "REPOSITORY",
     "RunConfig",
     "ShardsConfig",
@@ -148,6 +150,7 @@ def validate(config: Config, origin: Origin) -> None:
         where = origin("data.quickstart")
         raise ConfigError(f"`data.quickstart` writes the files of `data.train.shards`, which is missing ({where})")
     _check_ranges(config, origin)
+    _check_profile(config, origin)
 
 
 def _check_lora(key: str, module: ModuleConfig, lora: LoraConfig, origin: Origin) -> None:
@@ -215,6 +218,21 @@ def _check_ranges(config: Config, origin: Origin) -> None:
     }.items():
         if not 0 <= value < 1:
             raise ConfigError(f"`{key}` must be in [0, 1), not {value} ({origin(key)})")
+
+
+def _check_profile(config: Config, origin: Origin) -> None:
+    given, where = config.profile.steps, origin("profile.steps")
+    try:
+        numbers = config.profile.numbers
+    except ValueError as error:
+        raise ConfigError(f"`profile.steps` {given!r} is no range like 20-22 ({where})") from error
+    if given is not None and not numbers:
+        raise ConfigError(f"`profile.steps` {given!r} names no step ({where})")
+    if numbers and not 1 <= numbers[0] <= numbers[-1] <= config.train.steps:
+        raise ConfigError(
+            f"`profile.steps` names the steps {numbers[0]} to {numbers[-1]}, but `train.steps` runs from 1 to "
+            f"{config.train.steps} ({where})"
+        )
 
 
 def _read_yaml(path: Path) -> DictConfig:

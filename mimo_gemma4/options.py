@@ -253,6 +253,25 @@ class LoggingConfig:
 
 
 @dataclass
+class ProfileConfig:
+    """Traces of single steps, for `python -m mimo_gemma4.timeline` and trace viewers."""
+
+    steps: int | str | list[int] | None = None
+    """Training steps to trace: a number, a list (`[20,21]`) or a range (`20-22`). Every rank writes a Chrome trace of
+    them to `<run.dir>/profile/rank-<rank>.json`. Null: none, at no cost."""
+
+    @property
+    def numbers(self) -> tuple[int, ...]:
+        """The steps to trace, ascending. Raises `ValueError` for a string that is no range."""
+        if isinstance(self.steps, str):
+            first, last = (int(part) for part in self.steps.split("-"))
+            return tuple(range(first, last + 1))
+        if isinstance(self.steps, list):
+            return tuple(sorted(set(self.steps)))
+        return () if self.steps is None else (self.steps,)
+
+
+@dataclass
 class Config:
     """All options of one run."""
 
@@ -267,6 +286,7 @@ class Config:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
+    profile: ProfileConfig = field(default_factory=ProfileConfig)
 
     def module(self, name: str) -> ModuleConfig:
         """How module `name` of the layout is trained."""

@@ -14,6 +14,7 @@ from mimo_gemma4.language.model import Gemma4LanguageModel
 from mimo_gemma4.messages import Arrival
 from mimo_gemma4.model import LocalTokens, Media, MimoModel
 from mimo_gemma4.pipeline import Pipeline
+from mimo_gemma4.profiling import Span, unrecorded
 from mimo_gemma4.schedule import Action, plan_step
 from mimo_gemma4.usage import Stopwatch
 
@@ -38,9 +39,14 @@ class StepTotals:
 class StepRunner:
     """Runs forward, or forward and backward, of whole global steps; gradients accumulate in the parameters."""
 
-    def __init__(self, model: MimoModel):
-        """Find out which edges carry gradients: those of encoders that train, told alike on every rank."""
-        self.model = model
+    def __init__(self, model: MimoModel, span: Span = unrecorded):
+        """Find out which edges carry gradients: those of encoders that train, told alike on every rank.
+
+        Args:
+            model: this rank's modules.
+            span: records the time of every action.
+        """
+        self.model, self.span = model, span
         encoders = model.layout.encoders
         self.trainable_edges = frozenset(name for name in encoders if model.config.module(name).trains)
         self.run_ahead = {name: model.config.module(name).run_ahead for name in encoders}
@@ -61,7 +67,8 @@ class StepRunner:
         execution = _Execution(self.model, self._stopwatch, data, edges, train, observe)
         with torch.set_grad_enabled(train):
             for action in self.plan(data.manifest, train, observed=observe is not None):
-                execution.perform(action)
+                with self.span(action.module, action.kind, action.round):
+                    execution.perform(action)
         for bridge in self.model.bridges.values():
             bridge.drain()
         if self.model.pipeline is not None:

@@ -20,6 +20,7 @@ from mimo_gemma4.flops import peak_flops
 from mimo_gemma4.metrics import MetricsLog
 from mimo_gemma4.model import MimoModel
 from mimo_gemma4.optim import ModuleOptimizer, learning_rate
+from mimo_gemma4.profiling import FOLDER, TRAINER, Tracer
 from mimo_gemma4.step import StepRunner, StepTotals
 from mimo_gemma4.usage import UsageMeter
 
@@ -59,7 +60,8 @@ class Trainer:
         """Take over built parts; training goes on after `finished_steps`."""
         self.config, self.model, self.optimizers = config, model, dict(optimizers)
         self.loader, self.evaluator, self.step = loader, evaluator, finished_steps
-        self.runner = StepRunner(model)
+        self.tracer = Tracer(config.profile.numbers, Path(config.run.dir) / FOLDER, model.layout, model.platform)
+        self.runner = StepRunner(model, self.tracer.span)
         self.agreement = StepAgreement(model.layout, config.optim.clip_grad, model.platform.device)
         self.meter = UsageMeter(model, loader.planner.dataset)
         self.log = MetricsLog(config, finished_steps + 1) if model.rank == 0 else None
@@ -76,7 +78,8 @@ class Trainer:
         """Run until `train.steps`; evaluate and save on the way and at the end."""
         try:
             while self.step < self.config.train.steps:
-                self.train_step()
+                with self.tracer.step(self.step + 1):
+                    self.train_step()
                 if self._due(self.config.checkpoint.every):
                     self.save()
                 if self._due(self.config.eval.every):
@@ -96,20 +99,24 @@ class Trainer:
     def train_step(self) -> Agreement:
         """One optimizer step on every module of this rank."""
         started = time.perf_counter()
-        step = self.step + 1
-        data = self.loader.load(self.step)
+        step, span = self.step + 1, self.tracer.span
+        with span(TRAINER, "load", step):
+            data = self.loader.load(self.step)
         for optimizer in self.optimizers.values():
             optimizer.zero_gradients()
         totals = self.runner.run(data)
-        for optimizer in self.optimizers.values():
-            optimizer.finish_gradients()
+        for name, optimizer in self.optimizers.items():
+            with span(name, "reduce_gradients", step):
+                optimizer.finish_gradients()
         # What the device found in the last step is read now, while it works on this one, when it costs no wait.
         self._tell_pending()
         measured = self._measured
-        agreement = self.agree(totals, data, None if measured is None else measured.manifest)
+        with span(TRAINER, "agree", step):
+            agreement = self.agree(totals, data, None if measured is None else measured.manifest)
         rates = {name: self._learning_rate(name, step) for name in self.model.layout.grids}
         for name, optimizer in self.optimizers.items():
-            optimizer.apply(agreement, rates[name])
+            with span(name, "optimizer_step", step):
+                optimizer.apply(agreement, rates[name])
         self.step = step
         seconds = time.perf_counter() - started
         self._measured = _Measured(data.manifest, seconds)
