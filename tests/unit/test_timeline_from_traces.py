@@ -65,7 +65,7 @@ def test_kernels_decide_where_there_is_a_device():
     """The host is done with the forward pass after 3 ms, the device after 40; a transfer runs beside it."""
     events = [
         span("trainer.step[5]", 0, 10),
-        span("vision.transfer[1]", 0, 1),
+        span("vision.receive_rows[1]", 0, 1),
         span("language.forward[0]", 1, 3),
         span("language.backward[0]", 3, 9),
         span("language.send_gradient[0]", 9, 10),
@@ -79,7 +79,7 @@ def test_kernels_decide_where_there_is_a_device():
     origin = BASE / 1e9
     assert (step.begin - origin, step.end - origin) == pytest.approx((0.005, 0.105), abs=1e-6)
     assert [(bar.name.action, bar.kind) for bar in step.bars] == [
-        ("transfer", "wait"), ("forward", "forward"), ("backward", "backward")
+        ("receive_rows", "wait"), ("forward", "forward"), ("backward", "backward")
     ]  # fmt: skip
     expected = dict(forward=0.3, backward=0.55, busy=0.85, wait=0.15, hidden=0.2, encode=0.0, optimizer=0.0)
     assert step.shares() == pytest.approx(expected, abs=1e-5)
