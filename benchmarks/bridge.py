@@ -1,0 +1,223 @@
+"""Time and bytes of the bridge against leaders that announce shapes and broadcast whole tensors, in one run.
+
+    torchrun --nproc-per-node 4 benchmarks/bridge.py
+
+A round takes an encoder's rows to the language ranks that hold their tokens and the rows' gradients back, in bf16. Both
+ways take turns; a turn is several rounds, one after the other, between two barriers. Before that their results are
+compared. Bytes are counted by interception: those that reach a rank, of all messages of a round. On a CPU (`--tiny`)
+sizes are tiny and times mean nothing.
+"""
+
+import argparse
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from statistics import median
+
+import torch
+import torch.distributed as dist
+from leader_broadcast import LeaderBridge
+from traffic import Traffic
+
+from mimo_gemma4.bridge import Bridge
+from mimo_gemma4.data.manifest import MediaSlot, Microbatch, SampleSlot, StepManifest
+from mimo_gemma4.layout import Layout, ModuleGrid
+from mimo_gemma4.partition import sequence_multiple
+from mimo_gemma4.platform import Platform, create_platform, destroy_distributed
+from mimo_gemma4.process_groups import create_process_groups
+
+WARM_UP, TIMED, ROUNDS = 3, 15, 4
+DTYPE = torch.bfloat16
+SIZES = [(280, 1, 2560), (280, 16, 2560), (1120, 16, 2560), (1120, 16, 5376)]
+"""Rows of an image, images of a round, width."""
+TINY = [(7, 1, 16), (9, 4, 16)]
+GRIDS = [(1, 2, False), (1, 2, True), (2, 2, False), (2, 2, True)]
+"""TP of the encoder, TP of the language model, sequence parallelism."""
+
+
+def layout_of(encoder_tp: int, language_tp: int, sequence_parallel: bool) -> Layout:
+    """The encoder on the first ranks, the language model on the next; ranks that are left over hold nothing."""
+    first, second = range(encoder_tp), range(encoder_tp, encoder_tp + language_tp)
+    grids = {
+        "vision": ModuleGrid("vision", tuple(first), encoder_tp, 1, 1, 1, 1, False),
+        "language": ModuleGrid("language", tuple(second), language_tp, 1, 1, 1, 1, sequence_parallel),
+    }
+    return Layout(grids, dist.get_world_size(), "disjoint")
+
+
+def one_round(rows: int, images: int, multiple: int) -> StepManifest:
+    """A step of one microbatch: a sample that begins with its images, each between two tokens."""
+    length = images * (rows + 2) + 16
+    sample = SampleSlot(0, 0, 0, 0, 0, 0, length, length)
+    padded = -(-length // multiple) * multiple
+    media = [
+        MediaSlot("vision", 0, 0, image, rows, 0, 0, 0, image * (rows + 2) + 1, 0, image * rows)
+        for image in range(images)
+    ]
+    return StepManifest(0, 1, (Microbatch(0, 0, 1, padded, (sample,)),), tuple(media))
+
+
+@dataclass(frozen=True)
+class Way:
+    """One way to do a round on this rank."""
+
+    forward: Callable[[], torch.Tensor | None]
+    """Moves the rows; what arrives here."""
+    backward: Callable[[], torch.Tensor | None]
+    """Moves the gradients, which are twice the rows; what arrives here."""
+
+    def round(self) -> None:
+        """There and back."""
+        self.forward()
+        self.backward()
+
+
+class Edge:
+    """An encoder lane and a language lane, and two ways between them; collective over all ranks."""
+
+    def __init__(self, platform: Platform, encoder_tp: int, language_tp: int, sequence_parallel: bool) -> None:
+        """Make the groups."""
+        self.platform, self.rank = platform, platform.rank
+        self.layout = layout_of(encoder_tp, language_tp, sequence_parallel)
+        self.source, self.target = self.layout.grids["vision"], self.layout.language
+        self.groups = create_process_groups(self.layout, platform)
+        self.leaders = LeaderBridge(self.source, self.target, DTYPE, platform.device)
+        self.sends, self.receives = self.rank in self.source, self.rank in self.target
+
+    def ways(self, rows_per_image: int, images: int, width: int) -> dict[str, Way]:
+        """Both ways for rounds of this size, checked; an idle rank's do nothing."""
+        if not (self.sends or self.receives):
+            return dict.fromkeys(("bridge", "leaders"), Way(lambda: None, lambda: None))
+        multiple = sequence_multiple(1, self.target.tp if self.target.sequence_parallel else 1)
+        manifest, device = one_round(rows_per_image, images, multiple), self.platform.device
+        generator = torch.Generator(device).manual_seed(0)
+        rows = torch.randn(rows_per_image * images, width, generator=generator, device=device).to(DTYPE)
+        positions = torch.tensor([slot.start + row for slot in manifest.media for row in range(slot.rows)]).to(device)
+        gradient = torch.zeros(manifest.microbatches[0].seq_length, width, dtype=DTYPE, device=device)
+        gradient[positions] = 2 * rows
+        if self.receives and self.target.sequence_parallel:
+            gradient = gradient.chunk(self.target.tp)[self.target.coordinate(self.rank).tp]
+        bridge, brought = self._bridge(manifest, rows, gradient)
+        leaders = self._leaders(rows, gradient, positions)
+        self._check("bridge", bridge, brought, rows)
+        self._check("leaders", leaders, rows, rows)
+        return {"bridge": bridge, "leaders": leaders}
+
+    def _bridge(self, manifest: StepManifest, rows: torch.Tensor, gradient: torch.Tensor) -> tuple[Way, torch.Tensor]:
+        """The way, and the rows that it should bring here, from the gradient [S/tp (local), H] of the sequence."""
+        forward_group, backward_group = self.groups.bridge_forward["vision"], self.groups.bridge_backward["vision"]
+        assert forward_group is not None and backward_group is not None
+        bridge = Bridge(
+            self.layout,
+            "vision",
+            self.rank,
+            forward_group=forward_group,
+            backward_group=backward_group,
+            encoder_tp_group=self.groups.modules["vision"].tp if self.sends else None,
+            hidden_size=rows.shape[1],
+            dtype=DTYPE,
+            platform=self.platform,
+        )
+        route = bridge.route(manifest, 0)
+        returning = gradient[route.positions.to(gradient.device)]
+
+        def forward() -> torch.Tensor | None:
+            arrived = bridge.post_rows(route, rows if self.sends else None).wait()
+            return arrived[0] if arrived else None
+
+        def backward() -> torch.Tensor | None:
+            arrival = bridge.post_gradients(route, returning if self.receives else None)
+            returned = bridge.output_gradient(route, arrival) if self.sends else None
+            bridge.drain()
+            return returned
+
+        return Way(forward, backward), returning / 2
+
+    def _leaders(self, rows: torch.Tensor, gradient: torch.Tensor, positions: torch.Tensor) -> Way:
+        source = rows if self.sends else None
+        returning = gradient if self.leaders.gathers else 2 * rows
+        return Way(
+            lambda: self.leaders.forward(source),
+            lambda: self.leaders.backward(returning if self.receives else None, positions),
+        )
+
+    def _check(self, name: str, way: Way, brought: torch.Tensor, rows: torch.Tensor) -> None:
+        """Compare what arrives with what should."""
+        arrived, returned = way.forward(), way.backward()
+        if self.receives and len(brought):
+            assert arrived is not None and torch.equal(arrived, brought), f"{name}: other rows arrived"
+        if self.sends:
+            assert returned is not None and torch.equal(returned, 2 * rows), f"{name}: other gradients came back"
+
+
+def microseconds(way: Way, device: torch.device) -> float:
+    """Time of a round, mean of several in a row, until all that they enqueued is done."""
+    dist.barrier(group=dist.group.WORLD)
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    begin = time.perf_counter()
+    for _ in range(ROUNDS):
+        way.round()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return 1e6 * (time.perf_counter() - begin) / ROUNDS
+
+
+def measured(ways: dict[str, Way], device: torch.device) -> dict[str, tuple[float, float, float]]:
+    """By way: microseconds of a round on the slowest rank; megabytes that reach the busiest rank, and all ranks."""
+    times: dict[str, list[float]] = {name: [] for name in ways}
+    for turn in range(WARM_UP + TIMED):
+        for name, way in ways.items():
+            spent = microseconds(way, device)
+            if turn >= WARM_UP:
+                times[name].append(spent)
+    found = {}
+    for name, way in ways.items():
+        with Traffic() as traffic:
+            way.round()
+        mine = torch.tensor([median(times[name]), traffic.received / 1e6], device=device)
+        slowest, total = mine.clone(), mine.clone()
+        dist.all_reduce(slowest, op=dist.ReduceOp.MAX, group=dist.group.WORLD)
+        dist.all_reduce(total, group=dist.group.WORLD)
+        found[name] = (slowest[0].item(), slowest[1].item(), total[1].item())
+    return found
+
+
+def main() -> None:
+    """Print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tiny", action="store_true", help="tiny sizes, for a CPU")
+    options = parser.parse_args()
+    platform = create_platform()
+    table = []
+    for encoder_tp, language_tp, sequence_parallel in GRIDS:
+        if encoder_tp + language_tp > dist.get_world_size():
+            continue
+        edge = Edge(platform, encoder_tp, language_tp, sequence_parallel)
+        for rows, images, width in TINY if options.tiny else SIZES:
+            found = measured(edge.ways(rows, images, width), platform.device)
+            (ours, most, total), (theirs, their_most, their_total) = found["bridge"], found["leaders"]
+            grids = f"{encoder_tp} -> TP {language_tp}{' SP' if sequence_parallel else ''}"
+            cells = [grids, f"{rows * images} x {width}", f"{ours:.0f}", f"{theirs:.0f}", f"{theirs / ours:.2f}"]
+            table.append([*cells, *(f"{size:.3g}" for size in (most, their_most, total, their_total))])
+        edge.groups.destroy()
+    if platform.rank == 0:
+        print(f"{dist.get_world_size()} ranks, bf16, rows there and gradients back; the slowest rank's median time")
+        columns = [
+            "grids",
+            "rows",
+            "bridge us",
+            "leaders us",
+            "ratio",
+            "MB a rank",
+            "(leaders)",
+            "MB in all",
+            "(leaders)",
+        ]
+        for row in [columns, *table]:
+            print("  ".join(cell.rjust(12) for cell in row))
+    destroy_distributed()
+
+
+if __name__ == "__main__":
+    main()
