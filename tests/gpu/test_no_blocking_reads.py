@@ -1,4 +1,4 @@
-"""In steady state the host waits for the GPU only for the results of the step before, and for the row counts of experts.
+"""In steady state the host waits for the results of the step before and for the row counts of experts, else for nothing.
 
 Whole training steps in bf16 (packed, clipped, skipped) run under `torch.cuda.set_sync_debug_mode("error")`, in which a
 blocking copy, a blocking read of a value and a wait for a stream raise, in every thread of the process. That mode lets
