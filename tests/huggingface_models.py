@@ -18,7 +18,9 @@ from mimo_gemma4.data.tokenizer import byte_tokenizer
 from mimo_gemma4.presets import load_model_config
 
 TINY = load_model_config(ModelConfig(preset="gemma4_tiny"))
-DENSE = dict(hidden_size_per_layer_input=0, num_kv_shared_layers=0, use_double_wide_mlp=False, attention_k_eq_v=True)
+DENSE = dict(hidden_size_per_layer_input=0, num_kv_shared_layers=0, use_double_wide_mlp=False) | dict(
+    attention_k_eq_v=True, use_bidirectional_attention="vision"
+)
 VARIANTS: dict[str, dict[str, Any]] = {
     "e2b": dict(num_key_value_heads=1),
     "e4b": dict(use_double_wide_mlp=False),

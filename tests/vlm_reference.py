@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,8 +25,13 @@ from tests.shard_maker import chat, jpeg, sound, write_shard
 
 SIZES = [(48, 48), (96, 48), (130, 60), (40, 90), (300, 40)]
 SECONDS = [0.05, 0.4, 0.75, 0.011, 1.2]
-IMAGES = [("image",) * count for count in (1, 2, 0, 0, 3, 1, 1, 0, 2, 1)]
+IMAGES = [("image",) * count for count in (2, 1, 0, 0, 1, 3, 1, 0, 2, 1)]
 """Media of the samples of a shard, in message order; two in a row have none."""
+SOUNDS = [("audio",) * count for count in (1, 2, 0, 0, 3, 1, 1, 0, 2, 1)]
+SOUNDS_AND_IMAGES = [
+    ("image",), ("audio",), (), ("image",), (),
+    ("audio", "image", "audio"), ("image", "image"), ("audio", "audio"), ("audio",), ("image", "audio"),
+]  # fmt: skip
 SAMPLES = len(IMAGES)
 
 
@@ -43,15 +48,16 @@ class Reference:
         return math.sqrt(sum(float(g.double().square().sum()) for g in self.gradients.values()))
 
 
-def write_model(folder: Path, audio: bool = False, **text: Any) -> Path:
+def write_model(folder: Path, audio: bool = False, vision: Mapping[str, Any] | None = None, **text: Any) -> Path:
     """`gemma4_tiny` with random norms, scalars and clip bounds, and attention that is well conditioned.
 
-    `audio`: it has an audio tower; `text` replaces values of its `text_config`.
+    `audio`: it has an audio tower; `vision` and `text` replace values of its `vision_config` and `text_config`.
     """
     hf_config = yaml.safe_load((REPOSITORY / "configs/model/gemma4_tiny.yaml").read_text())
     if not audio:
         hf_config.pop("audio_config")
     hf_config["vision_processor"]["max_soft_tokens"] = 6
+    hf_config["vision_config"] |= vision or {}
     hf_config["text_config"] |= text
     torch.manual_seed(0)
     options = {key: value for key, value in hf_config.items() if key != "vision_processor"}
@@ -59,9 +65,9 @@ def write_model(folder: Path, audio: bool = False, **text: Any) -> Path:
     vary_norms(model)
     with torch.no_grad():
         for name, tensor in model.state_dict().items():
-            if name.endswith("per_dim_scale"):
+            if name.endswith(("per_dim_scale", "std_scale")):
                 tensor.uniform_(0.7, 1.3)
-            if "position_embedding_table" in name:
+            if "position_embedding_table" in name or name.endswith("std_bias"):
                 tensor.normal_(0.0, 0.1)
             if name.endswith(("input_max", "output_max")):
                 tensor.fill_(1.5)

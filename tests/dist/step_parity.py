@@ -136,8 +136,8 @@ class Prepared:
 
     folder: Path
     reference: Reference
-    kinds: frozenset[str]
-    """Media types of each of the step's samples, in one string: "", "image", "audio image", …"""
+    media: tuple[tuple[str, ...], ...]
+    """Media types of each of the step's samples, sorted."""
 
 
 Row = tuple[Case, Prepared]
@@ -172,13 +172,12 @@ def prepare(
 
 def _prepare(
     rank: int, folder: Path, write: Callable[[Path], None], reference_step: Callable[[Path], Reference]
-) -> tuple[Reference, frozenset[str]]:
+) -> tuple[Reference, tuple[tuple[str, ...], ...]]:
     write(folder)
     config = load_config([f"config={folder}/run.yaml"])
     planner = reference_planner(load_model_config(config.model, config.modules), folder / SHARD, BATCH, SEED)
-    media = [planner.dataset.media(index) for index in planner.samples(STEP)]
-    kinds = frozenset(" ".join(sorted({item.media_type for item in items})) for items in media)
-    return reference_step(folder), kinds
+    media = [sorted(item.media_type for item in planner.dataset.media(index)) for index in planner.samples(STEP)]
+    return reference_step(folder), tuple(map(tuple, media))
 
 
 def transformers_step(folder: Path) -> Reference:

@@ -94,5 +94,5 @@ def unified_step(folder: Path) -> Reference:
 
 def test_step_gradients(tmp_path: Path) -> None:
     prepared = prepare(tmp_path, write, unified_step)
-    assert {"image", "audio"} == set(" ".join(prepared.kinds).split())
+    assert set().union(*prepared.media) == {"image", "audio"}
     check([(Case(vision_tp=2, audio=1), prepared)])

@@ -43,5 +43,5 @@ def samples() -> dict[str, bytes]:
 
 def test_step_gradients(tmp_path: Path) -> None:
     prepared = prepare(tmp_path, write)
-    assert {"image", "video"} == set(" ".join(prepared.kinds).split())
+    assert set().union(*prepared.media) == {"image", "video"}
     check([(Case(vision=2), prepared)])
