@@ -12,7 +12,7 @@ import pickle  # noqa: S403 - only between a test and its own ranks
 import tempfile
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -49,6 +49,18 @@ def run_ranks(
         if failures:
             raise AssertionError("\n\n".join(failures))
         return results
+
+
+def in_turn(rank: int, function: Callable[..., Any], calls: Sequence[tuple]) -> list[Any]:
+    """Results of `function(rank, *arguments)` for each of `calls`: ranks need not be started for every one."""
+    results = []
+    for arguments in calls:
+        try:
+            results.append(function(rank, *arguments))
+        except BaseException as error:
+            error.add_note(f"in the call with {arguments}")
+            raise
+    return results
 
 
 def rank_device() -> torch.device:

@@ -24,7 +24,7 @@ from mimo_gemma4.layout import build_layout
 from mimo_gemma4.platform import create_platform
 from mimo_gemma4.presets import load_model_config
 from mimo_gemma4.process_groups import create_process_groups
-from tests.dist.harness import run_ranks
+from tests.dist.harness import in_turn, run_ranks
 from tests.vlm_reference import (
     IMAGES,
     Reference,
@@ -221,18 +221,6 @@ def step_on_rank(rank: int, folder: Path, overrides: list[str]) -> tuple[dict, l
     return result, pieces
 
 
-def steps_on_rank(rank: int, layouts: list[tuple[Path, list[str]]]) -> list[tuple[dict, list]]:
-    """The step of each (folder, overrides), one after the other."""
-    results = []
-    for folder, overrides in layouts:
-        try:
-            results.append(step_on_rank(rank, folder, overrides))
-        except BaseException as error:
-            error.add_note(f"in the step with {' '.join(overrides)}")
-            raise
-    return results
-
-
 def worst_gradient(results: list, reference: Reference) -> tuple[float, str]:
     """The largest ratio of a parameter's deviation to its tolerance, and the parameter.
 
@@ -280,7 +268,9 @@ def check(rows: Iterable[Row], backend: str = "gloo", timeout: float = 280.0) ->
     found = []
     for world, mine in sorted(by_world.items()):
         layouts = [(prepared.folder, case.overrides) for case, prepared in mine]
-        ranks = run_ranks(world, steps_on_rank, layouts, backend=backend, timeout=timeout)
+        ranks = run_ranks(world, in_turn, step_on_rank, layouts, backend=backend, timeout=timeout)
         for (case, prepared), *results in zip(mine, *ranks, strict=True):
-            found.append(deviation(case, results, prepared.reference))
-    assert not any(found), "\n".join(filter(None, found))
+            print(prepared.folder.name, end=", ")
+            if wrong := deviation(case, results, prepared.reference):
+                found.append(f"{prepared.folder.name}, {wrong}")
+    assert not found, "\n".join(found)

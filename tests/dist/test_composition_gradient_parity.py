@@ -112,7 +112,7 @@ Table = dict[str, list[Case]]
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Prepared]:
-    return {name: prepare(tmp_path_factory.mktemp("model"), write) for name, write in MODELS.items()}
+    return {name: prepare(tmp_path_factory.mktemp(name, numbered=False), write) for name, write in MODELS.items()}
 
 
 def check_table(table: Table, world: int, models: dict[str, Prepared], timeout: float) -> None:

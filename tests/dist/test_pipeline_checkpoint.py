@@ -9,10 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from safetensors import safe_open
+from transformers import Gemma4ForConditionalGeneration
 
 from mimo_gemma4.build import Foundation, build_trainer
 from mimo_gemma4.config import load_config
+from mimo_gemma4.convert import main
 from mimo_gemma4.layout import build_layout
 from mimo_gemma4.platform import create_platform
 from mimo_gemma4.presets import load_model_config
@@ -20,6 +21,7 @@ from mimo_gemma4.process_groups import create_process_groups
 from mimo_gemma4.trainer import Trainer
 from tests.dist.harness import run_ranks
 from tests.dist.test_checkpoint_resume import same_bits, whole_tensors
+from tests.huggingface_models import stored_tensors
 from tests.vlm_reference import write_model, write_shards
 
 STAGES = ["layout.vision.ranks=1", "layout.language={ranks: 4, tp: 2, pp: 2, sequence_parallel: true}"]
@@ -70,13 +72,21 @@ def saved(folder: Path, run: str, step: int) -> dict[str, torch.Tensor]:
     return whole_tensors(folder / run / "checkpoints" / f"step_{step:08d}")
 
 
-def test_saved_weights_are_those_of_the_directory(folder: Path) -> None:
-    (file,) = (folder / "model").glob("*.safetensors")
-    with safe_open(file, framework="pt") as handle:
-        written = {name: tuple(handle.get_slice(name).get_shape()) for name in handle.keys()}
-    assert "lm_head.weight" not in written
-    weights = {key.partition(".weight.")[2]: value for key, value in saved(folder, "stages", 2).items() if ".weight." in key}
-    assert {name: tuple(value.shape) for name, value in weights.items()} == written
+def test_saved_and_exported_weights_are_those_of_the_directory(folder: Path, tmp_path: Path) -> None:
+    source = stored_tensors(folder / "model")
+    assert "lm_head.weight" not in source
+    checkpoint = saved(folder, "stages", 2)
+    weights = {key.partition(".weight.")[2]: value for key, value in checkpoint.items() if ".weight." in key}
+    assert {name: w.shape for name, w in weights.items()} == {name: w.shape for name, w in source.items()}
+
+    assert main(["to-hf", f"{folder}/stages/checkpoints/step_00000002", f"{tmp_path}/exported"]) == 0
+    exported = stored_tensors(tmp_path / "exported")
+    assert exported.keys() == source.keys()
+    for name in (EMBEDDING, "model.language_model.layers.5.mlp.down_proj.weight"):
+        assert torch.equal(exported[name], checkpoint[f"language.main_weight.{name}"])
+        assert not torch.equal(exported[name], source[name])
+    _, loading = Gemma4ForConditionalGeneration.from_pretrained(tmp_path / "exported", output_loading_info=True)
+    assert not any(loading.values()), loading
 
 
 def test_other_numbers_of_stages_read_the_same_bits(folder: Path) -> None:

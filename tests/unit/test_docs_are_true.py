@@ -56,6 +56,21 @@ def test_keys_in_the_documents_exist():
                 assert name in known, f"{document.name}: {name}"
 
 
+def test_tests_in_the_documents_exist():
+    named = {name for document in DOCUMENTS for name in re.findall(r"`(tests/[^`\s]+\.py(?:::\w+)?)`", document.read_text())}
+    assert any("::" in name for name in named)
+    for name in sorted(named):
+        file, _, function = name.partition("::")
+        source = (REPOSITORY / file).read_text(encoding="utf-8")
+        assert re.search(rf"^def {function or 'test_'}", source, re.MULTILINE), name
+
+
+def test_every_limit_has_a_test_or_is_out_of_scope():
+    rows = re.findall(r"^\| (\d+) \|.*\| (.*) \|$", (REPOSITORY / "docs/limits.md").read_text(), re.MULTILINE)
+    assert [int(number) for number, _ in rows] == list(range(1, 27))
+    assert [number for number, shown in rows if "`tests/" not in shown] == ["22"]
+
+
 def test_ci_runs_the_readme_s_test_command():
     test_command = commands(REPOSITORY / "README.md")[1]
     assert test_command.endswith("pytest")
