@@ -112,7 +112,8 @@ Table = dict[str, list[Case]]
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Prepared]:
-    return {name: prepare(tmp_path_factory.mktemp(name, numbered=False), write) for name, write in MODELS.items()}
+    folders = {name: tmp_path_factory.mktemp(name.replace(",", "").replace(" ", "_")) for name in MODELS}
+    return {name: prepare(folders[name], write) for name, write in MODELS.items()}
 
 
 def check_table(table: Table, world: int, models: dict[str, Prepared], timeout: float) -> None:
