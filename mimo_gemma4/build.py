@@ -210,6 +210,7 @@ def build_modules(foundation: Foundation) -> MimoModel:
                 model.modules[name] = attach(name, module, options.lora, elsewhere)
 
     together(host, freeze_and_attach)
+    model.trained_from = first_trained_stages(foundation, model)
     return model
 
 
@@ -220,6 +221,23 @@ def tensor_names(foundation: Foundation, model: MimoModel) -> dict[str, set[str]
     everyone: list[dict[str, set[str]]] = [{}] * host.size()
     dist.all_gather_object(everyone, mine, group=host)
     return {name: set().union(*(held.get(name, set()) for held in everyone)) for name in foundation.layout.grids}
+
+
+def first_trained_stages(foundation: Foundation, model: MimoModel) -> dict[str, int]:
+    """Per encoder that trains, the first pipeline stage with a parameter that does. Collective over all ranks."""
+    layout, host = foundation.layout, foundation.groups.host
+    mine = {
+        name: layout.grids[name].coordinate(model.rank).pp
+        for name in model.encoders
+        if any(parameter.requires_grad for parameter in model.modules[name].parameters())
+    }
+    everyone: list[dict[str, int]] = [{}] * host.size()
+    dist.all_gather_object(everyone, mine, group=host)
+    return {
+        name: min(held[name] for held in everyone if name in held)
+        for name in layout.encoders
+        if any(name in held for held in everyone)
+    }
 
 
 def fill_adapters(foundation: Foundation, model: MimoModel) -> None:

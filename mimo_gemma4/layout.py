@@ -115,11 +115,6 @@ def _check_sizes(name: str, module: ModuleLayout) -> None:
     for key in ("tp", "cp", "pp", "ep"):
         if getattr(module, key) < 1:
             raise LayoutError(f"`layout.{name}.{key}` is {getattr(module, key)}: it must be 1 or more")
-    if name != LANGUAGE and module.pp > 1:
-        raise LayoutError(
-            f"`layout.{name}.pp` is {module.pp}: an encoder in pipeline stages is not available yet, set it to 1 "
-            f"and raise `layout.{name}.tp` if the module does not fit"
-        )
     if name != LANGUAGE and module.ep > 1:
         raise LayoutError(f"`layout.{name}.ep` is {module.ep}: an encoder has no experts, set it to 1")
 

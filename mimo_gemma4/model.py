@@ -67,12 +67,11 @@ class MimoModel:
         self.language: Gemma4LanguageModel | None = None
         self.encoders: dict[str, Encoder] = {}
         self.adapter: PartitionAdapter | None = None
-        self.pipeline: Pipeline | None = None
-        """This rank's neighbours in the language module's pipeline; None without one."""
         if "language" in groups.modules:
             self._build_language()
         for name in layout.encoders:
             if name in groups.modules:
+                grid = layout.grids[name]
                 self.encoders[name] = build_encoder(
                     name,
                     hf_config,
@@ -81,12 +80,18 @@ class MimoModel:
                     dtype=self.dtype,
                     device=platform.device,
                     activation_checkpointing=config.train.activation_checkpointing,
+                    stage=grid.coordinate(self.rank).pp,
+                    stages=grid.pp,
                 )
         held: dict[str, BoundModule] = dict(self.encoders)
         if self.language is not None:
             held["language"] = self.language
         self.modules = {name: held[name] for name in layout.grids if name in held}
         """This rank's modules by name, in the layout's order, as they are trained: with their adapters, if any."""
+        self.trained_from: dict[str, int] = {}
+        """The first pipeline stage that trains of each encoder that does; `build.build_modules` finds it out."""
+        self.pipelines = {name: self._pipeline(name) for name in self.modules if layout.grids[name].pp > 1}
+        """This rank's neighbours in the pipelines of its modules."""
         self.bridges = {name: self._bridge(name) for name in layout.encoders if self._touches(name)}
 
     def _build_language(self) -> None:
@@ -102,12 +107,6 @@ class MimoModel:
             backend=self.config.model.backend,
             stage=self._stage(),
         )
-        if grid.pp > 1:
-            backward_group = self.groups.pipeline_backward["language"]
-            assert backward_group is not None
-            self.pipeline = Pipeline(
-                grid, self.rank, groups.pp, backward_group, dtype=self.dtype, device=self.platform.device
-            )
         self.adapter = PartitionAdapter(
             PartitionConfig(
                 sequence_parallel=sequence_parallel,
@@ -129,7 +128,15 @@ class MimoModel:
         return stages[grid.coordinate(self.rank).pp]
 
     def _touches(self, encoder: str) -> bool:
-        return encoder in self.encoders or (self.language is not None and self.language.stage.first)
+        """Whether this rank sends or receives rows of an encoder."""
+        grid = self.layout.grids[encoder]
+        return self.rank in grid.stage_ranks(grid.pp - 1) or self.rank in self.layout.language.stage_ranks(0)
+
+    def _pipeline(self, module: str) -> Pipeline:
+        forward_group, backward_group = self.groups.modules[module].pp, self.groups.pipeline_backward[module]
+        assert backward_group is not None
+        grid = self.layout.grids[module]
+        return Pipeline(grid, self.rank, forward_group, backward_group, self.dtype, self.platform.device)
 
     def _bridge(self, encoder: str) -> Bridge:
         groups = self.groups.modules.get(encoder)
@@ -204,13 +211,10 @@ class MimoModel:
         assert self.language is not None
         arrived: list[torch.Tensor] = []
         if not self.language.stage.first:
-            assert self.pipeline is not None
-            arrived = self.pipeline.forward.expect(
-                self.language.received_shapes(tokens.input_ids, tokens.context)
-            ).wait()
+            shapes = self.language.received_shapes(tokens.input_ids, tokens.context)
+            arrived = self.pipelines["language"].forward.expect(shapes).wait()
         outputs = self.run_stage(tokens, self.stage_inputs(tokens, media, arrived))
         if self.language.stage.last:
             return outputs.hidden
-        assert self.pipeline is not None
-        self.pipeline.forward.send(outputs.flat())
+        self.pipelines["language"].forward.send(outputs.flat())
         return None

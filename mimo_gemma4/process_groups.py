@@ -70,7 +70,8 @@ class ProcessGroups:
     """Per module of several stages, the group of this rank's pipeline that gradients travel on; None outside.
     Activations travel on the module's `pp`: two communicators, so that neither direction waits for the other."""
     bridge_forward: dict[str, ProcessGroup | None] = field(default_factory=dict)
-    """Per encoder, the group of its ranks and those of the first language stage that rows travel on; None outside."""
+    """Per encoder, the group of its last stage's ranks and the first language stage's that rows travel on; None
+    outside."""
     bridge_backward: dict[str, ProcessGroup | None] = field(default_factory=dict)
     """As `bridge_forward`, for row gradients: a second communicator, so that neither direction waits for the other."""
     created: list[ProcessGroup] = field(default_factory=list)
@@ -107,7 +108,8 @@ def create_process_groups(layout: Layout, platform: Platform) -> ProcessGroups:
             made = [maker.new(members, f"{name}.pp.backward") for members in group_members(grid)["pp"]]
             groups.pipeline_backward[name] = next((group for group in made if group is not None), None)
     for name in layout.encoders:
-        members = tuple(sorted({*layout.grids[name].ranks, *layout.language.stage_ranks(0)}))
+        encoder = layout.grids[name]
+        members = tuple(sorted({*encoder.stage_ranks(encoder.pp - 1), *layout.language.stage_ranks(0)}))
         for direction, bridge in (("forward", groups.bridge_forward), ("backward", groups.bridge_backward)):
             bridge[name] = alone[members[0]] if len(members) == 1 else maker.new(members, f"bridge.{name}.{direction}")
     groups.created = maker.created

@@ -143,7 +143,8 @@ class Trainer:
         layout, rank = self.model.layout, self.model.rank
         difference = torch.zeros(layout.language.dp, dtype=torch.float64)
         for name, items in data.encoded.items():
-            if layout.grids[name].coordinate(rank).tp == 0:
+            at = layout.grids[name].coordinate(rank)
+            if at.tp == at.pp == 0:  # one rank tells of the items of a lane
                 for lane, identity in items:
                     difference[lane] += sample_hash([identity])
         if self.agreement.tells_tokens:

@@ -52,13 +52,13 @@ VISION = {"vision": ModuleLayout(2)}
         ),
         ({"language": ModuleLayout(3, tp=2, cp=2)}, 3, "disjoint", ["3 ranks", "cp 2", "to 4"]),
         ({"language": ModuleLayout(2, tp=0)}, 2, "disjoint", ["`layout.language.tp` is 0"]),
+        ({"language": ModuleLayout(5, pp=3)}, 5, "disjoint", ["5 ranks", "pp 3", "3 or 6"]),
         (
-            {"vision": ModuleLayout(2, pp=2), "language": ModuleLayout(2)},
+            {"vision": ModuleLayout(3, pp=2), "language": ModuleLayout(1)},
             4,
             "disjoint",
-            ["`layout.vision.pp` is 2", "not available yet", "`layout.vision.tp`"],
+            ["`layout.vision.ranks` to 2 or 4"],
         ),
-        ({"language": ModuleLayout(5, pp=3)}, 5, "disjoint", ["5 ranks", "pp 3", "3 or 6"]),
         (
             {"language": ModuleLayout(8, tp=2, cp=2, ep=3)},
             8,
