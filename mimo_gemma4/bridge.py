@@ -91,7 +91,7 @@ class Bridge:
             layout: all grids.
             encoder: the encoder's name in the layout.
             rank: this process's global rank.
-            forward_group: group of both grids' ranks that carries rows.
+            forward_group: group that carries rows, of the ranks of the encoder's last and the language's first stage.
             backward_group: group of the same ranks that carries gradients.
             encoder_tp_group: this rank's tensor parallel group in the encoder's grid, None outside it.
             hidden_size: width H of the language module.
@@ -114,7 +114,7 @@ class Bridge:
                 for lane in range(target.dp)
             ]
         )
-        self._encoder_lane = source.coordinate(rank).dp if rank in source else None
+        self._encoder_lane = source.coordinate(rank).dp if rank in source.stage_ranks(source.pp - 1) else None
         self._language_lane = target.coordinate(rank).dp if rank in target.stage_ranks(0) else None
 
     # --- planning (host) ---

@@ -5,13 +5,13 @@ rows; bridges move the rows; the language role embeds its local tokens, splices 
 Gemma 4. No rank ever builds a whole `[S, B, H]`.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from encoders.base import Encoder
+from encoders.base import Encoder, StagedEncoder
 from encoders.registry import build_encoder
 from mimo_gemma4.bridge import Bridge
 from mimo_gemma4.config import Config
@@ -153,6 +153,23 @@ class MimoModel:
             dtype=self.dtype,
             platform=self.platform,
         )
+
+    def encode(self, name: str, inputs: Mapping[str, Any], arrived: Sequence[torch.Tensor]) -> torch.Tensor:
+        """Rows [rows, H] of media items; on stages before the encoder's last, what the next one works on.
+
+        Args:
+            name: the encoder.
+            inputs: what its processor collated, on the host.
+            arrived: what its previous stage has sent, empty on the first.
+        """
+        encoder, given = self.encoders[name], dict(inputs)
+        if arrived:
+            assert isinstance(encoder, StagedEncoder)
+            given |= dict.fromkeys(encoder.only_first)
+        given = {key: self.platform.put(value) if torch.is_tensor(value) else value for key, value in given.items()}
+        if arrived:
+            (given["hidden"],) = arrived
+        return encoder(**given)
 
     def local_tokens(self, batch: LanguageBatch, microbatch: Microbatch) -> LocalTokens:
         """Cut a lane's microbatch (host tensors [B, S]) to this rank's CP part and move it to the device."""

@@ -202,11 +202,6 @@ class ModuleConfig:
         """`freeze` with its default filled in."""
         return self.lora is not None if self.freeze is None else self.freeze
 
-    @property
-    def trains(self) -> bool:
-        """Whether the configuration leaves anything of the module to train."""
-        return self.lora is not None or self.frozen is not True
-
 
 @dataclass
 class CheckpointConfig:

@@ -3,20 +3,51 @@
 Every list follows one global order, which is why no layout can deadlock. Time is counted in slots: with P language
 stages, stage s runs the forward pass of round k in slot 2k + s and its backward pass in slot 2k + 2P - 1 - s. Each pass
 comes after those that it needs, and sorting a stage's passes by slot is 1F1B: at most P - s microbatches wait for their
-backward pass. Encoders have their turn at the end of a slot, in time for the first stage.
+backward pass. Encoders have their turn at the end of a slot, in time for the first stage. An encoder's own stages stand
+in front of the language's: each has its forward pass a slot before the next one's, and its backward pass a slot after.
 
 A round is one microbatch of every language lane. A lane that is empty in a round moves nothing between its stages; its
 passes stay in the list, because lanes that share experts enter the same exchanges.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal
 
 from mimo_gemma4.data.manifest import StepManifest
 from mimo_gemma4.layout import LANGUAGE, Layout
 
 ActionKind = Literal[
+    "expect_hidden",
+    "receive_hidden",
+    "send_hidden",
+    "expect_gradient",
+    "receive_gradient",
+    "send_gradient",
+    "forward",
+    "backward",
+    "observe",
+    "encode",
+    "encoder_backward",
+    "expect_rows",
+    "receive_rows",
+    "send_rows",
+    "expect_row_gradients",
+    "receive_row_gradients",
+    "send_row_gradients",
+]
+"""What a rank does.
+
+- `forward`, `backward`: a language stage's passes. `send_hidden` gives the next stage what it needs, `send_gradient`
+  the previous one; `expect_…` makes room for it on the other side and `receive_…` waits for it.
+- `encode`, `encoder_backward`: the passes of an encoder's stage. Between its stages moves what moves between those of
+  the language. `send_rows` gives the first language stage the output of the last, `send_row_gradients` gives back what
+  the rows got. A rank that sends and receives in one round of an edge starts both with `send_…`, in one batch: on NCCL
+  its peers, which do the same, would otherwise wait for one another.
+- `observe`: whoever watches an evaluation looks at the microbatch, on all stages when it has gone through them.
+"""
+
+_LANGUAGE_TURN: tuple[ActionKind, ...] = (
     "receive_hidden",
     "receive_gradient",
     "receive_rows",
@@ -29,24 +60,22 @@ ActionKind = Literal[
     "observe",
     "expect_hidden",
     "expect_gradient",
+)
+"""Order inside a slot of what a rank does for its language stage, …"""
+_ENCODER_TURN: tuple[ActionKind, ...] = (
     "receive_row_gradients",
     "expect_row_gradients",
+    "receive_gradient",
     "encoder_backward",
+    "send_gradient",
+    "receive_hidden",
     "encode",
+    "send_hidden",
     "send_rows",
-]
-"""What a rank does.
-
-- `forward`, `backward`: a language stage's passes. `send_hidden` gives the next stage what it needs, `send_gradient`
-  the previous one; `expect_…` makes room for it on the other side and `receive_…` waits for it.
-- `encode`, `encoder_backward`: an encoder's passes. `send_rows` gives the first language stage its output,
-  `send_row_gradients` gives back what the rows got. A rank that sends and receives in one round of an edge starts both
-  with `send_…`, in one batch: on NCCL its peers, which do the same, would otherwise wait for one another.
-- `observe`: whoever watches an evaluation looks at the microbatch, on all stages when it has gone through them.
-"""
-
-_ORDER: dict[ActionKind, int] = {kind: number for number, kind in enumerate(get_args(ActionKind))}
-"""Order of the kinds inside a slot: that in which they are written above."""
+    "expect_hidden",
+    "expect_gradient",
+)
+"""… and after that for its encoder stages."""
 _TRANSPORT: dict[str, tuple[ActionKind, ActionKind, ActionKind]] = {
     "hidden": ("expect_hidden", "receive_hidden", "send_hidden"),
     "gradient": ("expect_gradient", "receive_gradient", "send_gradient"),
@@ -62,6 +91,8 @@ class Action:
     module: str
 
 
+Slots = Sequence[int]
+"""The slot of a pass, by round."""
 Slotted = Iterator[tuple[int, Action]]
 
 
@@ -70,7 +101,7 @@ def plan_step(
     manifest: StepManifest,
     rank: int,
     *,
-    trainable: frozenset[str],
+    trained_from: Mapping[str, int],
     run_ahead: Mapping[str, int],
     train: bool = True,
     observed: bool = False,
@@ -81,20 +112,34 @@ def plan_step(
         layout: all grids.
         manifest: the step's plan.
         rank: global rank.
-        trainable: encoders whose rows need a gradient; of others nothing comes back.
-        run_ahead: per encoder, how many microbatches it may have encoded, beyond one for each further language stage,
-            without having their gradients back; at least 1. Without backward pass an encoder on ranks of its own runs
-            ahead without bound.
+        trained_from: by encoder whose rows need a gradient, the first of its stages that trains; stages before it, and
+            all of other encoders, have no backward pass.
+        run_ahead: per encoder, how many microbatches it may have encoded, beyond one for each further stage between it
+            and the language model's last, without having their gradients back; at least 1. Without backward pass an
+            encoder on ranks of its own runs ahead without bound.
         train: whether there is a backward pass at all.
         observed: whether every microbatch is observed.
     """
-    returning = trainable if train else frozenset()
-    slotted = [*_edges(layout, manifest, rank, returning, run_ahead)]
+    slotted: list[tuple[int, Action]] = []
     if rank in layout.language:
         slotted += _stage(layout, manifest, rank, train, observed)
+    for name in layout.encoders:
+        returning = trained_from.get(name) if train else None
+        slots = None
+        if rank in layout.grids[name]:
+            slots = _encoder_slots(layout, name, rank, manifest.rounds, run_ahead[name], returning)
+            slotted += _encoder_stage(layout, manifest, rank, name, slots, returning)
+        if rank in layout.language.stage_ranks(0):
+            slotted += _awaited(layout, manifest, rank, name, slots, returning is not None)
     modules = {name: number for number, name in enumerate(layout.encoders)} | {LANGUAGE: len(layout.encoders)}
-    slotted.sort(key=lambda entry: (entry[0], _ORDER[entry[1].kind], modules[entry[1].module]))
+    slotted.sort(key=lambda entry: (entry[0], *_turn(entry[1]), modules[entry[1].module]))
     return [action for _, action in slotted]
+
+
+def _turn(action: Action) -> tuple[bool, int]:
+    """Place of an action inside its slot."""
+    encoders = action.module != LANGUAGE and action.kind in _ENCODER_TURN
+    return encoders, (_ENCODER_TURN if encoders else _LANGUAGE_TURN).index(action.kind)
 
 
 def forward_slot(round_: int, stage: int) -> int:
@@ -110,68 +155,104 @@ def backward_slot(round_: int, stage: int, stages: int) -> int:
 def _stage(layout: Layout, manifest: StepManifest, rank: int, train: bool, observed: bool) -> Slotted:
     """Slots and actions of a language stage."""
     stages, at = layout.language.pp, layout.language.coordinate(rank)
-    filled = [number for number in range(manifest.rounds) if manifest.microbatch(at.dp, number).rows]
-
-    def moves(what: Literal["hidden", "gradient"], slot_of: list[int], receives: bool, sends: bool) -> Slotted:
-        """What arrives for and leaves after the passes in `slot_of`; there is room for it one round ahead."""
-        expect, receive, send = _TRANSPORT[what]
-        for number in filled:
-            if receives:
-                yield slot_of[number] - 2, Action(expect, number, LANGUAGE)
-                yield slot_of[number], Action(receive, number, LANGUAGE)
-            if sends:
-                yield slot_of[number], Action(send, number, LANGUAGE)
-
     rounds, first, last = range(manifest.rounds), at.pp == 0, at.pp == stages - 1
+    filled = [number for number in rounds if manifest.microbatch(at.dp, number).rows]
     forward = [forward_slot(number, at.pp) for number in rounds]
-    yield from ((forward[number], Action("forward", number, LANGUAGE)) for number in rounds)
-    yield from moves("hidden", forward, receives=not first, sends=not last)
+    yield from _each("forward", LANGUAGE, rounds, forward)
+    yield from _moves("hidden", LANGUAGE, filled, forward, receives=not first, sends=not last)
     if observed:  # by all stages in one slot, for they may wait for one another
-        yield from ((forward_slot(number, stages - 1), Action("observe", number, LANGUAGE)) for number in rounds)
+        yield from _each("observe", LANGUAGE, rounds, [forward_slot(number, stages - 1) for number in rounds])
     if train:
         backward = [backward_slot(number, at.pp, stages) for number in rounds]
-        yield from ((backward[number], Action("backward", number, LANGUAGE)) for number in rounds)
-        yield from moves("gradient", backward, receives=not last, sends=not first)
+        yield from _each("backward", LANGUAGE, rounds, backward)
+        yield from _moves("gradient", LANGUAGE, filled, backward, receives=not last, sends=not first)
 
 
-def _edges(
-    layout: Layout, manifest: StepManifest, rank: int, returning: frozenset[str], run_ahead: Mapping[str, int]
+def _each(kind: ActionKind, module: str, rounds: Iterable[int], slots: Slots) -> Slotted:
+    """One action in each of the rounds."""
+    return ((slots[number], Action(kind, number, module)) for number in rounds)
+
+
+def _moves(
+    what: Literal["hidden", "gradient"], module: str, rounds: Sequence[int], slots: Slots, receives: bool, sends: bool
 ) -> Slotted:
-    """Slots and actions of this rank's encoders, and of the edges that end in its language lane."""
-    stages = layout.language.pp
-    lane = None
-    if rank in layout.language and (at := layout.language.coordinate(rank)).pp == 0:
-        lane = at.dp
-    for name in layout.encoders:
-        grid = layout.grids[name]
-        encoder_lane = grid.coordinate(rank).dp if rank in grid else None
-        ahead = run_ahead[name]
-        if encoder_lane is not None and name not in returning and _alone(layout, name, encoder_lane):
-            ahead = max(1, manifest.rounds)
-        for number in range(manifest.rounds):
-            encodes = encoder_lane is not None and bool(manifest.encoded(name, number, encoder_lane))
-            awaits = lane is not None and bool(manifest.awaited(name, number, lane))
-            forward, backward = forward_slot(number, 0), backward_slot(number, 0, stages)
-            # Ahead by one, an encoder works just in time; by more, what it sends and gets back travels during a pass.
-            spare = 1 if ahead > 1 else 0
-            encode, encoder_backward = forward - 2 * ahead + 1 + spare, backward + spare
-            moves: list[tuple[int, ActionKind]] = []
-            if encodes:
-                moves += [(encode, "encode"), (encode, "send_rows")]
-            elif awaits:
-                moves += [(forward - 2 if encoder_lane is None else encode, "expect_rows")]
-            if awaits:
-                moves += [(forward, "receive_rows")]
-            if awaits and name in returning:
-                moves += [(backward, "send_row_gradients")]
-            elif encodes and name in returning:
-                moves += [(encoder_backward - 2, "expect_row_gradients")]
-            if encodes and name in returning:
-                moves += [(encoder_backward, "receive_row_gradients"), (encoder_backward, "encoder_backward")]
-            yield from ((slot, Action(kind, number, name)) for slot, kind in moves)
+    """What arrives for and leaves after the passes in `slots`; there is room for it one round ahead."""
+    expect, receive, send = _TRANSPORT[what]
+    if receives:
+        yield from _each(expect, module, rounds, [slot - 2 for slot in slots])
+        yield from _each(receive, module, rounds, slots)
+    if sends:
+        yield from _each(send, module, rounds, slots)
+
+
+def _encoder_slots(
+    layout: Layout, name: str, rank: int, rounds: int, run_ahead: int, returning: int | None
+) -> tuple[Slots, Slots]:
+    """Slots of the two passes of this rank's stage of an encoder."""
+    grid, stages = layout.grids[name], layout.language.pp
+    at = grid.coordinate(rank)
+    ahead = max(1, rounds) if returning is None and _alone(layout, name, at.dp) else run_ahead
+    # Ahead by one, an encoder works just in time; by more, what it sends and gets back travels during a pass.
+    spare = 1 if ahead > 1 else 0
+    behind = grid.pp - 1 - at.pp
+    encode = [forward_slot(number, 0) - 2 * ahead + 1 + spare - behind for number in range(rounds)]
+    backward = [backward_slot(number, 0, stages) + spare + behind for number in range(rounds)]
+    return encode, backward
 
 
 def _alone(layout: Layout, name: str, lane: int) -> bool:
-    """Whether no rank of an encoder's lane holds another module; asked of lanes, whose ranks must do the same."""
+    """Whether no rank of an encoder's lane holds another module: all of them must do the lane's passes in one order."""
     grid = layout.grids[name]
-    return all(len(layout.modules_of(grid.rank_at(tp=tp, dp=lane))) == 1 for tp in range(grid.tp))
+    ranks = (grid.rank_at(tp=tp, dp=lane, pp=pp) for tp in range(grid.tp) for pp in range(grid.pp))
+    return all(len(layout.modules_of(rank)) == 1 for rank in ranks)
+
+
+def _encoder_stage(
+    layout: Layout, manifest: StepManifest, rank: int, name: str, slots: tuple[Slots, Slots], returning: int | None
+) -> Slotted:
+    """Slots and actions of this rank's stage of an encoder; `returning` is the first stage with a backward pass."""
+    grid, (encode, backward) = layout.grids[name], slots
+    at = grid.coordinate(rank)
+    first, last = at.pp == 0, at.pp == grid.pp - 1
+    rounds = [number for number in range(manifest.rounds) if manifest.encoded(name, number, at.dp)]
+    yield from _each("encode", name, rounds, encode)
+    yield from _moves("hidden", name, rounds, encode, receives=not first, sends=not last)
+    if last:
+        yield from _each("send_rows", name, rounds, encode)
+    if returning is None or at.pp < returning:
+        return
+    yield from _each("encoder_backward", name, rounds, backward)
+    yield from _moves("gradient", name, rounds, backward, receives=not last, sends=at.pp > returning)
+    if last:
+        apart = [number for number in rounds if not _awaits(layout, manifest, rank, name, number)]
+        yield from _each("expect_row_gradients", name, apart, [slot - 2 for slot in backward])
+        yield from _each("receive_row_gradients", name, rounds, backward)
+
+
+def _awaited(
+    layout: Layout, manifest: StepManifest, rank: int, name: str, slots: tuple[Slots, Slots] | None, returns: bool
+) -> Slotted:
+    """Slots and actions of an encoder's rows on a rank of the first language stage.
+
+    `slots` are those of this rank's stage of the encoder, if it has one.
+    """
+    grid, rounds = layout.grids[name], range(manifest.rounds)
+    forward = [forward_slot(number, 0) for number in rounds]
+    lane: int | None = None
+    expect: Slots = [slot - 2 for slot in forward]
+    if slots is not None and rank in grid.stage_ranks(grid.pp - 1):  # the rows that it sends have their turn then
+        lane, expect = grid.coordinate(rank).dp, slots[0]
+    awaited = [number for number in rounds if _awaits(layout, manifest, rank, name, number)]
+    apart = [number for number in awaited if lane is None or not manifest.encoded(name, number, lane)]
+    yield from _each("expect_rows", name, apart, expect)
+    yield from _each("receive_rows", name, awaited, forward)
+    if returns:
+        backward = [backward_slot(number, 0, layout.language.pp) for number in rounds]
+        yield from _each("send_row_gradients", name, awaited, backward)
+
+
+def _awaits(layout: Layout, manifest: StepManifest, rank: int, name: str, round_: int) -> bool:
+    """Whether rows of an encoder end on this rank in a round."""
+    if rank not in layout.language.stage_ranks(0):
+        return False
+    return bool(manifest.awaited(name, round_, layout.language.coordinate(rank).dp))

@@ -1,23 +1,26 @@
 """Executes the actions of one global step on this rank."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
+from encoders.base import StagedEncoder
 from mimo_gemma4.bridge import Route
 from mimo_gemma4.data.collate import LanguageBatch
 from mimo_gemma4.data.loader import StepData
 from mimo_gemma4.data.manifest import Microbatch, StepManifest
 from mimo_gemma4.language.model import Gemma4LanguageModel
+from mimo_gemma4.layout import LANGUAGE
 from mimo_gemma4.messages import Arrival
 from mimo_gemma4.model import LocalTokens, Media, MimoModel
-from mimo_gemma4.pipeline import Pipeline
+from mimo_gemma4.pipeline import Shapes
 from mimo_gemma4.profiling import Span, unrecorded
 from mimo_gemma4.schedule import Action, plan_step
 from mimo_gemma4.usage import Stopwatch
 
+Key = tuple[str, int]
+"""Module and round: what an action is about."""
 Observer = Callable[[LanguageBatch, Microbatch, Media], None]
 
 WAITING = ("receive_rows", "receive_row_gradients", "receive_hidden", "receive_gradient")
@@ -40,16 +43,9 @@ class StepRunner:
     """Runs forward, or forward and backward, of whole global steps; gradients accumulate in the parameters."""
 
     def __init__(self, model: MimoModel, span: Span = unrecorded):
-        """Find out which edges carry gradients: those of encoders that train, told alike on every rank.
-
-        Args:
-            model: this rank's modules.
-            span: records the time of every action.
-        """
+        """Run steps of `model`; `span` records the time of every action."""
         self.model, self.span = model, span
-        encoders = model.layout.encoders
-        self.trainable_edges = frozenset(name for name in encoders if model.config.module(name).trains)
-        self.run_ahead = {name: model.config.module(name).run_ahead for name in encoders}
+        self.run_ahead = {name: model.config.module(name).run_ahead for name in model.layout.encoders}
         self._stopwatch = Stopwatch(model.platform.device)
         self._finished_stopwatch = Stopwatch(model.platform.device)
 
@@ -63,16 +59,15 @@ class StepRunner:
                 in place on the first; on an idle lane with a microbatch of no rows. It may use the pipeline.
         """
         self._finished_stopwatch, self._stopwatch = self._stopwatch, Stopwatch(self.model.platform.device)
-        edges = self.trainable_edges if train else frozenset()
-        execution = _Execution(self.model, self._stopwatch, data, edges, train, observe)
+        execution = _Execution(self.model, self._stopwatch, data, train, observe)
         with torch.set_grad_enabled(train):
             for action in self.plan(data.manifest, train, observed=observe is not None):
                 with self.span(action.module, action.kind, action.round):
                     execution.perform(action)
         for bridge in self.model.bridges.values():
             bridge.drain()
-        if self.model.pipeline is not None:
-            self.model.pipeline.drain()
+        for pipeline in self.model.pipelines.values():
+            pipeline.drain()
         return execution.totals
 
     def plan(self, manifest: StepManifest, train: bool = True, observed: bool = False) -> list[Action]:
@@ -81,7 +76,7 @@ class StepRunner:
             self.model.layout,
             manifest,
             self.model.rank,
-            trainable=self.trainable_edges,
+            trained_from=self.model.trained_from,
             run_ahead=self.run_ahead,
             train=train,
             observed=observed,
@@ -94,38 +89,36 @@ class StepRunner:
 
 @dataclass(frozen=True)
 class _InFlight:
-    """A microbatch that waits for its backward pass."""
+    """A microbatch of a module's stage that waits for its backward pass."""
 
     arrived: list[torch.Tensor]
-    """What the previous stage sent: leaves that collect gradients."""
+    """What the previous stage sent: leaves, which collect gradients where that stage has a backward pass."""
     outputs: list[torch.Tensor]
-    """What the next stage was sent, or the loss; on an idle lane, what its experts served."""
+    """What the next stage was sent, an encoder's rows, or the loss; on an idle lane, what its experts served."""
 
 
 class _Execution:
-    """State of one step: outputs that wait for gradients, received rows, totals."""
+    """State of one step: what waits for gradients, what is on its way or has arrived, totals."""
 
     def __init__(
         self,
         model: MimoModel,
         stopwatch: Stopwatch,
         data: StepData,
-        trainable_edges: frozenset[str],
         train: bool,
         observe: Observer | None,
     ):
-        self.model, self.data, self.trainable_edges, self.train = model, data, trainable_edges, train
+        self.model, self.data, self.train = model, data, train
+        self.trained_from: Mapping[str, int] = model.trained_from if train else {}
         self.stopwatch, self.observe = stopwatch, observe
-        self.outputs: dict[tuple[str, int], torch.Tensor] = {}
-        self.routes: dict[tuple[str, int], Route] = {}
-        self.received: dict[tuple[str, int], torch.Tensor] = {}
-        self.moving: dict[tuple[str, str, int], Arrival] = {}
-        self.gradients: dict[tuple[str, int], torch.Tensor] = {}
+        self.routes: dict[Key, Route] = {}
+        self.received: dict[Key, torch.Tensor] = {}
         self.tokens: dict[int, LocalTokens] = {}
-        self.expected: dict[tuple[str, int], Arrival] = {}
-        self.arrived: dict[tuple[str, int], list[torch.Tensor]] = {}
-        self.returning: dict[int, list[torch.Tensor]] = {}
-        self.in_flight: dict[int, _InFlight] = {}
+        self.moving: dict[tuple[str, str, int], Arrival] = {}
+        self.hidden: dict[Key, list[torch.Tensor]] = {}
+        self.gradients: dict[Key, list[torch.Tensor]] = {}
+        self.returning: dict[Key, list[torch.Tensor]] = {}
+        self.in_flight: dict[Key, _InFlight] = {}
         zero = torch.zeros((), dtype=torch.float64, device=model.platform.device)
         self.totals = StepTotals(zero.clone(), zero.clone())
         self.lane = -1
@@ -141,113 +134,126 @@ class _Execution:
         with self.stopwatch.measure(waiting, "wait" if moving else "busy"):
             getattr(self, f"_{action.kind}")((action.module, action.round))
 
-    # --- encoders and their edges ---
+    # --- passes ---
 
-    def _encode(self, key: tuple[str, int]) -> None:
-        inputs = self.data.media.get(key)
-        if inputs is None:
-            return
-        with torch.set_grad_enabled(self.train and key[0] in self.trainable_edges):
-            self.outputs[key] = self.model.encoders[key[0]](**self._to_device(inputs))
-
-    def _post_rows(self, key: tuple[str, int]) -> None:
-        bridge = self.model.bridges[key[0]]
-        route = self.routes[key] = bridge.route(self.data.manifest, key[1])
-        self.moving["rows", *key] = bridge.post_rows(route, self.outputs.get(key))
-        if key[0] not in self.trainable_edges:  # nothing comes back for it
-            self.outputs.pop(key, None)
-
-    _send_rows = _expect_rows = _post_rows
-
-    def _receive_rows(self, key: tuple[str, int]) -> None:
-        for rows in self.moving.pop(("rows", *key)).wait():
-            self.received[key] = rows.requires_grad_(key[0] in self.trainable_edges)
-
-    def _post_row_gradients(self, key: tuple[str, int]) -> None:
-        rows = self.received.pop(key, None)
-        gradients = None if rows is None else rows.grad
-        self.moving["gradients", *key] = self.model.bridges[key[0]].post_gradients(self.routes[key], gradients)
-
-    _send_row_gradients = _expect_row_gradients = _post_row_gradients
-
-    def _receive_row_gradients(self, key: tuple[str, int]) -> None:
-        arrival = self.moving.pop(("gradients", *key))
-        self.gradients[key] = self.model.bridges[key[0]].output_gradient(self.routes[key], arrival)
-
-    def _encoder_backward(self, key: tuple[str, int]) -> None:
-        output, gradient = self.outputs.pop(key), self.gradients.pop(key)
-        if output.requires_grad:
-            output.backward(gradient)
-
-    # --- language stage ---
-
-    def _expect_hidden(self, key: tuple[str, int]) -> None:
-        tokens = self._local_tokens(key[1])
-        shapes = self._language.received_shapes(tokens.input_ids, tokens.context)
-        self.expected["hidden", key[1]] = self._pipeline.forward.expect(shapes)
-
-    def _receive_hidden(self, key: tuple[str, int]) -> None:
-        arrived = self.expected.pop(("hidden", key[1])).wait()
-        self.arrived["hidden", key[1]] = [tensor.requires_grad_(self.train) for tensor in arrived]
-
-    def _forward(self, key: tuple[str, int]) -> None:
-        round_ = key[1]
-        if not self._microbatch(round_).rows:  # the lane idles; its peers on its stage do so alike
+    def _forward(self, key: Key) -> None:
+        if not self._microbatch(key[1]).rows:  # the lane idles; its peers on its stage do so alike
             served = self._language.serve_experts()
             if served is not None and self.train:
-                self.in_flight[round_] = _InFlight([], [served])
+                self.in_flight[key] = _InFlight([], [served])
             return
-        tokens, arrived = self._local_tokens(round_), self.arrived.pop(("hidden", round_), [])
-        outputs = self.model.run_stage(tokens, self.model.stage_inputs(tokens, self._media(round_), arrived))
+        tokens, arrived = self._local_tokens(key[1]), self.hidden.pop(key, [])
+        outputs = self.model.run_stage(tokens, self.model.stage_inputs(tokens, self._media(key[1]), arrived))
         leaving = outputs.flat()
         if self._language.stage.last:
             loss = self._language.loss(outputs.hidden, tokens.labels)
             self.totals.loss_sum += loss.detach()
             self.totals.loss_tokens += (tokens.labels >= 0).sum()
             leaving = [loss]
-        self.in_flight[round_] = _InFlight(arrived, leaving)
-        del self.tokens[round_]
+        self.in_flight[key] = _InFlight(arrived, leaving)
+        del self.tokens[key[1]]
         if self.observe is None:
-            self._release_media(round_)
+            self._release_media(key[1])
 
-    def _send_hidden(self, key: tuple[str, int]) -> None:
-        self._pipeline.forward.send(self.in_flight[key[1]].outputs)
-        if not self.train:
-            del self.in_flight[key[1]]
+    def _encode(self, key: Key) -> None:
+        arrived = self.hidden.pop(key, [])
+        with torch.set_grad_enabled(self._returns(key[0])):
+            output = self.model.encode(key[0], self.data.media[key], arrived)
+        self.in_flight[key] = _InFlight(arrived, [output])
 
-    def _observe(self, key: tuple[str, int]) -> None:
+    def _backward(self, key: Key) -> None:
+        waiting = self.in_flight.pop(key, None)
+        if waiting is None:  # the lane idles
+            return
+        torch.autograd.backward(waiting.outputs, self.gradients.pop(key, None))
+        if returning := [tensor for tensor in waiting.arrived if tensor.requires_grad]:
+            self.returning[key] = returning
+
+    _encoder_backward = _backward
+
+    def _observe(self, key: Key) -> None:
         assert self.observe is not None
         self.observe(self.data.language[key[1]], self._microbatch(key[1]), self._media(key[1]))
         self._release_media(key[1])
 
-    def _expect_gradient(self, key: tuple[str, int]) -> None:
-        shapes = [tuple(tensor.shape) for tensor in self.in_flight[key[1]].outputs]
-        self.expected["gradient", key[1]] = self._pipeline.backward.expect(shapes)
+    # --- between the stages of a module ---
 
-    def _receive_gradient(self, key: tuple[str, int]) -> None:
-        self.arrived["gradient", key[1]] = self.expected.pop(("gradient", key[1])).wait()
+    def _expect_hidden(self, key: Key) -> None:
+        self.moving["hidden", *key] = self.model.pipelines[key[0]].forward.expect(self._hidden_shapes(key))
 
-    def _backward(self, key: tuple[str, int]) -> None:
-        waiting = self.in_flight.pop(key[1], None)
-        if waiting is None:  # the lane idles
-            return
-        torch.autograd.backward(waiting.outputs, self.arrived.pop(("gradient", key[1]), None))
-        self.returning[key[1]] = waiting.arrived
+    def _receive_hidden(self, key: Key) -> None:
+        returns = self._returns(key[0], -1)
+        self.hidden[key] = [tensor.requires_grad_(returns) for tensor in self.moving.pop(("hidden", *key)).wait()]
 
-    def _send_gradient(self, key: tuple[str, int]) -> None:
-        gradients = [tensor.grad for tensor in self.returning.pop(key[1])]
+    def _send_hidden(self, key: Key) -> None:
+        self.model.pipelines[key[0]].forward.send(self._leaving(key))
+
+    def _expect_gradient(self, key: Key) -> None:
+        shapes = [tuple(tensor.shape) for tensor in self.in_flight[key].outputs]
+        self.moving["gradient", *key] = self.model.pipelines[key[0]].backward.expect(shapes)
+
+    def _receive_gradient(self, key: Key) -> None:
+        self.gradients[key] = self.moving.pop(("gradient", *key)).wait()
+
+    def _send_gradient(self, key: Key) -> None:
+        gradients = [tensor.grad for tensor in self.returning.pop(key)]
         assert all(gradient is not None for gradient in gradients), "a stage was sent what it does not use"
-        self._pipeline.backward.send(gradients)  # type: ignore[arg-type]
+        self.model.pipelines[key[0]].backward.send(gradients)  # type: ignore[arg-type]
+
+    def _hidden_shapes(self, key: Key) -> Shapes:
+        """Shapes of what the previous stage of a module sends."""
+        name, round_ = key
+        if name == LANGUAGE:
+            tokens = self._local_tokens(round_)
+            return self._language.received_shapes(tokens.input_ids, tokens.context)
+        encoder = self.model.encoders[name]
+        assert isinstance(encoder, StagedEncoder)
+        return [encoder.hidden_shape(self.data.media[key])]
+
+    def _leaving(self, key: Key) -> list[torch.Tensor]:
+        """What a stage sends on; it is forgotten where nothing comes back for it."""
+        if self._returns(key[0]):
+            return self.in_flight[key].outputs
+        return self.in_flight.pop(key).outputs
+
+    def _returns(self, module: str, step: int = 0) -> bool:
+        """Whether this rank's stage of a module, or the one `step` further on, has a backward pass."""
+        if module == LANGUAGE:
+            return self.train
+        stage = self.model.layout.grids[module].coordinate(self.model.rank).pp + step
+        return module in self.trained_from and stage >= self.trained_from[module]
+
+    # --- between encoders and language ---
+
+    def _post_rows(self, key: Key) -> None:
+        bridge = self.model.bridges[key[0]]
+        route = self.routes[key] = bridge.route(self.data.manifest, key[1])
+        rows = self._leaving(key)[0] if route.rows else None
+        self.moving["rows", *key] = bridge.post_rows(route, rows)
+
+    _send_rows = _expect_rows = _post_rows
+
+    def _receive_rows(self, key: Key) -> None:
+        for rows in self.moving.pop(("rows", *key)).wait():
+            self.received[key] = rows.requires_grad_(key[0] in self.trained_from)
+
+    def _post_row_gradients(self, key: Key) -> None:
+        rows = self.received.pop(key, None)
+        gradients = None if rows is None else rows.grad
+        self.moving["row_gradients", *key] = self.model.bridges[key[0]].post_gradients(self.routes[key], gradients)
+
+    _send_row_gradients = _expect_row_gradients = _post_row_gradients
+
+    def _receive_row_gradients(self, key: Key) -> None:
+        arrival = self.moving.pop(("row_gradients", *key))
+        self.gradients[key] = [self.model.bridges[key[0]].output_gradient(self.routes[key], arrival)]
+
+    # --- what a pass works on ---
 
     @property
     def _language(self) -> Gemma4LanguageModel:
         assert self.model.language is not None
         return self.model.language
-
-    @property
-    def _pipeline(self) -> Pipeline:
-        assert self.model.pipeline is not None
-        return self.model.pipeline
 
     def _microbatch(self, round_: int) -> Microbatch:
         return self.data.manifest.microbatch(self.lane, round_)
@@ -269,11 +275,5 @@ class _Execution:
     def _release_media(self, round_: int) -> None:
         """Forget the rows that nothing goes back for."""
         for name in self.model.bridges:
-            if name not in self.trainable_edges:
+            if name not in self.trained_from:
                 self.received.pop((name, round_), None)
-
-    def _to_device(self, inputs: dict[str, Any]) -> dict[str, Any]:
-        return {
-            name: self.model.platform.put(value) if isinstance(value, torch.Tensor) else value
-            for name, value in inputs.items()
-        }

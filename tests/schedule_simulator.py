@@ -38,7 +38,7 @@ class World:
 
     layout: Layout
     manifest: StepManifest
-    trainable: frozenset[str] = frozenset()
+    trained_from: dict[str, int] = field(default_factory=dict)
     run_ahead: dict[str, int] = field(default_factory=dict)
     train: bool = True
     observed: bool = False
@@ -55,7 +55,7 @@ class World:
                 self.layout,
                 self.manifest,
                 rank,
-                trainable=self.trainable,
+                trained_from=self.trained_from,
                 run_ahead=self.run_ahead,
                 train=self.train,
                 observed=self.observed,
@@ -64,28 +64,59 @@ class World:
         ]
 
     @cached_property
-    def places(self) -> list[Coordinate | None]:
+    def places(self) -> dict[tuple[str, int], Coordinate]:
+        """Coordinates of a module's ranks."""
+        grids = self.layout.grids.items()
+        return {(name, rank): grid.coordinate(rank) for name, grid in grids for rank in grid.ranks}
+
+    def stage(self, module: str, rank: int) -> int:
+        """The stage of a module that a rank holds."""
+        return self.places[module, rank].pp
+
+    def first(self, module: str, rank: int) -> bool:
+        return self.stage(module, rank) == 0
+
+    def last(self, module: str, rank: int) -> bool:
+        return self.stage(module, rank) == self.layout.grids[module].pp - 1
+
+    def neighbour(self, module: str, rank: int, step: int) -> int:
+        """The rank of the same lane in the next (1) or previous (-1) stage of a module."""
+        grid = self.layout.grids[module]
+        at = self.places[module, rank]
+        return grid.rank_at(tp=at.tp, cp=at.cp, dp=at.dp, pp=at.pp + step)
+
+    def works(self, module: str, rank: int, round_: int) -> bool:
+        """Whether a module's lane, of which a rank holds a stage, has work in a round."""
+        lane = self.places[module, rank].dp
+        if module == LANGUAGE:
+            return self.manifest.microbatch(lane, round_).rows > 0
+        return bool(self.manifest.encoded(module, round_, lane))
+
+    def returns(self, module: str, rank: int) -> bool:
+        """Whether the stage of a module that a rank holds has a backward pass."""
+        if module == LANGUAGE or not self.train:
+            return self.train
+        return module in self.trained_from and self.stage(module, rank) >= self.trained_from[module]
+
+    def sends_rows(self, encoder: str, rank: int, round_: int) -> bool:
+        grid = self.layout.grids[encoder]
+        return rank in grid.stage_ranks(grid.pp - 1) and self.works(encoder, rank, round_)
+
+    def awaits(self, encoder: str, rank: int, round_: int) -> bool:
         language = self.layout.language
-        return [language.coordinate(r) if r in language else None for r in range(self.layout.world_size)]
-
-    def neighbour(self, rank: int, step: int) -> int:
-        """The rank of the same lane in the next (1) or previous (-1) stage."""
-        at = self.places[rank]
-        return self.layout.language.rank_at(tp=at.tp, cp=at.cp, dp=at.dp, pp=at.pp + step)
-
-    def filled(self, rank: int, round_: int) -> bool:
-        return self.manifest.microbatch(self.places[rank].dp, round_).rows > 0
+        lane = self.places[LANGUAGE, rank].dp if rank in language.stage_ranks(0) else None
+        return lane is not None and bool(self.manifest.awaited(encoder, round_, lane))
 
     def team(self, action: Action, rank: int) -> tuple[tuple, int]:
         """Whose collective an action is: a name and the number of ranks."""
+        grid = self.layout.grids[action.module]
+        at = self.places[action.module, rank]
         if action.module == LANGUAGE:
-            at, grid = self.places[rank], self.layout.language
             lanes = grid.dp if self.experts else 1
             if action.kind == "observe":  # answers go through the stages again and back to all of them
                 return ("pipeline", -1 if self.experts else at.dp), grid.tp * grid.cp * grid.pp * lanes
             return ("stage", at.pp, -1 if self.experts else at.dp), grid.tp * grid.cp * lanes
-        grid = self.layout.grids[action.module]
-        return ("encoder", action.module, grid.coordinate(rank).dp), grid.tp
+        return ("encoder", action.module, at.dp, at.pp), grid.tp
 
     def batch(self, action: Action, rank: int) -> tuple[tuple, set[Message]] | None:
         """Communicator and messages that an action hands to it."""
@@ -95,8 +126,8 @@ class World:
         if what in ("rows", "row_gradients"):
             pairs = (self.rows if what == "rows" else self.owners).get((action.module, action.round), [])
             return (what, action.module), {pair for pair in pairs if rank in pair}
-        peer = self.neighbour(rank, 1 if (verb == "send") == (what == "hidden") else -1)
-        return (what, LANGUAGE), {(rank, peer) if verb == "send" else (peer, rank)}
+        peer = self.neighbour(action.module, rank, 1 if (verb == "send") == (what == "hidden") else -1)
+        return (what, action.module), {(rank, peer) if verb == "send" else (peer, rank)}
 
 
 @dataclass
@@ -244,62 +275,66 @@ def _leave(queue: deque[Batch]) -> None:
 
 def needs(world: World, action: Action, rank: int) -> Iterator[Action]:
     """What has to be done on the same rank before an action."""
-    at, kind, round_ = world.places[rank], action.kind, action.round
-    if action.module != LANGUAGE:
-        grid, name = world.layout.grids[action.module], action.module
-        encodes = rank in grid and bool(world.manifest.encoded(name, round_, grid.coordinate(rank).dp))
-        awaits = at is not None and at.pp == 0 and bool(world.manifest.awaited(name, round_, at.dp))
-        if kind == "send_rows":
-            yield Action("encode", round_, name)
-        if kind == "receive_rows":
-            yield Action("send_rows" if encodes else "expect_rows", round_, name)
-        if kind == "send_row_gradients":
-            yield Action("backward", round_, LANGUAGE)
-        if kind == "receive_row_gradients":
-            yield Action("send_row_gradients" if awaits else "expect_row_gradients", round_, name)
-        if kind == "encoder_backward":
-            yield Action("receive_row_gradients", round_, name)
-        return
-    if kind == "forward" and at.pp == 0:
-        for name in world.layout.encoders:
-            if world.manifest.awaited(name, round_, at.dp):
-                yield Action("receive_rows", round_, name)
-    if kind == "forward" and at.pp > 0 and world.filled(rank, round_):
-        yield Action("receive_hidden", round_, LANGUAGE)
-    if kind in ("send_hidden", "observe", "backward"):
-        yield Action("forward", round_, LANGUAGE)
-    if kind == "backward" and at.pp < world.layout.language.pp - 1 and world.filled(rank, round_):
-        yield Action("receive_gradient", round_, LANGUAGE)
-    if kind == "send_gradient":
-        yield Action("backward", round_, LANGUAGE)
-    if kind.startswith("receive"):
-        yield Action("expect_" + kind.removeprefix("receive_"), round_, LANGUAGE)
+    name, round_ = action.module, action.round
+    forward, backward = passes_of(name)
+
+    def need(kind: str, module: str = name) -> Action:
+        return Action(kind, round_, module)  # type: ignore[arg-type]
+
+    if action.kind == forward:
+        if world.works(name, rank, round_) and not world.first(name, rank):
+            yield need("receive_hidden")
+        for encoder in world.layout.encoders if name == LANGUAGE else ():
+            if world.awaits(encoder, rank, round_):
+                yield need("receive_rows", encoder)
+    if action.kind == backward and world.works(name, rank, round_):
+        if not world.last(name, rank):
+            yield need("receive_gradient")
+        elif name != LANGUAGE:
+            yield need("receive_row_gradients")
+    if action.kind in ("send_hidden", "send_rows", "observe", backward):
+        yield need(forward)
+    if action.kind == "send_gradient":
+        yield need(backward)
+    if action.kind == "send_row_gradients":
+        yield need("backward", LANGUAGE)
+    if action.kind in ("receive_hidden", "receive_gradient"):
+        yield need("expect_" + action.kind.removeprefix("receive_"))
+    if action.kind == "receive_rows":
+        yield need("send_rows" if world.sends_rows(name, rank, round_) else "expect_rows")
+    if action.kind == "receive_row_gradients":
+        yield need("send_row_gradients" if world.awaits(name, rank, round_) else "expect_row_gradients")
 
 
 def complete(world: World, rank: int) -> Counter[Action]:
     """Everything that a rank has to do in the step, each action as often as it occurs."""
     expected = Counter[Action]()
-    manifest, at, stages = world.manifest, world.places[rank], world.layout.language.pp
-    for number in range(manifest.rounds):
-        if at is not None:
-            kinds = ["forward"] + ["observe"] * world.observed + ["backward"] * world.train
-            filled = world.filled(rank, number)
-            kinds += ["expect_hidden", "receive_hidden"] * (filled and at.pp > 0)
-            kinds += ["send_hidden"] * (filled and at.pp < stages - 1)
-            kinds += ["expect_gradient", "receive_gradient"] * (filled and world.train and at.pp < stages - 1)
-            kinds += ["send_gradient"] * (filled and world.train and at.pp > 0)
-            expected.update(Action(kind, number, LANGUAGE) for kind in kinds)
-        for name in world.layout.encoders:
-            grid, returned = world.layout.grids[name], world.train and name in world.trainable
-            encodes = rank in grid and bool(manifest.encoded(name, number, grid.coordinate(rank).dp))
-            awaits = at is not None and at.pp == 0 and bool(manifest.awaited(name, number, at.dp))
-            kinds = ["encode", "send_rows"] * encodes + ["expect_rows"] * (awaits and not encodes)
-            kinds += ["receive_rows"] * awaits
-            kinds += ["receive_row_gradients", "encoder_backward"] * (encodes and returned)
-            kinds += ["send_row_gradients"] * (awaits and returned)
-            kinds += ["expect_row_gradients"] * (encodes and returned and not awaits)
-            expected.update(Action(kind, number, name) for kind in kinds)
+    for number, name in product(range(world.manifest.rounds), world.layout.grids):
+        kinds: list[str] = []
+        if name in world.layout.modules_of(rank):
+            works, first, last = world.works(name, rank, number), world.first(name, rank), world.last(name, rank)
+            forward, backward = passes_of(name)
+            kinds += [forward] * (works or name == LANGUAGE) + ["observe"] * (world.observed and name == LANGUAGE)
+            kinds += ["expect_hidden", "receive_hidden"] * (works and not first)
+            kinds += ["send_hidden"] * (works and not last)
+            if world.returns(name, rank):
+                kinds += [backward] * (works or name == LANGUAGE)
+                kinds += ["expect_gradient", "receive_gradient"] * (works and not last)
+                goes_on = not first and world.returns(name, world.neighbour(name, rank, -1))
+                kinds += ["send_gradient"] * (works and goes_on)
+        if name != LANGUAGE:
+            sends, awaits = world.sends_rows(name, rank, number), world.awaits(name, rank, number)
+            kinds += ["send_rows"] * sends + ["expect_rows"] * (awaits and not sends) + ["receive_rows"] * awaits
+            if world.train and name in world.trained_from:
+                kinds += ["receive_row_gradients"] * sends + ["send_row_gradients"] * awaits
+                kinds += ["expect_row_gradients"] * (sends and not awaits)
+        expected.update(Action(kind, number, name) for kind in kinds)  # type: ignore[arg-type]
     return expected
+
+
+def passes_of(module: str) -> tuple[str, str]:
+    """Kinds of a module's two passes."""
+    return ("forward", "backward") if module == LANGUAGE else ("encode", "encoder_backward")
 
 
 def lower_bound(world: World, cost: Cost) -> float:
@@ -347,14 +382,20 @@ def _precedence(world: World) -> dict[Pass, list[Pass]]:
         before[forward(stage, k)] += [backward(stage, k - room)] * (k >= room)
         before[backward(stage, k)] = [backward(stage + 1, k) if stage < stages - 1 else forward(stage, k)]
         before[backward(stage, k)] += [backward(stage, k - 1)] * (k > 0)
-    for name, k in product(layout.encoders, rounds):
-        rank = layout.grids[name].ranks[0]
-        this, previous = ("encode", name, k, rank), ("encode", name, k - 1, rank)
-        before[this] = [previous] * (k > 0)
-        before[forward(0, k)].append(this)
-        if name in world.trainable:
-            room = stages - 1 + world.run_ahead[name]
-            back = ("encoder_backward", name, k, rank)
-            before[back] = [backward(0, k)] + [("encoder_backward", name, k - 1, rank)] * (k > 0)
-            before[this] += [("encoder_backward", name, k - room, rank)] * (k >= room)
+    for name in layout.encoders:
+        grid = layout.grids[name]
+        for stage, k in product(range(grid.pp), rounds):
+            this, back = (
+                [(kind, name, k, grid.rank_at(pp=other)) for other in range(grid.pp)]
+                for kind in ("encode", "encoder_backward")
+            )
+            rank, last = this[stage][3], stage == grid.pp - 1
+            before[this[stage]] = [("encode", name, k - 1, rank)] * (k > 0) + this[max(0, stage - 1) : stage]
+            if last:
+                before[forward(0, k)].append(this[stage])
+            if name in world.trained_from:
+                room = stages - 1 + world.run_ahead[name] + grid.pp - 1 - stage
+                before[back[stage]] = [backward(0, k) if last else back[stage + 1]]
+                before[back[stage]] += [("encoder_backward", name, k - 1, rank)] * (k > 0)
+                before[this[stage]] += [("encoder_backward", name, k - room, rank)] * (k >= room)
     return before

@@ -31,6 +31,13 @@ QUICK = [
     Case(vision=1, pp=2, tp=2, sp=True, packing=True),
     Case(vision=2, pp=3, dp=2, part=True, rows=1),
     Case(colocated=True, pp=4, rows=7, part=True),
+    Case(vision_pp=2, rows=1),
+    Case(vision_pp=2, pp=2, packing=True),
+    Case(vision_pp=2, pp=2, rows=7),
+    Case(vision_pp=2, pp=2, rows=1, frozen=("vision",)),
+    Case(vision_pp=2, dp=2, rows=1, frozen=("vision tower",)),
+    Case(vision_tp=2, vision_pp=2, tp=2, sp=True),
+    Case(colocated=True, vision_pp=2, dp=2, pp=2, rows=1),
 ]
 COMPLETE = [
     Case(vision, vision_tp, dp=dp, tp=tp, cp=cp, sp=sp, rows=rows, packing=packing)
@@ -57,6 +64,18 @@ STAGES = [
     for rows, packing in ((1, False), (7, False), (1, True))
 ]
 """Pipelines with more and with fewer microbatches than stages; idle lanes; the cut between shared keys and values."""
+ENCODER_STAGES = [
+    Case(vision, vision_tp, 2, dp=dp, tp=tp, cp=cp, sp=sp, pp=pp, rows=rows, packing=packing)
+    for vision, vision_tp in ((1, 1), (2, 1), (1, 2))
+    for pp, dp, tp, cp, sp in ((1, 1, 1, 2, False), (1, 3, 1, 1, False), (2, 1, 2, 1, True), (2, 2, 1, 1, False))
+    for rows, packing in ((1, False), (7, False), (1, True))
+] + [
+    Case(1, vision_tp, 2, dp=dp, cp=cp, pp=pp, rows=rows, packing=packing, colocated=True)
+    for vision_tp in (1, 2)
+    for pp, dp, cp in ((1, 4, 1), (1, 2, 2), (2, 2, 1), (2, 1, 2))
+    for rows, packing in ((1, False), (7, False), (1, True))
+]
+"""Encoders in stages before language models of all kinds, apart from them and on their ranks."""
 
 
 @pytest.fixture(scope="module")
@@ -71,9 +90,10 @@ def test_quick_cover(world: int, images: Prepared) -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
-@pytest.mark.parametrize("world", sorted({case.world for case in COMPLETE + STAGES}))
+@pytest.mark.parametrize("world", sorted({case.world for case in COMPLETE + STAGES + ENCODER_STAGES}))
 def test_complete_table(world: int, images: Prepared) -> None:
-    check(((case, images) for case in COMPLETE + STAGES if case.world == world), timeout=3500)
+    table = COMPLETE + STAGES + ENCODER_STAGES
+    check(((case, images) for case in table if case.world == world), timeout=3500)
 
 
 def test_ranks_do_what_was_planned_and_agree_however_late_they_are(images: Prepared) -> None:

@@ -14,11 +14,13 @@ WITH_SOUNDS = [
     Case(vision=0, audio=1, colocated=True),
     Case(vision=0, audio=2, dp=2, rows=1),
     Case(vision=0, audio=1, audio_tp=2, tp=2, sp=True, packing=True),
+    Case(vision=0, audio=1, audio_pp=2, rows=1),
 ]
 WITH_SOUNDS_AND_IMAGES = [
     Case(audio=1, colocated=True),
     Case(audio=2, cp=2, packing=True),
     Case(vision_tp=2, audio=1, audio_tp=2, dp=2, rows=1),
+    Case(vision_pp=2, audio=1, audio_pp=2, pp=2, rows=1, colocated=True),
 ]
 
 

@@ -22,12 +22,12 @@ def make_world(choose: random.Random) -> World:
     ranks = tp * cp * dp * pp
     modules = {}
     for name in encoders:
-        encoder_tp = choose.choice([1, 1, 1, 2, 4])
+        encoder_tp, encoder_pp = choose.choice([1, 1, 1, 2, 4]), choose.choice([1, 1, 2, 3])
         lanes = choose.randint(1, 3)
-        if colocated:
-            modules[name] = ModuleLayout(tp=encoder_tp if ranks % encoder_tp == 0 else 1)
-        else:
-            modules[name] = ModuleLayout(lanes * encoder_tp, tp=encoder_tp)
+        if colocated and ranks % (encoder_tp * encoder_pp):
+            encoder_tp = encoder_pp = 1
+        encoder_ranks = None if colocated else lanes * encoder_tp * encoder_pp
+        modules[name] = ModuleLayout(encoder_ranks, tp=encoder_tp, pp=encoder_pp)
     modules[LANGUAGE] = ModuleLayout(None if colocated else ranks, tp=tp, cp=cp, pp=pp)
     world_size = ranks if colocated else ranks + sum(m.ranks for n, m in modules.items() if n != LANGUAGE)
     layout = build_layout(LayoutConfig(modules, placement="colocated" if colocated else "disjoint"), world_size)
@@ -35,7 +35,7 @@ def make_world(choose: random.Random) -> World:
     world = World(
         layout,
         make_manifest(choose, rounds, dp, {name: layout.grids[name].dp for name in encoders}),
-        frozenset(name for name in encoders if choose.random() < 0.7),
+        {name: choose.randrange(modules[name].pp) for name in encoders if choose.random() < 0.7},
         {name: choose.randint(1, 3) for name in encoders},
         train=choose.random() < 0.8,
         experts=choose.random() < 0.3,
@@ -70,7 +70,10 @@ def connect(world: World, name: str, choose: random.Random) -> None:
         if slot.modality != name:
             continue
         pairs = [
-            (source.rank_at(tp=source_tp, dp=slot.encoder_lane), target.rank_at(tp=tp, cp=cp, dp=slot.lane))
+            (
+                source.rank_at(tp=source_tp, dp=slot.encoder_lane, pp=source.pp - 1),
+                target.rank_at(tp=tp, cp=cp, dp=slot.lane),
+            )
             for source_tp in range(source.tp)
             for tp in range(target.tp)
             for cp in range(target.cp)
@@ -87,7 +90,7 @@ def pipeline(stages: int, rounds: int, **encoders: int) -> World:
     modules = {name: ModuleLayout(1) for name in encoders} | {LANGUAGE: ModuleLayout(stages, pp=stages)}
     layout = build_layout(modules, stages + len(encoders))
     manifest = make_manifest(random.Random(0), rounds, 1, dict.fromkeys(encoders, 1), gaps=0.0)
-    world = World(layout, manifest, frozenset(encoders), encoders)
+    world = World(layout, manifest, dict.fromkeys(encoders, 0), encoders)
     for name in encoders:
         pair = layout.grids[name].ranks[0], layout.language.ranks[0]
         for number in range(rounds):
@@ -106,10 +109,13 @@ def test_no_layout_deadlocks_and_all_work_is_done_once_within_its_memory():
             if number % 10 == 0:
                 counted = complete(world, rank)
                 assert len(plan) == counted.total() and all(plan.count(action) == counted[action] for action in counted)
-            if world.train and world.places[rank] is not None:
-                assert timeline.in_flight.get((rank, LANGUAGE), 0) <= min(rounds, stages - world.places[rank].pp)
-            for name in world.trainable if world.train else ():
-                assert timeline.in_flight.get((rank, name), 0) <= stages - 1 + world.run_ahead[name]
+            for name in world.layout.modules_of(rank):
+                most, stage = timeline.in_flight.get((rank, name), 0), world.stage(name, rank)
+                if name == LANGUAGE and world.train:
+                    assert most <= min(rounds, stages - stage)
+                elif world.returns(name, rank):
+                    behind = world.layout.grids[name].pp - 1 - stage
+                    assert most <= behind + stages - 1 + world.run_ahead[name]
 
 
 @pytest.mark.parametrize("stages", range(1, 9))
@@ -162,7 +168,7 @@ def test_an_encoder_on_its_own_ranks_runs_ahead_as_far_as_allowed(run_ahead: int
 
 def test_an_encoder_without_backward_pass_runs_ahead_without_bound():
     world = pipeline(2, 8, vision=1)
-    world.trainable = frozenset()
+    world.trained_from = {}
     assert simulate(world, world.plans()).in_flight[0, "vision"] == 8
 
 
