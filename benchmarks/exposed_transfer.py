@@ -17,55 +17,44 @@ import torch.distributed as dist
 
 from mimo_gemma4.data.manifest import StepManifest
 from mimo_gemma4.layout import Layout
-from mimo_gemma4.schedule import Action
-from mimo_gemma4.step import _Execution
 
 Mark = float | torch.cuda.Event
 
 
 @dataclass(frozen=True)
 class Span:
-    """One action of one rank."""
+    """One action of one rank, as `schedule.Action` names it."""
 
-    action: Action
+    module: str
+    kind: str
+    round: int
     begin: float
     """Seconds from the step's zero."""
     end: float
 
 
 class Timeline:
-    """The actions of this rank in a step."""
+    """When this rank's device does what it is told; `span` is what a `StepRunner` wants as its `span`."""
 
     def __init__(self, device: torch.device) -> None:
-        """Start without any."""
+        """Mark zero; collective over all ranks."""
         self.device = device
-        self._marks: list[tuple[Action, Mark, Mark]] = []
-        self._zero: Mark = 0.0
+        self._marks: list[tuple[str, str, int, Mark, Mark]] = []
+        dist.all_reduce(torch.zeros(1, device=device), group=dist.group.WORLD)
+        self._zero = self._now()
 
     @contextmanager
-    def record(self) -> Iterator[None]:
-        """Note the actions of the step in the block; collective over all ranks."""
-        perform = _Execution.perform
-
-        def noted(execution: _Execution, action: Action) -> None:
-            begin = self._now()
-            perform(execution, action)
-            self._marks.append((action, begin, self._now()))
-
-        _Execution.perform = noted  # type: ignore[method-assign]
-        dist.all_reduce(torch.zeros(1, device=self.device), group=dist.group.WORLD)
-        self._zero = self._now()
-        try:
-            yield
-        finally:
-            _Execution.perform = perform  # type: ignore[method-assign]
+    def span(self, module: str, kind: str, number: int) -> Iterator[None]:
+        """Note when the block begins and ends."""
+        begin = self._now()
+        yield
+        self._marks.append((module, kind, number, begin, self._now()))
 
     def spans(self) -> list[Span]:
-        """What has been recorded since the last call; waits for the device."""
+        """All that has been noted; waits for the device."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
-        marks, self._marks = self._marks, []
-        return [Span(action, self._seconds(begin), self._seconds(end)) for action, begin, end in marks]
+        return [Span(*names, self._seconds(begin), self._seconds(end)) for *names, begin, end in self._marks]
 
     def _now(self) -> Mark:
         if self.device.type != "cuda":
@@ -83,22 +72,18 @@ class Timeline:
 def exposed_seconds(layout: Layout, manifest: StepManifest, spans: Sequence[Sequence[Span]]) -> list[float]:
     """By rank, the exposed seconds of a step's transfers, from the spans of all ranks."""
     begun = {
-        (rank, span.action.kind, span.action.module, span.action.round): span.begin
-        for rank, of_rank in enumerate(spans)
-        for span in of_rank
+        (rank, span.kind, span.module, span.round): span.begin for rank, of_rank in enumerate(spans) for span in of_rank
     }
     sources = _sources(layout, manifest)
     exposed = []
     for rank, of_rank in enumerate(spans):
         total = 0.0
         for span in of_rank:
-            kind, module, round_ = span.action.kind, span.action.module, span.action.round
-            if kind in SENDS:
+            if span.kind in SENDS:
                 total += span.end - span.begin
-            elif kind in RECEIVES:
-                ready = (
-                    begun[source, RECEIVES[kind], module, round_] for source in sources[kind, module, round_, rank]
-                )
+            elif span.kind in RECEIVES:
+                first, edge = RECEIVES[span.kind], (span.module, span.round)
+                ready = (begun[source, first, *edge] for source in sources[span.kind, *edge, rank])
                 total += max(0.0, span.end - max(span.begin, *ready))
         exposed.append(total)
     return exposed

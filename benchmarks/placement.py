@@ -35,7 +35,7 @@ from mimo_gemma4.process_groups import create_process_groups
 from mimo_gemma4.trainer import Trainer
 from mimo_gemma4.weights import Constant, Normal
 
-WARM_UP, RECORDED = 2, 1
+WARM_UP = 2
 PLACEMENTS = ("homogeneous", "colocated", "disjoint")
 
 
@@ -68,7 +68,7 @@ def configuration(folder: Path, load: Load, options: argparse.Namespace) -> list
         f"data.train.shards={folder}/{load.name}-0.tar",
         f"data.seq_length={load.seq_length}",
         "data.workers=12",
-        f"train.steps={WARM_UP + options.steps + RECORDED}",
+        f"train.steps={WARM_UP + options.steps + 2}",
         f"train.global_batch_size={load.samples}",
         "train.activation_checkpointing=full",
         "optim.lr=1e-5",
@@ -119,7 +119,7 @@ class Measured:
 
 
 def measure(trainer: Trainer, steps: int) -> Measured:
-    """Time steps, then record some more. Collective over all ranks."""
+    """Time steps, then record one. Collective over all ranks."""
     model, device, load = trainer.model, trainer.model.platform.device, trainer.loader.load
     waited = 0.0
 
@@ -140,18 +140,17 @@ def measure(trainer: Trainer, steps: int) -> Measured:
     _finish(device)
     step = (time.perf_counter() - begin) / steps
     data = waited / steps
-    timeline, exposed = Timeline(device), torch.zeros(model.layout.world_size)
-    for _ in range(RECORDED):
-        manifest = trainer.loader.planner.plan(trainer.step)
-        with timeline.record():
-            trainer.train_step()
-        everyone: list[Any] = [None] * model.layout.world_size
-        dist.all_gather_object(everyone, timeline.spans(), group=model.groups.host)
-        exposed += torch.tensor(exposed_seconds(model.layout, manifest, everyone)) / RECORDED
+    timeline, everyone = Timeline(device), [[]] * model.layout.world_size
+    trainer.train_step()  # the host has to be ahead of the device again, as it is in a run
+    manifest = trainer.loader.planner.plan(trainer.step)
+    trainer.runner.span = timeline.span
+    trainer.train_step()
+    dist.all_gather_object(everyone, timeline.spans(), group=model.groups.host)
+    exposed = max(exposed_seconds(model.layout, manifest, everyone))
     slowest = torch.tensor([step, data])
     dist.all_reduce(slowest, op=dist.ReduceOp.MAX, group=model.groups.host)
     step, data = slowest.tolist()
-    return Measured(step, data / step, exposed.max().item() / step, sum(slot.length for slot in manifest.samples))
+    return Measured(step, data / step, exposed / step, sum(slot.length for slot in manifest.samples))
 
 
 def _finish(device: torch.device) -> None:

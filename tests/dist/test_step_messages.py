@@ -1,15 +1,19 @@
 """What travels in a step of steady state: rows, hidden states and gradients, nothing that announces them.
 
 All operations of torch.distributed are noted on every rank of a third training step. Between an encoder rank and a
-language rank there is one message a round, as long as the rows that the manifest puts there, and one back. Nothing is
-broadcast, nobody waits at a barrier, and the only integers are the numbers of rows that experts get.
+language rank there is one message a round, as long as the rows that the manifest puts there, and one back; each rank
+starts its messages of a round and direction in one batch. Nothing is broadcast, nobody waits at a barrier, and the only
+integers are the numbers of rows that experts get.
 """
 
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from benchmarks.traffic import Message, Traffic
 from mimo_gemma4.build import build_trainer, lay_foundation
@@ -17,9 +21,10 @@ from mimo_gemma4.config import load_config
 from mimo_gemma4.data.manifest import Microbatch, StepManifest
 from mimo_gemma4.layout import Layout, build_layout
 from mimo_gemma4.partition import cp_token_index
+from mimo_gemma4.schedule import Action
 from tests.dist.harness import run_ranks
+from tests.dist.step_parity import Case, write_run
 from tests.dist.test_expert_lanes import TEXT
-from tests.dist.test_step_gradient_parity import Case, write_run
 
 STAGES = Case(vision=2, tp=2, sp=True, pp=2, packing=True, rows=1)
 EXPERTS = Case(vision=2, dp=2, tp=2, ep=2, rows=1)
@@ -32,22 +37,39 @@ COLLECTIVES = {
 }
 
 
-def third_step(rank: int, folder: Path, overrides: list[str]) -> tuple[list[Message], StepManifest]:
-    """The messages of this rank in a step, and the step's plan."""
-    config = load_config([f"config={folder}/run.yaml", *overrides, "train.steps=4"])
-    trainer = build_trainer(lay_foundation(config))
+@dataclass(frozen=True)
+class Step:
+    """A step as one rank did it."""
+
+    manifest: StepManifest
+    actions: list[Action]
+    messages: list[Message]
+    batches: int
+    """Times that the rank started sends and receives together."""
+
+
+def third_step(rank: int, folder: Path, overrides: list[str]) -> Step:
+    trainer = build_trainer(lay_foundation(load_config([f"config={folder}/run.yaml", *overrides, "train.steps=4"])))
     for _ in range(2):
         trainer.train_step()
+    start, batches = dist.batch_isend_irecv, 0
+
+    def counted(operations: list[dist.P2POp]) -> Any:
+        nonlocal batches
+        batches += 1
+        return start(operations)
+
+    dist.batch_isend_irecv = counted
     with Traffic() as traffic:
         trainer.train_step()
     trainer.close()
-    return traffic.messages, trainer.loader.planner.plan(2)
+    manifest = trainer.loader.planner.plan(2)
+    return Step(manifest, trainer.runner.plan(manifest), traffic.messages, batches)
 
 
-def messages_of(case: Case, folder: Path) -> tuple[Layout, list[list[Message]], StepManifest]:
-    results = run_ranks(case.world, third_step, folder, case.overrides)
+def step_of(case: Case, folder: Path) -> tuple[Layout, list[Step]]:
     config = load_config([f"config={folder}/run.yaml", *case.overrides])
-    return build_layout(config.layout, case.world), [messages for messages, _ in results], results[0][1]
+    return build_layout(config.layout, case.world), run_ranks(case.world, third_step, folder, case.overrides)
 
 
 def owners(layout: Layout, microbatch: Microbatch) -> list[list[int]]:
@@ -64,21 +86,26 @@ def owners(layout: Layout, microbatch: Microbatch) -> list[list[int]]:
 
 
 def planned_rows(layout: Layout, manifest: StepManifest) -> Counter[tuple[int, int, int]]:
-    """(encoder rank, language rank, rows) of the messages that the media need, encoder TP being 1."""
+    """(round, encoder rank, language rank) → rows that the media need there, encoder TP being 1."""
     rows: Counter[tuple[int, int, int]] = Counter()
     for slot in manifest.media:
         source = layout.grids["vision"].rank_at(dp=slot.encoder_lane)
         held = owners(layout, manifest.microbatch(slot.lane, slot.microbatch))
         for position in range(slot.start, slot.start + slot.rows):
-            rows.update((source, target, slot.microbatch) for target in held[position])
-    return Counter((source, target, count) for (source, target, _), count in rows.items())
+            rows.update((slot.microbatch, source, target) for target in held[position])
+    return rows
 
 
-def arrived(layout: Layout, everyone: list[list[Message]], direction: str) -> Counter[tuple[int, int, int]]:
+def lengths(planned: Counter[tuple[int, int, int]]) -> Counter[tuple[int, int, int]]:
+    """(encoder rank, language rank, rows) of the messages."""
+    return Counter((source, target, rows) for (_, source, target), rows in planned.items())
+
+
+def arrived(layout: Layout, steps: list[Step], direction: str) -> Counter[tuple[int, int, int]]:
     """(encoder rank, language rank, rows) of all messages that were received on the edge in one direction."""
     members = sorted({*layout.grids["vision"].ranks, *layout.language.stage_ranks(0)})
     found: Counter[tuple[int, int, int]] = Counter()
-    for rank, message in on(everyone, f"bridge.vision.{direction}"):
+    for rank, message in on(steps, f"bridge.vision.{direction}"):
         if message.operation == "recv_":
             peer = members[message.peer]
             ends = (peer, rank) if direction == "forward" else (rank, peer)
@@ -86,41 +113,46 @@ def arrived(layout: Layout, everyone: list[list[Message]], direction: str) -> Co
     return found
 
 
-def on(everyone: list[list[Message]], group: str) -> Iterator[tuple[int, Message]]:
-    return ((rank, message) for rank, messages in enumerate(everyone) for message in messages if message.group == group)
+def on(steps: list[Step], group: str) -> Iterator[tuple[int, Message]]:
+    return ((rank, message) for rank, step in enumerate(steps) for message in step.messages if message.group == group)
 
 
-def check_kinds(everyone: list[list[Message]]) -> None:
+def check_kinds(steps: list[Step]) -> None:
     """Point to point or one of the collectives that move weights, gradients and activations; one over all ranks."""
-    kinds = {message.operation for messages in everyone for message in messages}
+    kinds = {message.operation for step in steps for message in step.messages}
     assert kinds <= {"send", "recv_", "alltoall_base_", *COLLECTIVES}
-    assert Counter(rank for rank, _ in on(everyone, "default_pg")) == dict.fromkeys(range(len(everyone)), 1)
+    assert Counter(rank for rank, _ in on(steps, "default_pg")) == dict.fromkeys(range(len(steps)), 1)
 
 
 def test_rows_and_stages(tmp_path: Path) -> None:
-    layout, everyone, manifest = messages_of(STAGES, write_run(tmp_path))
-    check_kinds(everyone)
-    assert all(message.dtype.is_floating_point for messages in everyone for message in messages)
-    planned = planned_rows(layout, manifest)
+    write_run(tmp_path)
+    layout, steps = step_of(STAGES, tmp_path)
+    check_kinds(steps)
+    assert all(message.dtype.is_floating_point for step in steps for message in step.messages)
+    planned = planned_rows(layout, steps[0].manifest)
     assert len(planned) > 4
-    assert arrived(layout, everyone, "forward") == arrived(layout, everyone, "backward") == planned
-    for group in ("language.pp", "language.pp.backward"):  # a microbatch crosses once in either direction
-        tensors = Counter(rank for rank, message in on(everyone, group) if message.operation == "recv_")
-        per_microbatch = {count / manifest.rounds for count in tensors.values()}
-        assert len(tensors) == layout.language.tp and per_microbatch <= {1, 2}
+    assert arrived(layout, steps, "forward") == arrived(layout, steps, "backward") == lengths(planned)
+    for rank, step in enumerate(steps):
+        kinds = Counter(action.kind for action in step.actions)
+        between_stages = sum(kinds[f"{way}_{what}"] for way in ("send", "expect") for what in ("hidden", "gradient"))
+        of_rows = 2 * len({round_ for round_, *ends in planned if rank in ends})
+        assert step.batches == between_stages + of_rows > 0
 
 
 def test_row_counts_of_experts_are_the_only_integers(tmp_path: Path) -> None:
-    layout, everyone, manifest = messages_of(EXPERTS, write_run(tmp_path, **TEXT))
-    check_kinds(everyone)
+    write_run(tmp_path, **TEXT)
+    layout, steps = step_of(EXPERTS, tmp_path)
+    check_kinds(steps)
+    manifest = steps[0].manifest
     planned = planned_rows(layout, manifest)
-    assert arrived(layout, everyone, "forward") == planned
-    # Tensor parallel ranks hold the same tokens here, so half of the copies' gradients go back, which are all rows.
-    returned = arrived(layout, everyone, "backward")
-    assert 2 * sum(n * count for (_, _, n), count in returned.items()) == sum(n * c for (_, _, n), c in planned.items())
+    assert arrived(layout, steps, "forward") == lengths(planned)
+    # Tensor parallel ranks hold the same tokens here: of two copies of a row one returns the gradient.
+    returned = arrived(layout, steps, "backward")
+    assert 2 * sum(rows * count for (_, _, rows), count in returned.items()) == planned.total()
     layers = 6
-    for rank, messages in enumerate(everyone):
-        integers = [message for message in messages if not message.dtype.is_floating_point]
-        assert all(message.operation == "alltoall_base_" for message in integers)
+    for rank, step in enumerate(steps):
+        integers = [message for message in step.messages if not message.dtype.is_floating_point]
+        assert {(m.operation, m.dtype, m.shape) for m in integers} <= {
+            ("alltoall_base_", torch.int64, (TEXT["num_experts"],))
+        }
         assert len(integers) == (layers * manifest.rounds if rank in layout.language else 0)
-        assert {(message.dtype, message.shape) for message in integers} <= {(torch.int64, (TEXT["num_experts"],))}

@@ -1,4 +1,4 @@
-"""In steady state the host waits for the results of the step before and for the row counts of experts, else for nothing.
+"""In steady state the host waits for the results of the step before and for the row counts of experts, no more.
 
 Whole training steps in bf16 (packed, clipped, skipped) run under `torch.cuda.set_sync_debug_mode("error")`, in which a
 blocking copy, a blocking read of a value and a wait for a stream raise, in every thread of the process. That mode lets
@@ -20,8 +20,8 @@ from mimo_gemma4.errors import NumericsError
 from mimo_gemma4.step import StepTotals
 from mimo_gemma4.trainer import Trainer
 from tests.dist.harness import run_ranks
+from tests.dist.step_parity import Case, write_run
 from tests.dist.test_expert_lanes import TEXT
-from tests.dist.test_step_gradient_parity import Case, write_run
 from tests.vlm_reference import SAMPLES
 
 pytestmark = pytest.mark.gpu
@@ -138,7 +138,9 @@ def check_skipped_step(trainer: Trainer) -> None:
 @pytest.fixture(scope="module")
 def outcomes(tmp_path_factory: pytest.TempPathFactory) -> list[list[tuple[int, int]]]:
     """What each rank found: by layout, the one with experts last."""
-    dense, experts = write_run(tmp_path_factory.mktemp("dense")), write_run(tmp_path_factory.mktemp("experts"), **TEXT)
+    dense, experts = tmp_path_factory.mktemp("dense"), tmp_path_factory.mktemp("experts")
+    write_run(dense)
+    write_run(experts, **TEXT)
     runs = [*((dense, case) for case in LAYOUTS[GPUS]), (experts, EXPERTS[GPUS])]
     return run_ranks(GPUS, steps_rank, runs, backend="nccl", timeout=280)
 
