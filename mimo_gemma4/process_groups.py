@@ -2,10 +2,13 @@
 
 `torch.distributed.new_group` is a collective of the whole world, so every rank walks the same list of groups, also of
 modules that it does not hold. The warm-up makes NCCL set up its communicators then and there, not inside a training
-step where ranks would wait for each other in different orders.
+step where ranks would wait for each other in different orders. So it is with pairs of ranks that send to one another:
+the first message of a pair blocks the hosts of both, which a receive that is posted ahead must not do.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
+from itertools import pairwise, product
 from typing import Literal
 
 import torch
@@ -105,13 +108,22 @@ def create_process_groups(layout: Layout, platform: Platform) -> ProcessGroups:
         if maker.rank in grid:
             groups.modules[name] = collection
         if grid.pp > 1:
-            made = [maker.new(members, f"{name}.pp.backward") for members in group_members(grid)["pp"]]
-            groups.pipeline_backward[name] = next((group for group in made if group is not None), None)
+            pipelines = group_members(grid)["pp"]
+            made = [maker.new(members, f"{name}.pp.backward") for members in pipelines]
+            backward = groups.pipeline_backward[name] = next((group for group in made if group is not None), None)
+            neighbours = [pair for members in pipelines for pair in pairwise(members)]
+            maker.connect(collection.pp, neighbours)
+            maker.connect(backward, [(after, before) for before, after in neighbours])
     for name in layout.encoders:
         encoder = layout.grids[name]
-        members = tuple(sorted({*encoder.stage_ranks(encoder.pp - 1), *layout.language.stage_ranks(0)}))
-        for direction, bridge in (("forward", groups.bridge_forward), ("backward", groups.bridge_backward)):
+        edge = encoder.stage_ranks(encoder.pp - 1), layout.language.stage_ranks(0)
+        members = tuple(sorted({*edge[0], *edge[1]}))
+        for direction, bridge, (senders, receivers) in (
+            ("forward", groups.bridge_forward, edge),
+            ("backward", groups.bridge_backward, edge[::-1]),
+        ):
             bridge[name] = alone[members[0]] if len(members) == 1 else maker.new(members, f"bridge.{name}.{direction}")
+            maker.connect(bridge[name], product(senders, receivers))
     groups.created = maker.created
     return groups
 
@@ -173,6 +185,23 @@ class _Maker:
         device = torch.device("cpu") if backend == "gloo" else self.platform.device
         dist.all_reduce(torch.zeros(1, device=device), group=group)
         return group
+
+    def connect(self, group: ProcessGroup | None, pairs: Iterable[tuple[int, int]]) -> None:
+        """Send something from the first to the second rank of every pair; only the pairs of this rank matter."""
+        operations = []
+        for sender, receiver in pairs:
+            if sender != receiver and self.rank in (sender, receiver):
+                sends = self.rank == sender
+                operations.append(
+                    dist.P2POp(
+                        dist.isend if sends else dist.irecv,
+                        torch.zeros(1, device=self.platform.device),
+                        receiver if sends else sender,
+                        group,
+                    )
+                )
+        for work in dist.batch_isend_irecv(operations) if operations else ():
+            work.wait()
 
 
 def _module_groups(grid: ModuleGrid, maker: _Maker, alone: dict[int, ProcessGroup | None]) -> ProcessGroupCollection:
