@@ -61,7 +61,7 @@ class Layout:
     grids: dict[str, ModuleGrid]
     world_size: int
     placement: str
-    """`disjoint` or `colocated`."""
+    """`disjoint`, `colocated` or `mixed`."""
 
     @property
     def language(self) -> ModuleGrid:
@@ -98,7 +98,10 @@ def build_layout(
         raise LayoutError(f"`layout` names {written} but not `{LANGUAGE}`: add `layout.{LANGUAGE}` with its ranks")
     for name, module in modules.items():
         _check_sizes(name, module)
-    placed = _colocated(modules, world_size) if config.placement == "colocated" else _disjoint(modules, world_size)
+    if config.placement == "colocated" or len(modules) == 1:
+        placed = _colocated(modules, world_size)
+    else:
+        placed = _listed(modules, world_size, shared=config.placement == "mixed")
     grids = {name: _grid(name, modules[name], ranks) for name, ranks in placed.items()}
     if ranks_per_host is not None and not config.allow_tp_across_hosts:
         for grid in grids.values():
@@ -119,28 +122,32 @@ def _check_sizes(name: str, module: ModuleLayout) -> None:
         raise LayoutError(f"`layout.{name}.ep` is {module.ep}: an encoder has no experts, set it to 1")
 
 
-def _disjoint(modules: Mapping[str, ModuleLayout], world_size: int) -> dict[str, tuple[int, ...]]:
-    """Ranks of each module: lists as they are written, counts from the ranks that no list takes, in order."""
-    if len(modules) == 1:
-        return _colocated(modules, world_size)
+def _listed(modules: Mapping[str, ModuleLayout], world_size: int, shared: bool) -> dict[str, tuple[int, ...]]:
+    """Ranks of each module: lists as they are written, counts from the ranks that no list takes, in order.
+
+    Lists may have ranks in common where ranks are `shared`.
+    """
     sizes: dict[str, int] = {}
     owner: dict[int, str] = {}
+    common = 0
     for name, module in modules.items():
         if module.ranks is None:
             raise LayoutError(
-                f"`layout.{name}.ranks` is missing: with `layout.placement` disjoint every module needs a count or a "
-                "list of ranks (or write `layout.placement: colocated` to put every module on all ranks)"
+                f"`layout.{name}.ranks` is missing: every module needs a count or a list of ranks, or write "
+                "`layout.placement: colocated` to put every module on all ranks"
             )
         sizes[name] = _size(name, module.ranks)
         if not isinstance(module.ranks, int):
             for rank in module.ranks:
-                if rank in owner:
+                if rank in owner and not shared:
                     raise LayoutError(
                         f"rank {rank} is in both `layout.{owner[rank]}.ranks` and `layout.{name}.ranks`: take it out "
-                        "of one, or write `layout.placement: colocated` to put every module on all ranks"
+                        "of one, write `layout.placement: mixed` to let modules share the ranks of their lists, or "
+                        "`layout.placement: colocated` to put every module on all ranks"
                     )
+                common += rank in owner
                 owner[rank] = name
-    _check_world(sizes, world_size)
+    _check_world(sizes, world_size, common)
     _check_in_world(owner, world_size)
     free = [rank for rank in range(world_size) if rank not in owner]
     placed: dict[str, tuple[int, ...]] = {}
@@ -185,11 +192,12 @@ def _size(name: str, ranks: int | Sequence[int]) -> int:
     return len(ranks)
 
 
-def _check_world(sizes: Mapping[str, int], world_size: int) -> None:
-    total = sum(sizes.values())
+def _check_world(sizes: Mapping[str, int], world_size: int, common: int = 0) -> None:
+    """Raise unless modules of these sizes fill the world; `common` ranks are counted more often than once."""
+    total = sum(sizes.values()) - common
     if total == world_size:
         return
-    terms = " + ".join(f"{name} {size}" for name, size in sizes.items())
+    terms = " + ".join(f"{name} {size}" for name, size in sizes.items()) + (f" - {common} shared" if common else "")
     spare = world_size - total
     difference = f"{spare} would hold no module" if spare > 0 else f"{-spare} are missing"
     keys = ", ".join(f"`layout.{name}.ranks`" for name in sizes)

@@ -63,8 +63,9 @@ class LayoutConfig:
     """Which module runs on which ranks: one entry per module (`language`, `vision`, `audio`, …), in rank order."""
 
     modules: dict[str, ModuleLayout] = inline("module")
-    placement: Literal["disjoint", "colocated"] = "disjoint"
-    """`disjoint`: every rank holds one module. `colocated`: all modules share the same ranks."""
+    placement: Literal["disjoint", "colocated", "mixed"] = "disjoint"
+    """`disjoint`: every rank holds one module. `colocated`: all modules share the same ranks. `mixed`: modules share the
+    ranks that their lists of ranks have in common; a count takes ranks that no list names."""
     allow_tp_across_hosts: bool = False
     """Permit a tensor-parallel group to span hosts, which is slow without NVLink between them."""
 

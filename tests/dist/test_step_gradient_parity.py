@@ -38,6 +38,7 @@ QUICK = [
     Case(vision_pp=2, dp=2, rows=1, frozen=("vision tower",)),
     Case(vision_tp=2, vision_pp=2, tp=2, sp=True),
     Case(colocated=True, vision_pp=2, dp=2, pp=2, rows=1),
+    Case(vision_tp=2, dp=3, ranks=((0, 1), (1, 2, 3)), rows=1),
 ]
 COMPLETE = [
     Case(vision, vision_tp, dp=dp, tp=tp, cp=cp, sp=sp, rows=rows, packing=packing)

@@ -21,6 +21,8 @@ WITH_SOUNDS_AND_IMAGES = [
     Case(audio=2, cp=2, packing=True),
     Case(vision_tp=2, audio=1, audio_tp=2, dp=2, rows=1),
     Case(vision_pp=2, audio=1, audio_pp=2, pp=2, rows=1, colocated=True),
+    Case(vision=2, audio=1, tp=2, sp=True, ranks=((0, 1), (2,), (0, 1)), rows=1),
+    Case(vision_tp=2, audio=2, pp=2, ranks=((1, 2), (0, 1), (2, 3)), rows=1),
 ]
 
 

@@ -51,6 +51,18 @@ from mimo_gemma4.layout import ModuleLayout, build_layout, layout_table
             {"vision": (0, 1), "language": (0, 1)},
         ),
         (
+            {"vision": ModuleLayout([0, 1, 2, 3]), "audio": ModuleLayout(2), "language": ModuleLayout([0, 1, 2, 3])},
+            6,
+            "mixed",
+            {"vision": (0, 1, 2, 3), "audio": (4, 5), "language": (0, 1, 2, 3)},
+        ),
+        (
+            {"vision": ModuleLayout([0, 1]), "audio": ModuleLayout([1]), "language": ModuleLayout([2, 3, 4, 5])},
+            6,
+            "mixed",
+            {"vision": (0, 1), "audio": (1,), "language": (2, 3, 4, 5)},
+        ),
+        (
             {"vision": ModuleLayout(1), "audio": ModuleLayout(), "language": ModuleLayout(sequence_parallel=True)},
             1,
             "colocated",
