@@ -64,8 +64,8 @@ class LayoutConfig:
 
     modules: dict[str, ModuleLayout] = inline("module")
     placement: Literal["disjoint", "colocated", "mixed"] = "disjoint"
-    """`disjoint`: every rank holds one module. `colocated`: all modules share the same ranks. `mixed`: modules share the
-    ranks that their lists of ranks have in common; a count takes ranks that no list names."""
+    """`disjoint`: every rank holds one module. `colocated`: all modules share the same ranks. `mixed`: modules share
+    the ranks that their lists of ranks have in common; a count takes ranks that no list names."""
     allow_tp_across_hosts: bool = False
     """Permit a tensor-parallel group to span hosts, which is slow without NVLink between them."""
 

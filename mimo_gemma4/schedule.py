@@ -42,8 +42,8 @@ ActionKind = Literal[
   the previous one; `expect_…` makes room for it on the other side and `receive_…` waits for it.
 - `encode`, `encoder_backward`: the passes of an encoder's stage. Between its stages moves what moves between those of
   the language. `send_rows` gives the first language stage the output of the last, `send_row_gradients` gives back what
-  the rows got. A rank that sends and receives in one round of an edge starts both with `send_…`, in one batch: on NCCL
-  its peers, which do the same, would otherwise wait for one another.
+  the rows got. A rank at both ends of an edge starts sending and receiving in one batch, with `send_…`: ranks that each
+  first expected what the other sends next would wait for one another on NCCL.
 - `observe`: whoever watches an evaluation looks at the microbatch, on all stages when it has gone through them.
 """
 
@@ -115,8 +115,8 @@ def plan_step(
         trained_from: by encoder whose rows need a gradient, the first of its stages that trains; stages before it, and
             all of other encoders, have no backward pass.
         run_ahead: per encoder, how many microbatches it may have encoded, beyond one for each further stage between it
-            and the language model's last, without having their gradients back; at least 1. Without backward pass an
-            encoder on ranks of its own runs ahead without bound.
+            and the language model's last, without having their gradients back; at least 1. On ranks of its own an
+            encoder without backward pass waits for nothing, so it is not bounded.
         train: whether there is a backward pass at all.
         observed: whether every microbatch is observed.
     """
@@ -127,10 +127,9 @@ def plan_step(
         returning = trained_from.get(name) if train else None
         slots = None
         if rank in layout.grids[name]:
-            slots = _encoder_slots(layout, name, rank, manifest.rounds, run_ahead[name], returning)
+            slots = _encoder_slots(layout, name, rank, manifest.rounds, run_ahead[name])
             slotted += _encoder_stage(layout, manifest, rank, name, slots, returning)
-        if rank in layout.language.stage_ranks(0):
-            slotted += _awaited(layout, manifest, rank, name, slots, returning is not None)
+        slotted += _edge(layout, manifest, rank, name, slots, returning is not None)
     modules = {name: number for number, name in enumerate(layout.encoders)} | {LANGUAGE: len(layout.encoders)}
     slotted.sort(key=lambda entry: (entry[0], *_turn(entry[1]), modules[entry[1].module]))
     return [action for _, action in slotted]
@@ -185,26 +184,14 @@ def _moves(
         yield from _each(send, module, rounds, slots)
 
 
-def _encoder_slots(
-    layout: Layout, name: str, rank: int, rounds: int, run_ahead: int, returning: int | None
-) -> tuple[Slots, Slots]:
+def _encoder_slots(layout: Layout, name: str, rank: int, rounds: int, run_ahead: int) -> tuple[Slots, Slots]:
     """Slots of the two passes of this rank's stage of an encoder."""
     grid, stages = layout.grids[name], layout.language.pp
-    at = grid.coordinate(rank)
-    ahead = max(1, rounds) if returning is None and _alone(layout, name, at.dp) else run_ahead
-    # Ahead by one, an encoder works just in time; by more, what it sends and gets back travels during a pass.
-    spare = 1 if ahead > 1 else 0
-    behind = grid.pp - 1 - at.pp
-    encode = [forward_slot(number, 0) - 2 * ahead + 1 + spare - behind for number in range(rounds)]
-    backward = [backward_slot(number, 0, stages) + spare + behind for number in range(rounds)]
+    # Just in time if 1; every further microbatch leaves a pass for rows to travel, and one for gradients.
+    early = run_ahead + grid.pp - 1 - grid.coordinate(rank).pp
+    encode = [forward_slot(number, 0) - early for number in range(rounds)]
+    backward = [backward_slot(number, 0, stages) + early - 1 for number in range(rounds)]
     return encode, backward
-
-
-def _alone(layout: Layout, name: str, lane: int) -> bool:
-    """Whether no rank of an encoder's lane holds another module: all of them must do the lane's passes in one order."""
-    grid = layout.grids[name]
-    ranks = (grid.rank_at(tp=tp, dp=lane, pp=pp) for tp in range(grid.tp) for pp in range(grid.pp))
-    return all(len(layout.modules_of(rank)) == 1 for rank in ranks)
 
 
 def _encoder_stage(
@@ -217,42 +204,38 @@ def _encoder_stage(
     rounds = [number for number in range(manifest.rounds) if manifest.encoded(name, number, at.dp)]
     yield from _each("encode", name, rounds, encode)
     yield from _moves("hidden", name, rounds, encode, receives=not first, sends=not last)
-    if last:
-        yield from _each("send_rows", name, rounds, encode)
     if returning is None or at.pp < returning:
         return
     yield from _each("encoder_backward", name, rounds, backward)
     yield from _moves("gradient", name, rounds, backward, receives=not last, sends=at.pp > returning)
-    if last:
-        apart = [number for number in rounds if not _awaits(layout, manifest, rank, name, number)]
-        yield from _each("expect_row_gradients", name, apart, [slot - 2 for slot in backward])
-        yield from _each("receive_row_gradients", name, rounds, backward)
 
 
-def _awaited(
+def _edge(
     layout: Layout, manifest: StepManifest, rank: int, name: str, slots: tuple[Slots, Slots] | None, returns: bool
 ) -> Slotted:
-    """Slots and actions of an encoder's rows on a rank of the first language stage.
+    """Slots and actions of what a rank sends and receives between an encoder and the first language stage.
 
     `slots` are those of this rank's stage of the encoder, if it has one.
     """
-    grid, rounds = layout.grids[name], range(manifest.rounds)
+    grid, language, rounds = layout.grids[name], layout.language, range(manifest.rounds)
     forward = [forward_slot(number, 0) for number in rounds]
-    lane: int | None = None
-    expect: Slots = [slot - 2 for slot in forward]
-    if slots is not None and rank in grid.stage_ranks(grid.pp - 1):  # the rows that it sends have their turn then
-        lane, expect = grid.coordinate(rank).dp, slots[0]
-    awaited = [number for number in rounds if _awaits(layout, manifest, rank, name, number)]
-    apart = [number for number in awaited if lane is None or not manifest.encoded(name, number, lane)]
-    yield from _each("expect_rows", name, apart, expect)
-    yield from _each("receive_rows", name, awaited, forward)
-    if returns:
-        backward = [backward_slot(number, 0, layout.language.pp) for number in rounds]
-        yield from _each("send_row_gradients", name, awaited, backward)
-
-
-def _awaits(layout: Layout, manifest: StepManifest, rank: int, name: str, round_: int) -> bool:
-    """Whether rows of an encoder end on this rank in a round."""
-    if rank not in layout.language.stage_ranks(0):
-        return False
-    return bool(manifest.awaited(name, round_, layout.language.coordinate(rank).dp))
+    backward = [backward_slot(number, 0, language.pp) for number in rounds]
+    sends = slots if rank in grid.stage_ranks(grid.pp - 1) else None
+    receives = rank in language.stage_ranks(0)
+    encoded, awaited = set[int](), set[int]()
+    if sends is not None:
+        encoded = {number for number in rounds if manifest.encoded(name, number, grid.coordinate(rank).dp)}
+    if receives:
+        awaited = {number for number in rounds if manifest.awaited(name, number, language.coordinate(rank).dp)}
+    moved = sorted(encoded | awaited)
+    if sends is None:
+        yield from _each("expect_rows", name, moved, [slot - 2 for slot in forward])
+    else:
+        yield from _each("send_rows", name, moved, sends[0])
+    yield from _each("receive_rows", name, sorted(awaited), forward)
+    if returns and receives:
+        yield from _each("send_row_gradients", name, moved, backward)
+    if returns and sends is not None:
+        if not receives:
+            yield from _each("expect_row_gradients", name, moved, [slot - 2 for slot in sends[1]])
+        yield from _each("receive_row_gradients", name, sorted(encoded), sends[1])

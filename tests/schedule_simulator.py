@@ -98,11 +98,17 @@ class World:
             return self.train
         return module in self.trained_from and self.stage(module, rank) >= self.trained_from[module]
 
-    def sends_rows(self, encoder: str, rank: int, round_: int) -> bool:
+    def ends(self, encoder: str, rank: int) -> tuple[bool, bool]:
+        """Whether a rank is at the encoder's, and at the language model's, end of an edge."""
         grid = self.layout.grids[encoder]
-        return rank in grid.stage_ranks(grid.pp - 1) and self.works(encoder, rank, round_)
+        return rank in grid.stage_ranks(grid.pp - 1), rank in self.layout.language.stage_ranks(0)
+
+    def encodes(self, encoder: str, rank: int, round_: int) -> bool:
+        """Whether a rank has rows to send."""
+        return self.ends(encoder, rank)[0] and self.works(encoder, rank, round_)
 
     def awaits(self, encoder: str, rank: int, round_: int) -> bool:
+        """Whether a rank's lane has rows to receive."""
         language = self.layout.language
         lane = self.places[LANGUAGE, rank].dp if rank in language.stage_ranks(0) else None
         return lane is not None and bool(self.manifest.awaited(encoder, round_, lane))
@@ -292,8 +298,10 @@ def needs(world: World, action: Action, rank: int) -> Iterator[Action]:
             yield need("receive_gradient")
         elif name != LANGUAGE:
             yield need("receive_row_gradients")
-    if action.kind in ("send_hidden", "send_rows", "observe", backward):
+    if action.kind in ("send_hidden", "observe", backward):
         yield need(forward)
+    if action.kind == "send_rows" and world.encodes(name, rank, round_):
+        yield need("encode")
     if action.kind == "send_gradient":
         yield need(backward)
     if action.kind == "send_row_gradients":
@@ -301,9 +309,9 @@ def needs(world: World, action: Action, rank: int) -> Iterator[Action]:
     if action.kind in ("receive_hidden", "receive_gradient"):
         yield need("expect_" + action.kind.removeprefix("receive_"))
     if action.kind == "receive_rows":
-        yield need("send_rows" if world.sends_rows(name, rank, round_) else "expect_rows")
+        yield need("send_rows" if world.ends(name, rank)[0] else "expect_rows")
     if action.kind == "receive_row_gradients":
-        yield need("send_row_gradients" if world.awaits(name, rank, round_) else "expect_row_gradients")
+        yield need("send_row_gradients" if world.ends(name, rank)[1] else "expect_row_gradients")
 
 
 def complete(world: World, rank: int) -> Counter[Action]:
@@ -323,11 +331,12 @@ def complete(world: World, rank: int) -> Counter[Action]:
                 goes_on = not first and world.returns(name, world.neighbour(name, rank, -1))
                 kinds += ["send_gradient"] * (works and goes_on)
         if name != LANGUAGE:
-            sends, awaits = world.sends_rows(name, rank, number), world.awaits(name, rank, number)
-            kinds += ["send_rows"] * sends + ["expect_rows"] * (awaits and not sends) + ["receive_rows"] * awaits
+            encodes, awaits = world.encodes(name, rank, number), world.awaits(name, rank, number)
+            sends, receives = world.ends(name, rank)
+            kinds += ["send_rows" if sends else "expect_rows"] * (encodes or awaits) + ["receive_rows"] * awaits
             if world.train and name in world.trained_from:
-                kinds += ["receive_row_gradients"] * sends + ["send_row_gradients"] * awaits
-                kinds += ["expect_row_gradients"] * (sends and not awaits)
+                kinds += ["send_row_gradients" if receives else "expect_row_gradients"] * (encodes or awaits)
+                kinds += ["receive_row_gradients"] * encodes
         expected.update(Action(kind, number, name) for kind in kinds)  # type: ignore[arg-type]
     return expected
 

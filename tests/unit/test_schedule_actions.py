@@ -8,7 +8,7 @@ from mimo_gemma4.config import LayoutConfig, ModuleLayout
 from mimo_gemma4.data.manifest import MediaSlot, Microbatch, SampleSlot, StepManifest
 from mimo_gemma4.layout import LANGUAGE, build_layout
 from mimo_gemma4.schedule import Action
-from tests.schedule_simulator import Deadlock, Disorder, World, complete, lower_bound, simulate
+from tests.schedule_simulator import Deadlock, Disorder, Message, World, complete, lower_bound, simulate
 
 LAYOUTS = 10_000
 
@@ -18,19 +18,23 @@ def make_world(choose: random.Random) -> World:
     encoders = ("vision", "audio", "video")[: choose.choice([0, 1, 1, 2, 3])]
     pp = choose.choice([1, 1, 1, 2, 2, 2, 3, 4, 8])
     tp, cp, dp = ((1, 1, 1), (2, 1, 1), (1, 2, 1), (1, 1, 2), (1, 1, 3))[choose.randrange(5 if pp < 4 else 1)]
-    colocated = choose.random() < 0.4
     ranks = tp * cp * dp * pp
-    modules = {}
+    modules, encoder_ranks = {}, {}
+    placement = choose.choice(["disjoint", "colocated", "mixed"])
     for name in encoders:
         encoder_tp, encoder_pp = choose.choice([1, 1, 1, 2, 4]), choose.choice([1, 1, 2, 3])
-        lanes = choose.randint(1, 3)
-        if colocated and ranks % (encoder_tp * encoder_pp):
-            encoder_tp = encoder_pp = 1
-        encoder_ranks = None if colocated else lanes * encoder_tp * encoder_pp
-        modules[name] = ModuleLayout(encoder_ranks, tp=encoder_tp, pp=encoder_pp)
-    modules[LANGUAGE] = ModuleLayout(None if colocated else ranks, tp=tp, cp=cp, pp=pp)
-    world_size = ranks if colocated else ranks + sum(m.ranks for n, m in modules.items() if n != LANGUAGE)
-    layout = build_layout(LayoutConfig(modules, placement="colocated" if colocated else "disjoint"), world_size)
+        if placement == "colocated":
+            if ranks % (encoder_tp * encoder_pp):
+                encoder_tp = encoder_pp = 1
+            modules[name] = ModuleLayout(tp=encoder_tp, pp=encoder_pp)
+        else:
+            encoder_ranks[name] = choose.randint(1, 3) * encoder_tp * encoder_pp
+            modules[name] = ModuleLayout(encoder_ranks[name], tp=encoder_tp, pp=encoder_pp)
+    modules[LANGUAGE] = ModuleLayout(None if placement == "colocated" else ranks, tp=tp, cp=cp, pp=pp)
+    world_size = ranks + sum(encoder_ranks.values())
+    if placement == "mixed":
+        world_size = overlap(modules, choose)
+    layout = build_layout(LayoutConfig(modules, placement=placement), world_size)
     rounds = choose.choice([0, 1, 1, 2, 2, 3, 4, 7])
     world = World(
         layout,
@@ -44,6 +48,16 @@ def make_world(choose: random.Random) -> World:
     for name in encoders:
         connect(world, name, choose)
     return world
+
+
+def overlap(modules: dict[str, ModuleLayout], choose: random.Random) -> int:
+    """Give every module a random list of ranks instead of their number; returns the number of ranks in use."""
+    pool = range(max(module.ranks for module in modules.values()) + choose.randint(0, 3))
+    lists = {name: choose.sample(pool, module.ranks) for name, module in modules.items()}
+    number = {rank: position for position, rank in enumerate(sorted(set().union(*lists.values())))}
+    for name, ranks in lists.items():
+        modules[name].ranks = sorted(number[rank] for rank in ranks)
+    return len(number)
 
 
 def make_manifest(
@@ -181,6 +195,25 @@ def test_a_lane_that_is_empty_moves_nothing_and_still_takes_its_passes():
     simulate(world, world.plans())
 
 
+@pytest.mark.parametrize("stages", [2, 4, 8])
+def test_colocated_encoders_fill_the_bubble(stages: int):
+    """Encoders that work on every stage's rank, as long as the stage does, and take what they can of its idle time."""
+    rounds, seconds = 16, {"forward": 1.0, "encode": 1.0, "backward": 2.0, "encoder_backward": 2.0}
+    modules = {"vision": ModuleLayout(), LANGUAGE: ModuleLayout(pp=stages)}
+    layout = build_layout(LayoutConfig(modules, placement="colocated"), stages)
+    manifest = make_manifest(random.Random(0), rounds, 1, {"vision": stages}, gaps=0.0)
+    world = World(layout, manifest, {"vision": 0}, {"vision": 2})
+    for number in range(rounds):
+        world.rows["vision", number] = [(rank, 0) for rank in range(1, stages)]
+        world.owners["vision", number] = [(0, rank) for rank in range(1, stages)]
+    timeline = simulate(world, world.plans(), lambda action, rank: seconds[action.kind])
+    bubble, work = 3.0 * (stages - 1), 6.0 * rounds
+    assert timeline.busy == [work] * stages
+    # Encoders before and after the pipeline would leave all of the bubble.
+    assert timeline.seconds - work <= bubble / 2
+    assert stages > 2 or timeline.seconds == work
+
+
 def swap(plan: list[Action], one: Action, other: Action) -> None:
     i, j = plan.index(one), plan.index(other)
     plan[i], plan[j] = plan[j], plan[i]
@@ -224,4 +257,41 @@ def test_an_action_left_out_is_caught(kind: str):
     plans = world.plans()
     plans[1].remove(language(kind, 3))
     with pytest.raises((Deadlock, Disorder)):
+        simulate(world, plans)
+
+
+@pytest.mark.parametrize(
+    ("kind", "rank"),
+    [("send_rows", 0), ("expect_rows", 1), ("receive_rows", 1)]
+    + [("send_row_gradients", 1), ("expect_row_gradients", 0), ("receive_row_gradients", 0)],
+)
+def test_a_transfer_of_rows_left_out_is_caught(kind: str, rank: int):
+    world = pipeline(2, 4, vision=2)
+    plans = world.plans()
+    plans[rank].remove(Action(kind, 3, "vision"))
+    with pytest.raises((Deadlock, Disorder)):
+        simulate(world, plans)
+
+
+class Parted(World):
+    """Ranks at both ends of an edge hand over what they receive and what they send as two batches."""
+
+    def batch(self, action: Action, rank: int) -> tuple[tuple, set[Message]] | None:
+        handed = super().batch(action, rank)
+        end = {"expect_rows": 1, "send_rows": 0}.get(action.kind)
+        if handed is None or end is None:
+            return handed
+        return handed[0], {message for message in handed[1] if message[end] == rank}
+
+
+def test_ranks_at_both_ends_that_expect_before_they_send_deadlock():
+    layout = build_layout(LayoutConfig({"vision": ModuleLayout(), LANGUAGE: ModuleLayout()}, placement="colocated"), 2)
+    world = Parted(layout, make_manifest(random.Random(0), 2, 2, {"vision": 2}, gaps=0.0), run_ahead={"vision": 2})
+    for number in range(2):
+        world.rows["vision", number] = [(0, 1), (1, 0)]
+    plans = world.plans()
+    for plan in plans:
+        place = plan.index(Action("send_rows", 0, "vision"))
+        plan.insert(place, Action("expect_rows", 0, "vision"))
+    with pytest.raises(Deadlock):
         simulate(world, plans)
