@@ -1,8 +1,10 @@
 """Self-attention of one Gemma 4 layer, with its own or another layer's keys and values."""
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron.core.tensor_parallel.mappings import (
@@ -14,8 +16,9 @@ from torch import nn
 
 from mimo_gemma4.language.attention_backend import AttentionPlan
 from mimo_gemma4.language.config import Gemma4TextConfig, LayerConfig
-from mimo_gemma4.language.key_exchange import KeyExchange, States, arrive, depart
+from mimo_gemma4.language.key_exchange import Departed, KeyExchange, States, arrive, depart
 from mimo_gemma4.language.norm import RMSNorm, normalise
+from mimo_gemma4.language.projection import project_first
 from mimo_gemma4.language.replicated import OneHeadLinear
 from mimo_gemma4.language.rotary import rotate
 from mimo_gemma4.weights import Binding, Constant, Normal, bind_replicated, bind_sharded
@@ -114,18 +117,41 @@ class SelfAttention(nn.Module):
 
         Returns the projected result [S/(cp*tp), B, H] (local) and the keys and values that were attended to.
         """
-        projected, _ = self.linear_qkv(hidden)
-        query, *own = projected.split(self.fused_sizes, dim=-1)
         departed = None
-        if shared is None:
-            raw = [self._heads(part) for part in own or self._unsplit_key_values(hidden)]
-            departed = depart(inputs.exchange, self._travelling(raw, inputs.rotary))
-        query = rotate(self.q_norm(self._heads(query)), inputs.rotary)  # while keys and values are on their way
+        if shared is None and inputs.exchange is not None and not self._adapted:
+            query_weight, key_value_weight = self._weights()
+            own, whole = project_first(
+                hidden, key_value_weight, self.tp_group, sequence_parallel=self.config.sequence_parallel
+            )
+            departed = self._depart(own.chunk(self.projections, dim=-1), inputs)
+            query = F.linear(whole, query_weight)
+        else:
+            query, *fused = self.linear_qkv(hidden)[0].split(self.fused_sizes, dim=-1)
+            if shared is None:
+                departed = self._depart(fused or self._unsplit_key_values(hidden), inputs)
+        query = rotate(self.q_norm(self._heads(query)), inputs.rotary)  # while keys and values are on their way, too
         if departed is not None:
             shared = self._key_values(arrive(departed), inputs.key_rotary)
         assert shared is not None
         output, _ = self.linear_proj(inputs.plan.attend(query, shared.key, shared.value))
         return output, shared
+
+    @property
+    def _adapted(self) -> bool:
+        """Whether something adds to the projections' outputs, as low-rank adapters do: then they are computed whole."""
+        linears = [self.linear_qkv] if self.key_value_split else [self.linear_qkv, self.linear_key_value]
+        return any(linear._forward_hooks for linear in linears)
+
+    def _weights(self) -> tuple[torch.Tensor, ...]:
+        """Rows of the queries, and of the keys and values: [rows (local), H] each."""
+        if self.key_value_split:
+            return self.linear_qkv.weight.split([self.query_size, sum(self.fused_sizes) - self.query_size])
+        return self.linear_qkv.weight, self.linear_key_value.local_rows(self.linear_key_value.weight)
+
+    def _depart(self, projected: Sequence[torch.Tensor], inputs: AttentionInputs) -> Departed:
+        """Launch the exchange of what keys and values [S/cp, B, heads * head_dim] (local), just projected, become."""
+        raw = [self._heads(part) for part in projected]
+        return depart(inputs.exchange, self._travelling(raw, inputs.rotary))
 
     def _heads(self, states: torch.Tensor) -> torch.Tensor:
         return states.unflatten(-1, (-1, self.layer.head_dim))
