@@ -1,5 +1,6 @@
 """Attention by torch's scaled-dot-product attention, a block of queries at a time: right everywhere, fast nowhere."""
 
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -28,22 +29,40 @@ class ReferencePlan:
 
     def attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
         """Attend as `AttentionPlan` says."""
-        return _BlockwiseAttention.apply(query, key, value, self)
+        if len(self.blocks) > 1:
+            return _BlockwiseAttention.apply(query, key, value, self)
+        ((_, keys),) = self.blocks
+        return _attend(query, key[keys], value[keys], self._only_mask)
 
     def block(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, rows: slice, keys: slice) -> Any:
         """Result [rows, B, heads * D] of the queries `rows` over the keys `keys`, both already cut out."""
-        numbers = torch.arange(keys.start, keys.stop, device=key.device)
+        return _attend(query, key, value, self._mask(rows, keys))
+
+    def _mask(self, rows: slice, keys: slice) -> torch.Tensor:
+        """Which of `keys` each of the queries `rows` sees: bool [B, 1, rows, keys]."""
+        numbers = torch.arange(keys.start, keys.stop, device=self.runs.device)
         first, last = self.runs[:, :, None, rows, None]
-        mask = (numbers >= first) & (numbers <= last)
-        # Key/value heads are expanded here: with `enable_gqa`, torch 2.11 falls back to its O(S^2) kernel at D = 512.
-        repeats = query.shape[2] // key.shape[2]
-        key, value = (states.repeat_interleave(repeats, dim=2).permute(1, 2, 0, 3) for states in (key, value))
-        attended = F.scaled_dot_product_attention(query.permute(1, 2, 0, 3), key, value, attn_mask=mask, scale=1.0)
-        return attended.permute(2, 0, 1, 3).flatten(2)
+        return (numbers >= first) & (numbers <= last)
+
+    @cached_property
+    def _only_mask(self) -> torch.Tensor:
+        """The mask of a single block, which all layers of the type share."""
+        return self._mask(*self.blocks[0])
+
+
+def _attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    # Key/value heads are expanded here: with `enable_gqa`, torch 2.11 falls back to its O(S^2) kernel at D = 512.
+    repeats = query.shape[2] // key.shape[2]
+    key, value = (states.repeat_interleave(repeats, dim=2).permute(1, 2, 0, 3) for states in (key, value))
+    attended = F.scaled_dot_product_attention(query.permute(1, 2, 0, 3), key, value, attn_mask=mask, scale=1.0)
+    return attended.permute(2, 0, 1, 3).flatten(2)
 
 
 class _BlockwiseAttention(torch.autograd.Function):
-    """Keeps its inputs alone; backward computes each block again, so that masks and scores exist for one at a time."""
+    """Keeps its inputs alone; backward computes each block again, so that masks and scores exist for one at a time.
+
+    For one block that would only cost time.
+    """
 
     @staticmethod
     def forward(
