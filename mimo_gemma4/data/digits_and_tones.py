@@ -71,18 +71,18 @@ def _samples(split: _Split, count: int) -> list[dict[str, Any]]:
 
 def _drawn(split: _Split, number: int) -> _Content:
     digits = _digits(split, 1 + number % 2)
-    return {"png": _draw(split, digits)}, "What number is shown?", digits
+    return {"png": _draw(split, digits)}, "Drawn?", digits
 
 
 def _dialled(split: _Split, number: int) -> _Content:
     digits = _digits(split, 1 + number % 2)
-    return {"wav": dial(digits, split.generator)}, "What number is dialled?", digits
+    return {"wav": dial(digits, split.generator)}, "Dialled number?", digits
 
 
 def _drawn_and_dialled(split: _Split, number: int) -> _Content:
     digits = _digits(split, 3)
     media = {"png": _draw(split, digits[:2]), "wav": dial(digits[2:], split.generator)}
-    return media, "What is shown and dialled?", digits
+    return media, "Drawn and dialled?", digits
 
 
 def _spelled(split: _Split, number: int) -> _Content:
