@@ -18,12 +18,9 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from mimo_gemma4.build import Foundation, build_trainer
+from mimo_gemma4.build import build_trainer, lay_foundation
 from mimo_gemma4.config import load_config
-from mimo_gemma4.layout import build_layout
-from mimo_gemma4.platform import create_platform
 from mimo_gemma4.presets import load_model_config
-from mimo_gemma4.process_groups import create_process_groups
 from tests.dist.harness import in_turn, run_ranks
 from tests.vlm_reference import (
     IMAGES,
@@ -189,10 +186,8 @@ def step_on_rank(rank: int, folder: Path, overrides: list[str]) -> tuple[dict, l
     """The step's results, and this rank's pieces of the gradient: (name, shape, index, values)."""
     config = load_config([f"config={folder}/run.yaml", *overrides])
     config.run.dir = f"{config.run.dir}/{os.getppid()}"
-    platform = create_platform()
-    layout = build_layout(config.layout, dist.get_world_size())
-    groups = create_process_groups(layout, platform)
-    trainer = build_trainer(Foundation(config, load_model_config(config.model, config.modules), layout, platform, groups))
+    foundation = lay_foundation(config)
+    trainer = build_trainer(foundation)
     data = trainer.loader.load(STEP)
     for optimizer in trainer.optimizers.values():
         optimizer.zero_gradients()
@@ -203,7 +198,7 @@ def step_on_rank(rank: int, folder: Path, overrides: list[str]) -> tuple[dict, l
     pieces = []
     for optimizer in trainer.optimizers.values():
         trainable = [parameter for parameter in optimizer.module.parameters() if parameter.requires_grad]
-        whole = {id(parameter): torch.zeros(parameter.numel(), device=platform.device) for parameter in trainable}
+        whole = {id(parameter): torch.zeros(parameter.numel(), device=foundation.platform.device) for parameter in trainable}
         for shard in optimizer.trainable_shards:
             whole[id(shard.tensor)][shard.start : shard.end] = shard.gradient
         for parameter in trainable:  # ZeRO-1 shards of the replicas make one gradient
@@ -217,7 +212,7 @@ def step_on_rank(rank: int, folder: Path, overrides: list[str]) -> tuple[dict, l
     trainer.loader.close()
     result = {name: float(getattr(agreement, name)) for name in ("loss", "loss_tokens", "grad_norm")}
     result["hashes"] = agreement.hash_difference.abs().sum().item()
-    groups.destroy()
+    foundation.groups.destroy()
     return result, pieces
 
 
