@@ -26,14 +26,17 @@ MODELS = {
 QUICK = {
     "E2B": [Case(vision=3, dp=2, pp=2, rows=1), Case(vision=2, tp=2, pp=2, sp=True, frozen=("vision tower",))],
     "E4B": [Case(vision=4), Case(cp=2, pp=2, packing=True, frozen=("language",))],
-    "31B": [Case(pp=3, rows=1, packing=True), Case(colocated=True, tp=2, cp=2, pp=2, sp=True, packing=True)],
+    "31B": [
+        Case(pp=3, rows=1, packing=True, ranks=((2,), (0, 1, 2))),
+        Case(colocated=True, tp=2, cp=2, pp=2, sp=True, packing=True),
+    ],
     "26B-A4B": [Case(vision=2, dp=2, pp=2, ep=2, rows=1, packing=True)],
     "E4B with sounds": [
         Case(audio=1, dp=3, pp=2, rows=1, frozen=("vision",)),
         Case(vision=2, audio=1, audio_tp=2, colocated=True, dp=2, tp=2, sp=True, rows=1),
     ],
     "31B, images in one sample": [Case(dp=3, rows=1)],
-    "E2B, text alone": [Case(vision=2, dp=2, pp=2, rows=1)],
+    "E2B, text alone": [Case(vision_pp=2, dp=2, pp=2, rows=1)],
 }
 COMPLETE = {
     "E2B": [
@@ -49,6 +52,9 @@ COMPLETE = {
         Case(colocated=True, vision_tp=4, pp=4, part=True, rows=3),
         Case(vision=2, dp=2, frozen=("vision",)),
         Case(colocated=True, pp=2, dp=2, rows=1, frozen=("vision",)),
+        Case(vision_pp=2, dp=3, rows=1),
+        Case(vision_tp=2, dp=3, rows=1, ranks=((0, 1), (1, 2, 3))),
+        Case(colocated=True, vision_pp=2, tp=2, pp=2, sp=True, packing=True),
     ],
     "E4B": [
         Case(vision=3, dp=4, rows=1),
@@ -60,6 +66,8 @@ COMPLETE = {
         Case(colocated=True, vision_tp=2, dp=2, cp=2, pp=2, rows=1),
         Case(colocated=True, tp=2, pp=4, sp=True, part=True, rows=1, checkpointing="full"),
         Case(vision=3, dp=2, pp=2, rows=1, frozen=("vision tower",)),
+        Case(vision_pp=3, dp=2, pp=2, rows=1, frozen=("vision",)),
+        Case(vision_pp=2, pp=3, part=True, rows=1, ranks=((1, 2), (0, 1, 2))),
     ],
     "31B": [
         Case(vision=4, packing=True),
@@ -74,6 +82,9 @@ COMPLETE = {
         Case(colocated=True, dp=2, pp=4, rows=1, packing=True),
         Case(colocated=True, dp=2, cp=2, pp=2, rows=1, packing=True),
         Case(vision=1, tp=2, pp=3, sp=True, checkpointing="full", frozen=("language",), rows=1),
+        Case(vision=2, vision_pp=2, tp=2, pp=2, sp=True, packing=True, rows=1),
+        Case(vision=2, tp=2, pp=2, sp=True, packing=True, ranks=((0, 2), (0, 1, 2, 3))),
+        Case(vision_tp=2, cp=2, pp=3, packing=True, rows=1, ranks=((0, 1), (0, 1, 2, 3, 4, 5))),
     ],
     "26B-A4B": [
         Case(vision=3, dp=2, ep=2, rows=1),
@@ -83,6 +94,8 @@ COMPLETE = {
         Case(colocated=True, dp=2, cp=2, pp=2, ep=4, rows=1, checkpointing="full"),
         Case(vision=2, dp=2, pp=3, ep=2, rows=1),
         Case(vision=2, vision_tp=2, dp=4, ep=4, rows=1, frozen=("vision tower",)),
+        Case(colocated=True, vision_pp=2, dp=2, pp=2, ep=2, rows=1, packing=True),
+        Case(vision=2, dp=2, pp=2, ep=2, rows=1, ranks=((3, 4), (0, 1, 2, 3))),
     ],
     "E4B with sounds": [
         Case(vision=3, audio=1, dp=2, rows=1),
@@ -94,12 +107,19 @@ COMPLETE = {
         Case(audio=2, dp=2, rows=1, frozen=("audio tower", "language")),
         Case(colocated=True, vision_tp=2, audio=1, dp=2, cp=2, pp=2, part=True, rows=1, packing=True),
         Case(colocated=True, audio=1, audio_tp=2, tp=2, pp=3, sp=True, part=True),
+        Case(vision_pp=2, audio_pp=2, tp=2, pp=2, sp=True, rows=1),
+        Case(vision=2, vision_tp=2, audio=2, dp=2, tp=2, sp=True, rows=1, ranks=((0, 1, 2, 3), (4, 5), (0, 1, 2, 3))),
+        Case(vision=2, audio=1, audio_tp=2, dp=2, pp=2, rows=1, ranks=((0, 1), (0, 1), (2, 3, 4, 5))),
+        Case(
+            vision=2, audio_pp=2, audio=1, cp=2, packing=True, ranks=((0, 1), (2, 3), (1, 2)), frozen=("audio tower",)
+        ),
     ],
     "31B, images in one sample": [
         Case(vision=3, dp=4, rows=1),
         Case(vision=2, dp=2, cp=2, pp=1, rows=1, packing=True),
         Case(vision=2, vision_tp=2, dp=2, pp=2, rows=1),
         Case(colocated=True, dp=4, pp=2, rows=1),
+        Case(vision_pp=2, dp=4, rows=1),
     ],
     "E2B, text alone": [
         Case(vision=3, dp=2, rows=1),
