@@ -37,7 +37,9 @@ WITH_IMAGES = [
     Case(vision=2, cp=2, packing=True),
     Case(vision=2, pp=2, rows=1),
     Case(pp=3, part=True, rows=1),
+    Case(vision_pp=2, pp=2, rows=1),
     Case(colocated=True, tp=2, pp=2, sp=True, packing=True, rows=1),
+    Case(vision_tp=2, dp=3, rows=1, ranks=((0, 1), (1, 2, 3))),
     Case(colocated=True, vision_tp=2, dp=2, cp=2, rows=1, frozen=("vision tower",)),
 ]
 WITH_EXPERTS = [
