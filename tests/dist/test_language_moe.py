@@ -20,7 +20,7 @@ from mimo_gemma4.partition import cp_token_index, sequence_multiple
 from mimo_gemma4.platform import create_platform
 from mimo_gemma4.process_groups import create_process_groups
 from mimo_gemma4.weights import load
-from tests.dist.harness import run_ranks
+from tests.dist.harness import in_turn, run_ranks
 from tests.dist.language_ranks import StateDict, gradient_is_part
 from tests.random_weights import vary_norms
 
@@ -65,6 +65,11 @@ class Case:
     sequence_parallel: bool = False
     checkpointing: str = "none"
     variant: str = "26b"
+
+    @property
+    def world(self) -> int:
+        """Number of ranks."""
+        return self.dp * self.cp * self.tp
 
 
 QUICK = [
@@ -145,11 +150,10 @@ def lane_batch(numbers: list[int], multiple: int) -> dict[str, torch.Tensor]:
 
 def partial_results(rank: int, case: Case) -> dict[str, Any]:
     """What one rank computes: its part of the logits, loss and gradients."""
-    world = case.dp * case.cp * case.tp
     grid = ModuleGrid(
-        "language", tuple(range(world)), case.tp, case.cp, case.dp, 1, case.ep, case.sequence_parallel
+        "language", tuple(range(case.world)), case.tp, case.cp, case.dp, 1, case.ep, case.sequence_parallel
     )
-    groups = create_process_groups(Layout({"language": grid}, world, "disjoint"), create_platform())
+    groups = create_process_groups(Layout({"language": grid}, case.world, "disjoint"), create_platform())
     source, at = huggingface_model(case.variant), grid.coordinate(rank)
     model = Gemma4LanguageModel(
         Gemma4TextConfig.from_hf(source.config.to_dict()),
@@ -203,9 +207,16 @@ def gradient_of(tensor: torch.Tensor) -> torch.Tensor:
     return torch.zeros_like(tensor) if tensor.grad is None else tensor.grad
 
 
-def check(case: Case, expected: dict[str, Any]) -> None:
-    results = run_ranks(case.dp * case.cp * case.tp, partial_results, case)
-    assert sum(result["loss"] for result in results) == pytest.approx(expected["loss"], rel=1e-5)
+def check(cases: list[Case], world: int, references: dict[str, dict[str, Any]], timeout: float) -> None:
+    """Hold the cases of one number of ranks, started once, against transformers."""
+    cases = [case for case in cases if case.world == world]
+    ranks = run_ranks(world, in_turn, partial_results, [(case,) for case in cases], timeout=timeout)
+    for case, *results in zip(cases, *ranks, strict=True):
+        compare(case, results, references[case.variant])
+
+
+def compare(case: Case, results: list[dict[str, Any]], expected: dict[str, Any]) -> None:
+    assert sum(result["loss"] for result in results) == pytest.approx(expected["loss"], rel=1e-5), case
     logits = [torch.full_like(whole, float("nan")) for whole in expected["logits"]]
     width = VOCABULARY // case.tp
     for result in results:
@@ -214,7 +225,7 @@ def check(case: Case, expected: dict[str, Any]) -> None:
             real = result["positions"] < len(logits[number])
             logits[number][result["positions"][real], columns] = result["logits"][row, real]
     # a few units in the last place of sums of some hundred terms
-    torch.testing.assert_close(logits, expected["logits"], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(logits, expected["logits"], rtol=1e-5, atol=1e-5, msg=lambda text: f"{case}: {text}")
 
     gradients = {name: torch.zeros_like(gradient) for name, gradient in expected["gradients"].items()}
     for name, shape, index, part in (entry for result in results for entry in result["gradients"]):
@@ -223,7 +234,8 @@ def check(case: Case, expected: dict[str, Any]) -> None:
     overall = torch.stack([gradient.norm() for gradient in expected["gradients"].values()]).norm()
     for name, gradient in expected["gradients"].items():
         deviation, allowed = (gradients[name] - gradient).norm(), 1e-5 * gradient.norm() + 1e-7 * overall
-        assert gradient.norm() > 0 and deviation <= allowed, f"{name}: off by {deviation:.2e}, allowed {allowed:.2e}"
+        off = f"{case}: {name} is off by {deviation:.2e}, allowed {allowed:.2e}"
+        assert gradient.norm() > 0 and deviation <= allowed, off
 
 
 @pytest.fixture(scope="module")
@@ -231,12 +243,13 @@ def references() -> dict[str, dict[str, Any]]:
     return {variant: run_ranks(1, reference, variant)[0] for variant in VARIANTS}
 
 
-@pytest.mark.parametrize("case", QUICK, ids=str)
-def test_matches_transformers(case: Case, references: dict[str, dict[str, Any]]) -> None:
-    check(case, references[case.variant])
+@pytest.mark.parametrize("world", sorted({case.world for case in QUICK}))
+def test_matches_transformers(world: int, references: dict[str, dict[str, Any]]) -> None:
+    check(QUICK, world, references, timeout=280)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case", COMPLETE, ids=str)
-def test_complete_table(case: Case, references: dict[str, dict[str, Any]]) -> None:
-    check(case, references[case.variant])
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("world", sorted({case.world for case in COMPLETE}))
+def test_complete_table(world: int, references: dict[str, dict[str, Any]]) -> None:
+    check(COMPLETE, world, references, timeout=3500)
