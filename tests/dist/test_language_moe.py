@@ -173,8 +173,8 @@ def partial_results(rank: int, case: Case) -> dict[str, Any]:
     if numbers:
         multiple = sequence_multiple(case.cp, case.tp if case.sequence_parallel else 1)
         result |= forward_and_backward(model, lane_batch(numbers, multiple), groups.modules["language"].cp)
-    else:
-        model.serve_experts().backward()
+    elif (served := model.serve_experts()) is not None:
+        served.backward()
     result["vocabulary"] = at.tp
     result["loss"] *= at.tp == 0
     result["gradients"] = [
