@@ -20,17 +20,15 @@ from typing import Any
 from mimo_gemma4.errors import ConfigError, DataError, MimoError
 from mimo_gemma4.profiling import FOLDER, SpanName
 
+WAITS = ("send", "receive", "expect", "load", "agree", "reduce")
+"""First words of the actions that move something or wait for it; all others compute."""
 COMPUTES = {
     "encode": "encode",
-    "forward": "forward",
-    "observe": "forward",
     "backward": "backward",
     "encoder_backward": "backward",
     "optimizer_step": "optimizer",
 }
-"""Kind of the actions that compute. All others move something or wait for it."""
-NUMBERED = ("encode", "forward", "backward", "encoder_backward")
-"""Actions whose microbatch the picture shows."""
+"""Kind of the actions that compute and are no forward pass."""
 SHADES = {"encode": 0.0, "forward": 0.0, "backward": 0.35, "optimizer": 0.65}
 """How much darker than the module's colour a kind is drawn."""
 KINDS = tuple(SHADES)
@@ -57,7 +55,8 @@ class Bar:
     @property
     def kind(self) -> str:
         """One of `KINDS`, or `wait`."""
-        return COMPUTES.get(self.name.action, "wait")
+        action = self.name.action
+        return "wait" if action.partition("_")[0] in WAITS else COMPUTES.get(action, "forward")
 
 
 @dataclass(frozen=True)
@@ -251,7 +250,7 @@ def draw(step: int, ranks: Sequence[RankStep], path: Path) -> None:
             axes.broken_barh([(left, width)], (bottom, height), facecolors=[colour], edgecolor="white", linewidth=0.3)
             drawn.add((bar.name.module, bar.kind))
             text = str(bar.name.number)
-            if bar.name.action in NUMBERED and width > 1e3 * length * WIDTH_OF_A_DIGIT * len(text):
+            if bar.kind not in ("wait", "optimizer") and width > 1e3 * length * WIDTH_OF_A_DIGIT * len(text):
                 axes.annotate(text, (left + width / 2, bottom + height / 2), color="white", fontsize=7, **CENTRED)
     axes.set_xlim(0, 1e3 * length)
     axes.set_ylim(len(ranks) - 0.5, -0.5)
