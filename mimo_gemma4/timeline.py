@@ -176,10 +176,13 @@ def _kernels(events: Iterable[dict[str, Any]]) -> list[tuple[float, Interval]]:
     """
     launches, ran = {}, []
     for event in events:
-        if event.get("cat") in LAUNCHES:
-            launches[event["args"]["correlation"]] = _interval(event)[0]
-        elif event.get("cat") in ON_DEVICE:
-            ran.append((event["args"]["correlation"], _interval(event)))
+        correlation = event.get("args", {}).get("correlation")
+        if correlation is None:
+            continue
+        if event["cat"] in LAUNCHES:
+            launches[correlation] = _interval(event)[0]
+        elif event["cat"] in ON_DEVICE:
+            ran.append((correlation, _interval(event)))
     return sorted((launches[launch], interval) for launch, interval in ran if launch in launches)
 
 
