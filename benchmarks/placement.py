@@ -1,6 +1,6 @@
 """Tokens per second of E4B-wide models with images by where modules are placed, with all GPUs counted.
 
-    torchrun --nproc-per-node 4 benchmarks/placement.py [--layers 12] [--tp 2]
+    torchrun --nproc-per-node 4 benchmarks/placement.py [--load heavy] [--layers 12] [--tp 2]
 
 `homogeneous`: both modules on all ranks with the language model's TP and DP. `colocated`: both on all ranks, the vision
 tower without TP. `disjoint`: each has ranks of its own, shared out by operations. Loads are those of `image_loads.py`.
@@ -20,9 +20,9 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from exposed_transfer import Timeline, exposed_seconds
 from image_loads import LOADS, TINY_LOADS, Load, Operations, with_byte_tokens, write_shard
 from random_checkpoint import shortened
+from step_timeline import Timeline, busy_seconds, exposed_seconds
 
 from mimo_gemma4.build import Foundation, build_conversation_encoder, build_loader, build_modules, open_dataset
 from mimo_gemma4.config import Config, load_config
@@ -61,7 +61,7 @@ def configuration(folder: Path, load: Load, options: argparse.Namespace) -> list
     return [
         f"config={folder}/run.yaml",
         f"run.dir={folder}/run",
-        "run.timeout_seconds=120",
+        "run.timeout_seconds=180",
         f"model.preset={'gemma4_tiny' if options.tiny else 'gemma4_e4b'}",
         f"model.precision={'fp32' if options.tiny else 'bf16'}",
         f"modules.vision.processor={{max_soft_tokens: {load.soft_tokens}}}",
@@ -114,6 +114,8 @@ class Measured:
     """Share of the step that the host waited for data, on the rank that did so longest."""
     exposed: float
     """Share of the step that transfers took, on the rank on which they took longest."""
+    busy: dict[str, float]
+    """By module, the share of the step that its passes took, on the mean of its ranks."""
     tokens: int
     """Tokens of a step."""
 
@@ -150,7 +152,8 @@ def measure(trainer: Trainer, steps: int) -> Measured:
     slowest = torch.tensor([step, data])
     dist.all_reduce(slowest, op=dist.ReduceOp.MAX, group=model.groups.host)
     step, data = slowest.tolist()
-    return Measured(step, data / step, exposed / step, sum(slot.length for slot in manifest.samples))
+    busy = {name: seconds / step for name, seconds in busy_seconds(model.layout, everyone).items()}
+    return Measured(step, data / step, exposed / step, busy, sum(slot.length for slot in manifest.samples))
 
 
 def _finish(device: torch.device) -> None:
@@ -168,7 +171,10 @@ def row(
     speed = measured.tokens / measured.step
     useful = 3 * load.samples * (operations.vision + operations.language) / measured.step / world / 1e12
     figures = [f"{speed:,.0f}", f"{1e3 * measured.step:.1f}", f"{useful:.1f}"]
-    shares = [f"{100 * share:.2f}" for share in (operations.vision_share, measured.data, measured.exposed)]
+    shares = [
+        f"{100 * share:.1f}"
+        for share in (operations.vision_share, *measured.busy.values(), measured.data, measured.exposed)
+    ]
     return speed, [load.name, placement, layout, *figures, *shares]
 
 
@@ -177,6 +183,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--layers", type=int, default=12, help="decoder layers")
     parser.add_argument("--tp", type=int, default=2, help="of the language model, where it divides its ranks")
+    parser.add_argument("--load", choices=("light", "heavy"), help="default: both")
     parser.add_argument("--steps", type=int, default=3, help="timed steps of each run")
     parser.add_argument("--tiny", action="store_true", help="tiny sizes, for a CPU")
     options = parser.parse_args()
@@ -185,6 +192,8 @@ def main() -> None:
     dist.broadcast_object_list(folders, src=0)
     folder, table = Path(folders[0]), []
     for load in TINY_LOADS if options.tiny else LOADS:
+        if options.load not in (None, load.name):
+            continue
         if platform.rank == 0:
             write_shard(folder / f"{load.name}-0.tar", load)
         arguments = configuration(folder, load, options)
@@ -208,7 +217,7 @@ def main() -> None:
         table += [[*cells, "wins" if speed == best else f"{speed / best:.2f}"] for speed, cells in rows]
     if platform.rank == 0:
         columns = ["load", "placement", "layout", "tokens/s", "step ms", "TFLOP/s/GPU"]
-        columns += ["vision % ops", "data wait %", "transfer %", "of the best"]
+        columns += ["ops % vision", "busy % vision", "busy % language", "data wait %", "transfer %", "of the best"]
         widths = [max(len(line[column]) for line in [columns, *table]) for column in range(len(columns))]
         for line in [columns, *table]:
             print("  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)))

@@ -1,9 +1,9 @@
-"""How long training steps stand still because rows and their gradients travel, beside waiting for who makes them.
+"""What the devices of all ranks do in a training step: how long transfers hold it up, and how long modules work.
 
 A receiver's wait is exposed from when its rows were ready where they come from, and it had come to need them, until
 they are there; what it waited before is the other module's time, not the transfer's. Packing and posting, which take
-the sender's stream, are exposed throughout. All times are the devices', on one clock: a step begins with a reduction
-over all ranks, behind which every rank marks its zero.
+the sender's stream, are exposed throughout. All times are the devices', on one clock: every rank marks its zero behind
+a reduction over all ranks.
 """
 
 import time
@@ -89,6 +89,15 @@ def exposed_seconds(layout: Layout, manifest: StepManifest, spans: Sequence[Sequ
     return exposed
 
 
+def busy_seconds(layout: Layout, spans: Sequence[Sequence[Span]]) -> dict[str, float]:
+    """By module, the seconds that its passes take, on the mean of its ranks; from the spans of all ranks."""
+    busy = dict.fromkeys(layout.grids, 0.0)
+    for span in (span for of_rank in spans for span in of_rank if span.kind in PASSES):
+        busy[span.module] += (span.end - span.begin) / len(layout.grids[span.module].ranks)
+    return busy
+
+
+PASSES = ("encode", "encoder_backward", "forward", "backward")
 SENDS = ("send_rows", "expect_rows", "send_row_gradients", "expect_row_gradients")
 RECEIVES = {"receive_rows": "send_rows", "receive_row_gradients": "send_row_gradients"}
 """Kinds of actions that wait, and what their sources do first when what is waited for is ready."""
