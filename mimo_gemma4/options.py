@@ -48,7 +48,7 @@ class ModuleLayout:
     cp: int = 1
     """Context-parallel size: over how many ranks a sequence is cut."""
     pp: int = 1
-    """Pipeline-parallel size: into how many stages of consecutive layers the language module is cut."""
+    """Pipeline-parallel size: into how many stages of consecutive layers the module is cut."""
     ep: int = 1
     """Expert-parallel size: over how many ranks of dp * cp, which it divides, experts are cut."""
     sequence_parallel: bool = False
@@ -194,9 +194,10 @@ class ModuleConfig:
     """What to change in this encoder's preprocessing, `{max_soft_tokens: 560}` for example. Null: it is that of the
     model directory or preset."""
     run_ahead: int = 2
-    """Microbatches that an encoder may have encoded, beyond one for each further stage of the language module, without
-    having their gradients back; each keeps its activations. With 1 it waits for every transfer, with 2 transfers travel
-    while it works. Not bounded where the encoder is frozen and has ranks of its own."""
+    """Microbatches that an encoder may have encoded, beyond one for each further stage between it and the last of the
+    language module, without having their gradients back; each keeps its activations. With 1 it waits for every
+    transfer, with 2 transfers travel while it works. Not bounded where the encoder is frozen and has ranks of its own.
+    """
 
     @property
     def frozen(self) -> bool | Literal["tower"] | list[str]:

@@ -39,6 +39,7 @@ CASES = [
     Case(tp=4, sp=True, vision_tp=4, checkpointing="full"),
     Case(tp=2, sp=True, cp=2, packing=True, checkpointing="selective"),
     Case(pp=2, tp=2, sp=True, rows=1),  # the adapter of per_layer_model_projection has a part of B on each stage
+    Case(vision_pp=2, rows=1),  # some of the patterns name linears of one stage alone
 ]
 
 

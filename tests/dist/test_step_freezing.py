@@ -21,6 +21,7 @@ PROJECTOR = "model.embed_vision.embedding_projection.weight"
 TENSOR_PARALLEL = ["layout.vision.ranks=2", "layout.language={ranks: 2, tp: 2, sequence_parallel: true}"]
 CONTEXT_PARALLEL = ["layout.vision.ranks=1", "layout.language={ranks: 2, cp: 2}"]
 PIPELINE = ["layout.vision.ranks=1", "layout.language={ranks: 2, pp: 2}"]
+ENCODER_PIPELINE = ["layout.vision={ranks: 2, pp: 2}", "layout.language.ranks=1"]
 ONE_RANK = ["layout.placement=colocated"]
 
 
@@ -123,6 +124,14 @@ def test_a_frozen_tower_trains_its_projector_alone(run_folder: Path) -> None:
     assert steps.returned > 0
     assert {name for name in steps.changed if not in_language(name)} == {PROJECTOR}
     assert any(map(in_language, steps.changed))
+
+
+@pytest.mark.parametrize("trained", ["tower.encoder.layers.1.", "tower.encoder.layers.0."], ids=["last", "first"])
+def test_one_stage_of_an_encoder_trains_alone(run_folder: Path, trained: str) -> None:
+    steps = steps_of_all(run_folder, ENCODER_PIPELINE, 3, f"modules.vision.freeze=['*','!*{trained}*']")
+    encoder = {name for name in steps.changed if not in_language(name)}
+    assert steps.returned > 0
+    assert encoder and all(trained in name for name in encoder)
 
 
 def test_patterns_freeze_what_they_match(run_folder: Path) -> None:

@@ -186,6 +186,21 @@ def test_an_encoder_without_backward_pass_runs_ahead_without_bound():
     assert simulate(world, world.plans()).in_flight[0, "vision"] == 8
 
 
+@pytest.mark.parametrize("first", range(3))
+def test_stages_of_an_encoder_before_the_first_that_trains_have_no_backward_pass(first: int):
+    world = pipeline(2, 4, vision=2)
+    modules = {"vision": ModuleLayout(3, pp=3), LANGUAGE: ModuleLayout(2, pp=2)}
+    world.layout, world.trained_from = build_layout(modules, 5), {"vision": first}
+    world.rows, world.owners = {}, {}
+    simulate(world, world.plans())
+    kinds = [{action.kind for action in plan if action.module == "vision"} for plan in world.plans()[:3]]
+    for stage in range(3):
+        assert ("encoder_backward" in kinds[stage]) == (stage >= first)
+        assert ("expect_gradient" in kinds[stage]) == (first <= stage < 2)
+        assert ("send_gradient" in kinds[stage]) == (stage > first)
+        assert ("receive_row_gradients" in kinds[stage]) == (stage == 2)
+
+
 def test_a_lane_that_is_empty_moves_nothing_and_still_takes_its_passes():
     world = pipeline(2, 3)
     empty = Microbatch(0, 1, 0, 0, ())
