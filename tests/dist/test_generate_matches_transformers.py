@@ -35,6 +35,7 @@ LAYOUTS = {
     ),
     "cp 2": (3, ["layout.vision.ranks=1", "layout.language={ranks: 2, cp: 2}"]),
     "pp 2, cp 2": (5, ["layout.vision.ranks=1", "layout.language={ranks: 4, cp: 2, pp: 2}"]),
+    "stages of both, colocated": (2, ["layout.placement=colocated", "layout.vision.pp=2", "layout.language.pp=2"]),
 }
 
 
