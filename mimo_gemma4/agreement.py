@@ -114,7 +114,7 @@ class StepAgreement:
             loss_sum: summed token loss of the (dp, cp) shard that this language rank holds.
             loss_tokens: labels of that shard that are not -100.
             tokens: positions of this rank's whole language lane, padding excluded.
-            hash_difference: [language lanes], see `sample_hash`.
+            hash_difference: [language lanes] on the device, see `sample_hash`.
             usage: what this rank tells about its use of the machine.
         """
         vector = torch.zeros(sum(self.sizes), dtype=torch.float64, device=self.device)
@@ -129,9 +129,9 @@ class StepAgreement:
                 mine[3][position] = square
                 mine[4][position] = ~square.isfinite()
         if hash_difference is not None:
-            mine[5].copy_(hash_difference, non_blocking=True)
+            mine[5].copy_(hash_difference)
         if usage is not None:
-            mine[6].copy_(usage.modules.flatten(), non_blocking=True)
+            mine[6].copy_(usage.modules.flatten())
             mine[7][self.rank : self.rank + 1].fill_(usage.memory_gib)
         dist.all_reduce(vector, group=self.group)
         return self._results(vector)

@@ -1,6 +1,5 @@
 """The training loop: step, agree, update, tell; evaluate and save when due. The same code on every rank."""
 
-import time
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -22,15 +21,21 @@ from mimo_gemma4.model import MimoModel
 from mimo_gemma4.optim import ModuleOptimizer, learning_rate
 from mimo_gemma4.profiling import FOLDER, TRAINER, Tracer
 from mimo_gemma4.step import StepRunner, StepTotals
-from mimo_gemma4.usage import UsageMeter
+from mimo_gemma4.usage import Moment, UsageMeter, now, seconds_between
 
 
 @dataclass(frozen=True)
 class _Measured:
-    """What was planned for a step, and how long it took."""
+    """What was planned for a step, and when it began and ended."""
 
     manifest: StepManifest
-    seconds: float
+    start: Moment
+    end: Moment
+
+    @property
+    def seconds(self) -> float:
+        """How long the step took; the device must have finished it."""
+        return seconds_between(self.start, self.end)
 
 
 @dataclass(frozen=True)
@@ -41,8 +46,8 @@ class _Pending:
     report: StepReport
     lr: float
     measured: _Measured
-    usage_seconds: float | None
-    """Length of the step whose usage travelled with this one's results: the one before; None where there is none."""
+    previous: _Measured | None
+    """The step whose usage travelled with this one's results: the one before; None where there is none."""
 
 
 class Trainer:
@@ -98,7 +103,8 @@ class Trainer:
 
     def train_step(self) -> Agreement:
         """One optimizer step on every module of this rank."""
-        started = time.perf_counter()
+        device = self.model.platform.device
+        start = now(device)
         step, span = self.step + 1, self.tracer.span
         with span(TRAINER, "load", step):
             data = self.loader.load(self.step)
@@ -118,10 +124,8 @@ class Trainer:
             with span(name, "optimizer_step", step):
                 optimizer.apply(agreement, rates[name])
         self.step = step
-        seconds = time.perf_counter() - started
-        self._measured = _Measured(data.manifest, seconds)
-        usage_seconds = None if measured is None else measured.seconds
-        self._pending = _Pending(step, StepReport(agreement), rates["language"], self._measured, usage_seconds)
+        self._measured = _Measured(data.manifest, start, now(device))
+        self._pending = _Pending(step, StepReport(agreement), rates["language"], self._measured, measured)
         return agreement
 
     def agree(self, totals: StepTotals, data: StepData, previous: StepManifest | None = None) -> Agreement:
@@ -149,7 +153,7 @@ class Trainer:
                     difference[lane] += sample_hash([identity])
         if self.agreement.tells_tokens:
             difference[layout.language.coordinate(rank).dp] -= sample_hash(data.expected)
-        return difference
+        return self.model.platform.put(difference)
 
     def evaluate(self) -> dict[str, Any] | None:
         """Evaluate now; rank 0 records and returns the result."""
@@ -220,10 +224,10 @@ class Trainer:
     def _record(self, pending: _Pending, result: Mapping[str, Any]) -> dict[str, Any]:
         seconds, modules = pending.measured.seconds, {}
         for row, grid in enumerate(self.model.layout.grids.values()):
-            if pending.usage_seconds is None:
+            if pending.previous is None:
                 modules[grid.name] = dict.fromkeys(("mfu", "busy", "wait", "memory_gib"))
                 continue
-            busy, wait, flops = (value / pending.usage_seconds for value in result["usage"][row])
+            busy, wait, flops = (value / pending.previous.seconds for value in result["usage"][row])
             ranks = len(grid.ranks)
             modules[grid.name] = {
                 "mfu": flops / (self._peak * ranks) if self._peak else None,

@@ -18,38 +18,50 @@ COLUMNS = ("busy", "wait", "flops")
 """What a rank tells per module: seconds computing, seconds waiting for what others send, operations of the step."""
 
 
+Moment = float | torch.cuda.Event
+"""When the CPU, or the GPU's stream, came to some place of the program."""
+
+
+def now(device: torch.device) -> Moment:
+    """This moment on `device`; on a GPU, the one at which it will have done what is enqueued."""
+    if device.type != "cuda":
+        return time.perf_counter()
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
+
+
+def seconds_between(start: Moment, end: Moment) -> float:
+    """Seconds from one moment to another, which a GPU must have passed: reading events does not wait for it."""
+    if isinstance(start, torch.cuda.Event):
+        assert isinstance(end, torch.cuda.Event)
+        return start.elapsed_time(end) / 1e3
+    assert isinstance(end, float)
+    return end - start
+
+
 class Stopwatch:
-    """Time per (module, kind) of one step: CUDA events where there is a GPU, so that measuring never waits for it."""
+    """Time per (module, kind) of one step."""
 
     def __init__(self, device: torch.device):
         """Measure what is enqueued on `device`."""
-        self._on_gpu = device.type == "cuda"
-        self._spans: list[tuple[str, str, float | torch.cuda.Event, float | torch.cuda.Event]] = []
+        self._device = device
+        self._spans: list[tuple[str, str, Moment, Moment]] = []
 
     @contextmanager
     def measure(self, module: str, kind: str) -> Iterator[None]:
         """Add the time of the block to (module, kind)."""
-        start = self._now()
+        start = now(self._device)
         yield
-        self._spans.append((module, kind, start, self._now()))
+        self._spans.append((module, kind, start, now(self._device)))
 
     def collect(self) -> dict[tuple[str, str], float]:
         """Seconds per (module, kind) since the last call. On a GPU the measured work must be finished."""
         seconds: dict[tuple[str, str], float] = defaultdict(float)
         for module, kind, start, end in self._spans:
-            if isinstance(start, torch.cuda.Event) and isinstance(end, torch.cuda.Event):
-                seconds[module, kind] += start.elapsed_time(end) / 1e3
-            else:
-                seconds[module, kind] += end - start  # type: ignore[operator]
+            seconds[module, kind] += seconds_between(start, end)
         self._spans.clear()
         return seconds
-
-    def _now(self) -> float | torch.cuda.Event:
-        if not self._on_gpu:
-            return time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        return event
 
 
 @dataclass(frozen=True)
@@ -57,7 +69,7 @@ class Usage:
     """What one rank tells of one step."""
 
     modules: torch.Tensor
-    """fp64 [modules, 3] on the host: `COLUMNS` per module of the layout; zero where this rank does not hold it."""
+    """fp64 [modules, 3] on the device: `COLUMNS` per module of the layout; zero where this rank does not hold it."""
     memory_gib: float
     """Largest device memory in use so far, in GiB; on the CPU, of the process."""
 
@@ -77,7 +89,7 @@ class UsageMeter:
             if name in self.model.modules:
                 table[row, 0], table[row, 1] = seconds.get((name, "busy"), 0.0), seconds.get((name, "wait"), 0.0)
                 table[row, 2] = self._flops(name, manifest)
-        return Usage(table, _peak_memory_gib(self.model.platform.device))
+        return Usage(self.model.platform.put(table), _peak_memory_gib(self.model.platform.device))
 
     def _passes(self, name: str) -> int:
         """How often a module's linears work: forward, for the gradients of their inputs, and of their weights.
