@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 
 from mimo_gemma4.data.manifest import MediaSlot, StepManifest
-from mimo_gemma4.layout import Layout
+from mimo_gemma4.layout import Coordinate, Layout
 from mimo_gemma4.messages import Arrival, Mailbox
 from mimo_gemma4.partition import CpLayout, cp_token_index
 from mimo_gemma4.platform import Platform
@@ -34,11 +34,10 @@ class Parcels:
     """Which rows [n], peer after peer, on the host."""
 
     @classmethod
-    def sort(cls, peers: torch.Tensor, index: torch.Tensor) -> "Parcels":
-        """Parcels of the rows `index` [n] for or from `peers` [n], which keep their order within a peer."""
-        ranks, counts = peers.unique(return_counts=True)
-        counted = zip(ranks.tolist(), counts.tolist(), strict=True)
-        return cls(tuple(counted), index[peers.argsort(stable=True)])
+    def of(cls, peers: torch.Tensor, index: torch.Tensor) -> "Parcels":
+        """Parcels of the rows `index` [n] for or from `peers` [n], which are in order."""
+        counts = enumerate(peers.bincount().tolist())
+        return cls(tuple((peer, count) for peer, count in counts if count), index)
 
     def slices(self, rows: torch.Tensor) -> list[tuple[int, torch.Tensor]]:
         """(peer, its part of `rows` [n, …])."""
@@ -115,7 +114,7 @@ class Bridge:
             ]
         )
         self._encoder_lane = source.coordinate(rank).dp if rank in source.stage_ranks(source.pp - 1) else None
-        self._language_lane = target.coordinate(rank).dp if rank in target.stage_ranks(0) else None
+        self._target_at = target.coordinate(rank) if rank in target.stage_ranks(0) else None
 
     # --- planning (host) ---
 
@@ -125,59 +124,63 @@ class Bridge:
         awaited: tuple[MediaSlot, ...] = ()
         if self._encoder_lane is not None:
             encoded = manifest.encoded(self.encoder, round_, self._encoder_lane)
-        if self._language_lane is not None:
-            awaited = manifest.awaited(self.encoder, round_, self._language_lane)
-        leaving, arriving = self._copies(manifest, encoded), self._copies(manifest, awaited)
-        _, target, row, _, returns = leaving[leaving[:, 0] == self.rank].unbind(1)
-        arriving = arriving[arriving[:, 1] == self.rank]
-        source, _, _, position, owned = arriving[arriving[:, 0].argsort(stable=True)].unbind(1)
+        if self._target_at is not None:
+            awaited = manifest.awaited(self.encoder, round_, self._target_at.dp)
+        target, row, _, returned = self._copies(manifest, encoded, None)
+        source, _, position, owned = self._copies(manifest, awaited, self._target_at)
         rows = _total(encoded)
         share = -(-rows // self.source.tp)
         first_row = 0 if self.encoder_tp_group is None else self.encoder_tp_group.rank() * share
-        returning, returned = owned.nonzero().flatten(), returns.bool()
         return Route(
-            sends=Parcels.sort(target, row),
-            receives=Parcels.sort(source, position),
-            gradient_sends=Parcels.sort(source[returning], returning),
-            gradient_receives=Parcels.sort(target[returned], row[returned] - first_row),
+            sends=Parcels.of(target, row),
+            receives=Parcels.of(source, position),
+            gradient_sends=Parcels.of(source[owned], owned.nonzero().flatten()),
+            gradient_receives=Parcels.of(target[returned], row[returned] - first_row),
             rows=rows,
             share=share,
         )
 
-    def _copies(self, manifest: StepManifest, slots: Sequence[MediaSlot]) -> torch.Tensor:
-        """Every copy of the rows of one round's `slots` that is shipped, in the order of the slots.
+    def _copies(
+        self, manifest: StepManifest, slots: Sequence[MediaSlot], target_at: Coordinate | None
+    ) -> tuple[torch.Tensor, ...]:
+        """The copies of one round's `slots` that come to `target_at`, this rank's coordinate; None: that leave from it.
 
         Returns:
-            [n, 5] on the host: source rank, target rank, row of the encoder lane's output, flat position on the target,
-            and 1 where the gradient of this copy is the one that goes back, else 0.
+            Four host tensors [n], by peer and then in the order of the slots: the rank at the other end, the row of the
+            encoder lane's output, the flat position on the target, and whether this copy's gradient goes back.
         """
         if not slots:
-            return torch.empty(0, 5, dtype=torch.long)
-        target, items, cps, locals_ = self.target, [], [], []
+            return *(torch.empty(0, dtype=torch.long),) * 3, torch.empty(0, dtype=torch.bool)
+        target, items, cps, places = self.target, [], [], []
         scattered = target.tp if target.sequence_parallel else 1
         for slot in slots:
             microbatch = manifest.microbatch(slot.lane, slot.microbatch)
             cp_of, local_of = _owners(microbatch.seq_length, target.cp, microbatch.segment_starts, microbatch.cp_layout)
             cps.append(cp_of[slot.start : slot.start + slot.rows])
-            locals_.append(local_of[slot.start : slot.start + slot.rows])
+            places.append(local_of[slot.start : slot.start + slot.rows])
             of_lane = _total(manifest.encoded(self.encoder, slot.microbatch, slot.encoder_lane))
             of_rank = microbatch.seq_length // target.cp // scattered
             items.append((slot.encoder_lane, of_lane, slot.lane, microbatch.rows, slot.row, of_rank))
         counts = torch.tensor([slot.rows for slot in slots])
         offsets = torch.tensor([slot.encoder_offset for slot in slots])
         row = torch.arange(int(counts.sum())) + (offsets - counts.cumsum(0) + counts).repeat_interleave(counts)
-        encoder_lane, total, lane, width, place, local_length = (
-            torch.tensor(items).repeat_interleave(counts, dim=0).unbind(1)
-        )
-        cp, local = torch.cat(cps), torch.cat(locals_)
-        source = self._source_ranks[encoder_lane, row // -(-total // self.source.tp)]
-        position = local % local_length * width + place
-        # Of one row's copies, one for each replica over tensor parallel ranks; every replica returns an equal part.
-        replicas = torch.arange(1 if scattered > 1 else target.tp)[:, None]
-        targets = self._target_ranks[lane, cp, local // local_length if scattered > 1 else replicas].view(-1, len(row))
-        owner = row * len(replicas) // total == replicas
-        columns = torch.broadcast_tensors(source, targets, row, position, owner.long())
-        return torch.stack(columns, dim=2).flatten(0, 1)
+        columns = torch.tensor(items).repeat_interleave(counts, dim=0)
+        cp, local = torch.cat(cps), torch.cat(places)
+        source = self._source_ranks[columns[:, 0], row // -(-columns[:, 1] // self.source.tp)]
+        here = source == self.rank if target_at is None else cp == target_at.cp
+        if target_at is not None and scattered > 1:
+            here &= local // columns[:, 5] == target_at.tp
+        row, cp, local, source, columns = (part[here] for part in (row, cp, local, source, columns))
+        _, total, lane, width, place, length = columns.unbind(1)
+        if scattered > 1:
+            tp, owned = local // length, torch.ones_like(row, dtype=torch.bool)
+        else:  # every tensor parallel rank has a copy, and returns an equal part of the gradients
+            tp = torch.arange(target.tp)[:, None] if target_at is None else torch.tensor([[target_at.tp]])
+            owned = row * target.tp // total == tp
+        peer = self._target_ranks[lane, cp, tp] if target_at is None else source
+        parts = torch.broadcast_tensors(peer, row, local % length * width + place, owned)
+        order = parts[0].flatten().argsort(stable=True)
+        return tuple(part.flatten()[order] for part in parts)
 
     # --- moving (device) ---
 
