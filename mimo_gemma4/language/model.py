@@ -122,11 +122,12 @@ class Gemma4LanguageModel(MegatronModule):
                 device=device,
                 partial_gradient=config.sequence_parallel,
             )
-        self.head_dims = {layer.attention: layer.head_dim for layer in held}
+        of_attention = {layer.attention: layer for layer in held}
+        self.head_dims = {name: layer.head_dim for name, layer in of_attention.items()}
         # Plain attributes: a buffer would be rounded by a cast of the module.
         self.frequencies = {
-            layer.attention: inverse_frequencies(text.rope_parameters[layer.attention], layer.head_dim).to(device)
-            for layer in held
+            name: inverse_frequencies(text.rope_parameters[name], layer.head_dim).to(device)
+            for name, layer in of_attention.items()
         }
 
     def embed(self, input_ids: torch.Tensor) -> torch.Tensor:
