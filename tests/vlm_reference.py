@@ -4,6 +4,7 @@ import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +44,7 @@ class Reference:
     loss_tokens: int
     gradients: dict[str, torch.Tensor]
 
-    @property
+    @cached_property
     def norm(self) -> float:
         return math.sqrt(sum(float(g.double().square().sum()) for g in self.gradients.values()))
 
