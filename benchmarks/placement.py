@@ -208,6 +208,8 @@ def main() -> None:
             layout = layout_options(placement, dist.get_world_size(), options.tp, operations.vision_share)
             foundation, trainer = build(load_config([*arguments, *layout]), hf_config, platform)
             rows.append(row(load, placement, trainer, operations, measure(trainer, options.steps)))
+            if platform.rank == 0:  # a run that is cut short keeps what it has measured
+                print("  ".join(rows[-1][1]), flush=True)
             trainer.close()
             foundation.groups.destroy()
             del foundation, trainer
