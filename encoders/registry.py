@@ -4,9 +4,6 @@ Every concrete `Encoder` subclass written in a file of this package is registere
 `architecture`; adding an encoder is adding a file.
 """
 
-import importlib
-import inspect
-import pkgutil
 from typing import Any
 
 import torch
@@ -14,6 +11,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 
 import encoders
 from encoders.base import Encoder, StagedEncoder
+from mimo_gemma4.discovery import classes_in
 from mimo_gemma4.errors import ConfigError, LayoutError
 from mimo_gemma4.media import MediaProcessor
 from mimo_gemma4.stages import Stage, cut_evenly
@@ -22,14 +20,11 @@ from mimo_gemma4.stages import Stage, cut_evenly
 def registered_encoders() -> dict[tuple[str, str], type[Encoder]]:
     """All encoder classes of this package by (modality, architecture)."""
     found: dict[tuple[str, str], type[Encoder]] = {}
-    for info in pkgutil.iter_modules(encoders.__path__):
-        module = importlib.import_module(f"{encoders.__name__}.{info.name}")
-        for _, member in inspect.getmembers(module, inspect.isclass):
-            if issubclass(member, Encoder) and member.__module__ == module.__name__ and not inspect.isabstract(member):
-                key = (member.modality, member.architecture)
-                if key in found:
-                    raise ConfigError(f"two encoders are registered for {key}: {found[key]} and {member}; rename one")
-                found[key] = member
+    for encoder in classes_in(encoders, Encoder):  # type: ignore[type-abstract]
+        key = (encoder.modality, encoder.architecture)
+        if key in found:
+            raise ConfigError(f"two encoders are registered for {key}: {found[key]} and {encoder}; rename one")
+        found[key] = encoder
     return found
 
 

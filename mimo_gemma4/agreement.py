@@ -47,12 +47,15 @@ class Agreement:
 
     loss: Tensor
     """Mean loss per loss token in nats; 0 in a step without loss tokens."""
+    decoder_losses: Tensor
+    """[decoders]: loss of each decoder, summed over its rows, in the layout's order."""
     loss_tokens: Tensor
     """N: labels that are not -100."""
     tokens: Tensor
     """Positions, padding excluded."""
     grad_norm: Tensor
-    """Norm of the gradient of the mean loss over all modules, before clipping."""
+    """Norm of the gradient of the loss over all modules, before clipping. The loss is the sum over all loss tokens, and
+    of the decoders' by their weights, over N."""
     module_grad_norm: Tensor
     """[modules]: the same per module, in the layout's order."""
     divisor: Tensor
@@ -83,18 +86,21 @@ class StepAgreement:
             device: where the vector lives.
             group: all ranks; null: the default group.
         """
-        self.modules = tuple(layout.grids)
+        self.modules, self.decoders = tuple(layout.grids), layout.decoders
         self.clip_grad = clip_grad
         self.device = device
         self.group = group
         self.rank = dist.get_rank(group)
         lanes, modules = layout.language.dp, len(self.modules)
-        self.sizes = [1, 1, 1, modules, modules, lanes, modules * USAGE_COLUMNS, layout.world_size]
+        losses = len(self.decoders)
+        self.sizes = [1, 1, 1, modules, modules, lanes, modules * USAGE_COLUMNS, layout.world_size, losses]
         self.tells_loss = self.tells_tokens = False
         if self.rank in layout.language:
             at = layout.language.coordinate(self.rank)
             self.tells_loss = at.tp == 0 and at.pp == layout.language.pp - 1
             self.tells_tokens = (at.tp, at.cp, at.pp) == (0, 0, 0)
+        grids = ((name, layout.grids[name]) for name in self.decoders)
+        self.tells_decoder_loss = {n for n, grid in grids if self.rank in grid and grid.coordinate(self.rank).tp == 0}
 
     def reduce(
         self,
@@ -104,6 +110,7 @@ class StepAgreement:
         tokens: Tensor | float = 0.0,
         hash_difference: Tensor | None = None,
         usage: Usage | None = None,
+        decoder_losses: Mapping[str, Tensor] | None = None,
     ) -> Agreement:
         """Sum this rank's contributions with all others'. Collective over all ranks; no host sync.
 
@@ -116,6 +123,7 @@ class StepAgreement:
             tokens: positions of this rank's whole language lane, padding excluded.
             hash_difference: [language lanes] on the device, see `sample_hash`.
             usage: what this rank tells about its use of the machine.
+            decoder_losses: by decoder that this rank holds, the summed loss of its lane.
         """
         vector = torch.zeros(sum(self.sizes), dtype=torch.float64, device=self.device)
         mine = vector.split(self.sizes)
@@ -133,22 +141,28 @@ class StepAgreement:
         if usage is not None:
             mine[6].copy_(usage.modules.flatten())
             mine[7][self.rank : self.rank + 1].fill_(usage.memory_gib)
+        for position, name in enumerate(self.decoders):
+            if decoder_losses is not None and name in self.tells_decoder_loss:
+                mine[8][position] = decoder_losses[name]
         dist.all_reduce(vector, group=self.group)
         return self._results(vector)
 
     def _results(self, vector: Tensor) -> Agreement:
-        loss_sum, loss_tokens, tokens, squares, nonfinite_ranks, hashes, usage, memory = vector.split(self.sizes)
+        loss_sum, loss_tokens, tokens, squares, nonfinite_ranks, hashes, usage, memory, losses = vector.split(
+            self.sizes
+        )
         count = loss_tokens[0].clamp(min=1.0)
         norm = squares.sum().sqrt() / count
         clip = torch.ones_like(norm) if self.clip_grad is None else (self.clip_grad / (norm + 1e-6)).clamp(max=1.0)
         return Agreement(
             loss=loss_sum[0] / count,
+            decoder_losses=losses,
             loss_tokens=loss_tokens[0],
             tokens=tokens[0],
             grad_norm=norm,
             module_grad_norm=squares.sqrt() / count,
             divisor=count / clip,
-            nonfinite=(~(loss_sum[0].isfinite() & norm.isfinite())).double(),
+            nonfinite=(~(loss_sum[0].isfinite() & norm.isfinite() & losses.isfinite().all())).double(),
             nonfinite_ranks=nonfinite_ranks,
             hash_difference=hashes,
             usage=usage.view(-1, USAGE_COLUMNS),

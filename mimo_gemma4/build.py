@@ -17,9 +17,10 @@ from mimo_gemma4.cp_cost import AttentionCosts, cheaper_layout
 from mimo_gemma4.data.chat import ConversationEncoder
 from mimo_gemma4.data.dataset import ShardDataset, Source
 from mimo_gemma4.data.loader import StepLoader
-from mimo_gemma4.data.planner import StepPlanner
+from mimo_gemma4.data.planner import DecoderTargets, StepPlanner
 from mimo_gemma4.data.quickstart import ensure_shards
 from mimo_gemma4.data.tokenizer import load_tokenizer, media_tokens
+from mimo_gemma4.decoders.registry import build_target_processors
 from mimo_gemma4.errors import ConfigError, DataError
 from mimo_gemma4.evaluate import Evaluator
 from mimo_gemma4.flops import text_flops
@@ -27,7 +28,7 @@ from mimo_gemma4.freezing import freeze
 from mimo_gemma4.health import together
 from mimo_gemma4.huggingface import HuggingFaceSource, check_tensors
 from mimo_gemma4.language.config import Gemma4TextConfig
-from mimo_gemma4.layout import Layout, build_layout
+from mimo_gemma4.layout import LANGUAGE, Layout, build_layout
 from mimo_gemma4.lora import AdaptedModule, attach
 from mimo_gemma4.lora_files import AdapterSource, adapted_linears
 from mimo_gemma4.model import MimoModel
@@ -58,7 +59,18 @@ def lay_foundation(config: Config) -> Foundation:
         deterministic=config.run.deterministic, timeout=timedelta(seconds=config.run.timeout_seconds)
     )
     layout = build_layout(config.layout, dist.get_world_size(), ranks_per_host())
+    check_decoder_names(layout, hf_config)
     return Foundation(config, hf_config, layout, platform, create_process_groups(layout, platform))
+
+
+def check_decoder_names(layout: Layout, hf_config: Mapping[str, Any]) -> None:
+    """Raise `ConfigError` where a decoder is called like one of the model's encoders."""
+    for name in layout.decoders:
+        if hf_config.get(f"{name}_config"):
+            raise ConfigError(
+                f"`layout.{name}` has `reads`, which makes it a decoder, but the model has an encoder called {name}: "
+                "give the decoder another name"
+            )
 
 
 def build_trainer(foundation: Foundation) -> Trainer:
@@ -75,6 +87,7 @@ def build_trainer(foundation: Foundation) -> Trainer:
         fill(foundation, model)
     elif start.weights_only:
         fill_adapters(foundation, model)
+        fill_decoders(foundation, model)
     optimizers = {
         name: ModuleOptimizer(module, groups.modules[name], config.optim) for name, module in model.modules.items()
     }
@@ -155,6 +168,7 @@ def build_loader(foundation: Foundation, dataset: ShardDataset, *, train: bool) 
         seed=config.run.seed,
         language_lanes=language.dp,
         encoder_lanes={name: layout.grids[name].dp for name in layout.encoders},
+        decoders=decoder_targets(foundation, dataset.encoder),
         packing=packing,
         row_multiple=segment_multiple(language.cp) if packing else sequence_multiple(language.cp, tp),
         total_multiple=pack_multiple(language.cp, tp),
@@ -164,18 +178,30 @@ def build_loader(foundation: Foundation, dataset: ShardDataset, *, train: bool) 
         limit=None if train else config.eval.samples,
         choose_cp_layout=cp_layout_chooser(foundation) if language.cp > 1 else None,
     )
+    lanes = {name: grid.coordinate(rank).dp for name, grid in layout.grids.items() if rank in grid}
     return StepLoader(
         planner,
-        language_lane=language.coordinate(rank).dp if rank in language else None,
-        encoder_lanes={
-            name: layout.grids[name].coordinate(rank).dp for name in layout.encoders if rank in layout.grids[name]
-        },
+        language_lane=lanes.get(LANGUAGE),
+        encoder_lanes={name: lanes[name] for name in layout.encoders if name in lanes},
+        decoder_lanes={name: lanes[name] for name in layout.decoders if name in lanes},
         group=foundation.groups.loading["train" if train else "valid"],
         on_bad_sample=config.data.on_bad_sample,
         max_bad_fraction=config.data.max_bad_fraction,
         workers=config.data.workers,
         stop=config.train.steps if train else None,
     )
+
+
+def decoder_targets(foundation: Foundation, encoder: ConversationEncoder) -> dict[str, DecoderTargets]:
+    """What the decoders of the layout do with media, by name."""
+    targets = {}
+    for name in foundation.layout.decoders:
+        grid, options = foundation.layout.grids[name], foundation.config.module(name)
+        assert grid.reads is not None
+        media = [processor for processor in encoder.processors.values() if processor.modality == grid.reads]
+        processors = build_target_processors(name, options.decoder, options.decoder_options, media)
+        targets[name] = DecoderTargets(grid.reads, grid.dp, processors)
+    return targets
 
 
 def cp_layout_chooser(foundation: Foundation) -> Callable[[Sequence[int]], CpLayout]:
@@ -266,10 +292,21 @@ def load_adapters(name: str, module: AdaptedModule, lora: LoraConfig, seed: int)
     load(bindings, source, f"modules.{name}.lora.path {lora.path}")
 
 
+def fill_decoders(foundation: Foundation, model: MimoModel) -> None:
+    """First values of decoders, which no Hugging Face directory holds: random."""
+    for decoder in model.decoders.values():
+        initialise(decoder.bindings(), foundation.config.run.seed)
+
+
 def fill(foundation: Foundation, model: MimoModel) -> None:
     """First weights: from Hugging Face directories, of which a rank reads only what it holds, or random. Collective."""
-    bases = {name: m.base if isinstance(m, AdaptedModule) else m for name, m in model.modules.items()}
+    bases = {
+        name: module.base if isinstance(module, AdaptedModule) else module
+        for name, module in model.modules.items()
+        if name not in model.decoders
+    }
     fill_adapters(foundation, model)
+    fill_decoders(foundation, model)
     modules = foundation.config.module
     own = {name: path for name in foundation.layout.grids if (path := modules(name).hf_path) is not None}
     fill_from_model(foundation, [module for name, module in bases.items() if name not in own])
@@ -331,7 +368,8 @@ def find_start(foundation: Foundation) -> Start | None:
 def restore(foundation: Foundation, start: Start, optimizers: dict[str, ModuleOptimizer]) -> int:
     """Load a checkpoint; the number of steps that are finished. Collective.
 
-    Only weights: adapters on a module that has none in the checkpoint keep their first values.
+    Only weights: decoders that the checkpoint does not hold, and adapters on a module that has none in it, keep their
+    first values.
     """
     host, path = foundation.groups.host, start.checkpoint
     recorded = recorded_adapters(foundation, path)
@@ -342,6 +380,10 @@ def restore(foundation: Foundation, start: Start, optimizers: dict[str, ModuleOp
         if start.weights_only and name not in recorded and isinstance(optimizer.module, AdaptedModule)
     ]
     fresh = {binding.name for module in modules for binding in module.adapter_bindings()}
+    if start.weights_only:
+        held = recorded_state(path).get("decoders", [])
+        absent = [name for name in foundation.layout.decoders if name in optimizers and name not in held]
+        fresh |= {binding.name for name in absent for binding in optimizers[name].bindings}
     state = checkpoint.load(path, optimizers, host=host, weights_only=start.weights_only, keep=fresh)
     step = int(state["step"])
     if foundation.platform.rank == 0:
@@ -351,9 +393,14 @@ def restore(foundation: Foundation, start: Start, optimizers: dict[str, ModuleOp
 
 def recorded_adapters(foundation: Foundation, path: Path) -> dict[str, float]:
     """The scale of a checkpoint's adapters on modules of the layout."""
-    marker = checkpoint.read_marker(path)
-    recorded = {} if isinstance(marker, str) else marker["trainer"].get("lora", {})
+    recorded = recorded_state(path).get("lora", {})
     return {name: scale for name, scale in recorded.items() if name in foundation.layout.grids}
+
+
+def recorded_state(path: Path) -> dict[str, Any]:
+    """The trainer state of a checkpoint; empty where it is damaged, which loading it reports."""
+    marker = checkpoint.read_marker(path)
+    return {} if isinstance(marker, str) else marker["trainer"]
 
 
 def check_adapters(foundation: Foundation, start: Start, recorded: Mapping[str, float]) -> None:

@@ -141,6 +141,8 @@ def validate(config: Config, origin: Origin) -> None:
         if getattr(config.module("language"), option) is not None:
             key = f"modules.language.{option}"
             raise ConfigError(f"`{key}` is for encoders; the language model comes from `model.hf_path` ({origin(key)})")
+    for name, layout in config.layout.modules.items():
+        _check_role(name, layout, config.module(name), origin)
     if config.model.precision == "fp8":
         raise ConfigError(f"`model.precision` fp8 is not available yet; use bf16 or fp32 ({origin('model.precision')})")
     for key, shards in (("data.train", config.data.train), ("data.valid", config.data.valid)):
@@ -151,6 +153,26 @@ def validate(config: Config, origin: Origin) -> None:
         raise ConfigError(f"`data.quickstart` writes the files of `data.train.shards`, which is missing ({where})")
     _check_ranges(config, origin)
     _check_profile(config, origin)
+
+
+def _check_role(name: str, layout: ModuleLayout, module: ModuleConfig, origin: Origin) -> None:
+    """Raise where options of a decoder are given to another module, or the other way round."""
+    key, defaults = f"modules.{name}", ModuleConfig()
+    if layout.reads is not None:
+        if module.decoder is None:
+            raise ConfigError(
+                f"`{key}.decoder` is missing: `layout.{name}.reads` makes {name} a decoder ({origin(f'layout.{name}')})"
+            )
+        for option in ("hf_path", "processor", "lora"):
+            if getattr(module, option) is not None:
+                raise ConfigError(f"`{key}.{option}` is not for decoders ({origin(f'{key}.{option}')})")
+        return
+    for option in ("decoder", "decoder_options", "loss_weight"):
+        if getattr(module, option) != getattr(defaults, option):
+            raise ConfigError(
+                f"`{key}.{option}` is for decoders; name the encoder whose tokens {name} reads in "
+                f"`layout.{name}.reads`, or leave it out ({origin(f'{key}.{option}')})"
+            )
 
 
 def _check_lora(key: str, module: ModuleConfig, lora: LoraConfig, origin: Origin) -> None:
@@ -206,6 +228,7 @@ def _check_ranges(config: Config, origin: Origin) -> None:
             positive |= {f"modules.{name}.lora.rank": module.lora.rank, f"modules.{name}.lora.alpha": module.lora.alpha}
     positive |= {f"modules.{name}.run_ahead": module.run_ahead for name, module in config.modules.items()}
     not_negative.update({f"modules.{name}.lr": module.lr for name, module in config.modules.items()})
+    not_negative.update({f"modules.{name}.loss_weight": module.loss_weight for name, module in config.modules.items()})
     for key, value in positive.items():
         if value is not None and not value > 0:
             raise ConfigError(f"`{key}` must be greater than 0, not {value} ({origin(key)})")

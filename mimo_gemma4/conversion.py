@@ -7,6 +7,7 @@ whatever the size of the model.
 
 import hashlib
 import json
+import logging
 from collections.abc import Callable, Mapping, Set
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -24,7 +25,9 @@ from mimo_gemma4.lora_files import A, B, TrainedAdapters, adapted_linears
 from mimo_gemma4.model_files import FOLDER, ORIGIN, Origin, copy_model_files
 from mimo_gemma4.presets import load_model_config
 from mimo_gemma4.tensor_files import DTYPES, TensorEntry, split_into_files, total_bytes, write_tensor_file
-from mimo_gemma4.weights import whole
+from mimo_gemma4.weights import DECODERS, whole
+
+logger = logging.getLogger(__name__)
 
 Bar = Callable[[str, int], AbstractContextManager[Callable[[int], object]]]
 """Shows progress: given a description and a total of bytes, a context that gives the function to advance it."""
@@ -84,7 +87,7 @@ def to_hf(checkpoint: Path, output: Path, *, source: Path | None, dtype: str | N
     """Write a checkpoint as a Hugging Face directory that transformers, and `model.hf_path`, can load.
 
     Tensors that the checkpoint lacks, those of modules that the layout left out, are copied from the directory that the
-    model came from. Adapters are merged into the weights they adapt. The tied head is not written.
+    model came from. Adapters are merged into the weights they adapt. The tied head and decoders are not written.
 
     Args:
         checkpoint: one of ours, or a run directory, whose newest is taken.
@@ -156,7 +159,7 @@ def to_adapter(checkpoint: Path, output: Path, *, source: Path | None) -> int:
     adapters = _adapters(contents, marker)
     if not adapters.scales:
         raise CheckpointError(f"{path} has no adapters; leave --lora out to export its weights")
-    others = sorted(name for name in contents.keys("exp_avg") if not name.endswith((A, B)))
+    others = sorted(name for name in _without_decoders(contents.keys("exp_avg")) if not name.endswith((A, B)))
     if others:
         raise CheckpointError(
             f"{path} has trained {len(others)} tensors beside its adapters, such as {others[0]}, which an adapter "
@@ -219,7 +222,7 @@ def _collect(
         origin = Origin.of(weights)
     known = {} if origin is None else dict(origin.tensors)
     trained, main = contents.keys("weight"), contents.keys("main_weight")
-    trained = {name: key for name, key in trained.items() if name not in adapters.tensors}
+    trained = {name: key for name, key in _without_decoders(trained).items() if name not in adapters.tensors}
     _check_shapes(contents, trained, known, model_files)
     left_out = known.keys() - trained.keys()
     if left_out and weights is None:
@@ -233,6 +236,14 @@ def _collect(
         elif weights is not None:
             exports.append(_from_source(weights, name, known[name], dtype))
     return exports
+
+
+def _without_decoders(keys: Mapping[str, str]) -> dict[str, str]:
+    """What belongs to Gemma 4 of the tensors of a checkpoint, by name; it tells which decoders are left out."""
+    left_out = sorted({name.split(".")[1] for name in keys if name.startswith(DECODERS)})
+    if left_out:
+        logger.warning("decoders are no part of Gemma 4 and are left out: %s", ", ".join(left_out))
+    return {name: key for name, key in keys.items() if not name.startswith(DECODERS)}
 
 
 def _check_shapes(

@@ -13,6 +13,7 @@ from mimo_gemma4.data.collate import LanguageBatch
 from mimo_gemma4.data.loader import StepLoader
 from mimo_gemma4.data.manifest import Microbatch
 from mimo_gemma4.generate import Answer, greedy_answers
+from mimo_gemma4.metrics import mean_losses
 from mimo_gemma4.model import Media, MimoModel
 from mimo_gemma4.step import StepRunner
 
@@ -38,10 +39,12 @@ class Evaluator:
         """On rank 0: the answers of the last run, in dataset order."""
 
     def run(self, step: int) -> dict[str, Any] | None:
-        """Evaluate; rank 0 returns `{step, loss, accuracy, items, per_modality}`, the others None."""
+        """Evaluate; rank 0 returns `{step, loss, losses, accuracy, items, per_modality}`, the others None."""
         for module in self.model.modules.values():
             module.eval()
         loss, tokens, items = 0.0, 0.0, 0
+        decoders = self.model.layout.decoders
+        decoder_sums, decoder_rows = dict.fromkeys(decoders, 0.0), dict.fromkeys(decoders, 0)
         answers: list[Answer] = []
 
         def observe(batch: LanguageBatch, microbatch: Microbatch, media: Media) -> None:
@@ -51,16 +54,23 @@ class Evaluator:
         for number in range(self.loader.planner.steps or 0):
             data = self.loader.load(number)
             totals = self.runner.run(data, train=False, observe=observe if generating else None)
-            report = StepReport(self.agreement.reduce({}, totals.loss_sum, totals.loss_tokens, totals.tokens)).read()
+            agreement = self.agreement.reduce(
+                {}, totals.loss_sum, totals.loss_tokens, totals.tokens, decoder_losses=totals.decoder_losses
+            )
+            report = StepReport(agreement).read()
             loss += report["loss"] * report["loss_tokens"]
             tokens += report["loss_tokens"]
             items += len(data.manifest.samples)
+            for name, total in zip(decoders, report["decoder_losses"], strict=True):
+                decoder_sums[name] += total
+                decoder_rows[name] += data.manifest.rows_of(name)
         for module in self.model.modules.values():
             module.train()
         self.readings = self._gather(answers)
         if self.model.rank != 0:
             return None
-        return {"step": step, "loss": loss / max(tokens, 1.0)} | self._score(generating, items)
+        means = {"loss": loss / max(tokens, 1.0), "losses": mean_losses(decoder_sums, decoder_rows)}
+        return {"step": step, **means, **self._score(generating, items)}
 
     def _answers(self, batch: LanguageBatch, microbatch: Microbatch, media: Media) -> Sequence[Answer]:
         """Answers of a microbatch, kept on one rank of the lane."""

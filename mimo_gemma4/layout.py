@@ -32,6 +32,8 @@ class ModuleGrid:
     pp: int
     ep: int
     sequence_parallel: bool
+    reads: str | None = None
+    """For a decoder, the encoder whose soft tokens it reads."""
 
     def coordinate(self, rank: int) -> Coordinate:
         """Coordinate of a global rank. Raises `ValueError` where the rank does not hold the module."""
@@ -70,8 +72,22 @@ class Layout:
 
     @property
     def encoders(self) -> tuple[str, ...]:
-        """Names of all modules but the language model."""
-        return tuple(name for name in self.grids if name != LANGUAGE)
+        """Names of the modules that give rows to the language model."""
+        return tuple(name for name, grid in self.grids.items() if name != LANGUAGE and grid.reads is None)
+
+    @property
+    def decoders(self) -> tuple[str, ...]:
+        """Names of the modules that the language model gives rows to."""
+        return tuple(name for name, grid in self.grids.items() if grid.reads is not None)
+
+    def language_stage(self, name: str) -> int:
+        """The language stage that module `name` has an edge with: the first of an encoder, the last of a decoder."""
+        return self.language.pp - 1 if self.grids[name].reads is not None else 0
+
+    def edge(self, name: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Global ranks at both ends of the edge of an encoder or decoder: its own, and those of the language module."""
+        grid = self.grids[name]
+        return grid.stage_ranks(grid.pp - 1), self.language.stage_ranks(self.language_stage(name))
 
     def modules_of(self, rank: int) -> tuple[str, ...]:
         """Names of the modules that a global rank holds."""
@@ -98,6 +114,7 @@ def build_layout(
         raise LayoutError(f"`layout` names {written} but not `{LANGUAGE}`: add `layout.{LANGUAGE}` with its ranks")
     for name, module in modules.items():
         _check_sizes(name, module)
+        _check_reads(name, modules)
     if config.placement == "colocated" or len(modules) == 1:
         placed = _colocated(modules, world_size)
     else:
@@ -110,16 +127,36 @@ def build_layout(
 
 
 def _check_sizes(name: str, module: ModuleLayout) -> None:
+    kind = "an encoder" if module.reads is None else "a decoder"
     if name != LANGUAGE and module.cp > 1:
         raise LayoutError(
-            f"`layout.{name}.cp` is {module.cp}: an encoder's items are not cut along a sequence, set it to 1 (its "
+            f"`layout.{name}.cp` is {module.cp}: {kind}'s items are not cut along a sequence, set it to 1 (its "
             "ranks then share the items)"
         )
     for key in ("tp", "cp", "pp", "ep"):
         if getattr(module, key) < 1:
             raise LayoutError(f"`layout.{name}.{key}` is {getattr(module, key)}: it must be 1 or more")
+    if module.reads is not None and module.pp > 1:
+        raise LayoutError(
+            f"`layout.{name}.pp` is {module.pp}: a decoder in pipeline stages is not available yet, set it to 1 "
+            f"and raise `layout.{name}.tp` if the module does not fit"
+        )
     if name != LANGUAGE and module.ep > 1:
-        raise LayoutError(f"`layout.{name}.ep` is {module.ep}: an encoder has no experts, set it to 1")
+        raise LayoutError(f"`layout.{name}.ep` is {module.ep}: {kind} has no experts, set it to 1")
+
+
+def _check_reads(name: str, modules: Mapping[str, ModuleLayout]) -> None:
+    reads = modules[name].reads
+    if reads is None:
+        return
+    if name == LANGUAGE:
+        raise LayoutError(f"`layout.{LANGUAGE}.reads` is {reads}: only a decoder reads the language model's tokens")
+    known = [other for other, module in modules.items() if other != LANGUAGE and module.reads is None]
+    if reads not in known:
+        raise LayoutError(
+            f"`layout.{name}.reads` is {reads}: it must name an encoder of the layout, whose soft tokens are read; "
+            f"encoders here: {', '.join(known) or 'none'}"
+        )
 
 
 def _listed(modules: Mapping[str, ModuleLayout], world_size: int, shared: bool) -> dict[str, tuple[int, ...]]:
@@ -237,7 +274,9 @@ def _grid(name: str, module: ModuleLayout, ranks: tuple[int, ...]) -> ModuleGrid
             "experts are cut over data- and context-parallel ranks; change "
             f"`layout.{name}.ep` or `layout.{name}.ranks`"
         )
-    return ModuleGrid(name, ranks, module.tp, module.cp, dp, module.pp, module.ep, module.sequence_parallel)
+    return ModuleGrid(
+        name, ranks, module.tp, module.cp, dp, module.pp, module.ep, module.sequence_parallel, module.reads
+    )
 
 
 def _check_hosts(grid: ModuleGrid, ranks_per_host: Sequence[int]) -> None:

@@ -28,21 +28,11 @@ class MediaTokens:
     end: int
 
 
-class MediaProcessor(Protocol):
-    """The host side of an encoder: from a media file's header and bytes to the encoder's inputs."""
-
-    modality: str
-    """Name of the module in `layout` that encodes these items, for example `vision`."""
-
-    content_type: str
-    """The `type` of the chat content parts it serves, for example `image`."""
-
-    def rows(self, header: MediaHeader) -> int:
-        """Number of soft tokens (encoder output rows) of an item, from its header alone."""
-        ...
+class ItemProcessor(Protocol):
+    """From a media file's header and bytes to what a module works on: an encoder's inputs, or a decoder's targets."""
 
     def cost(self, header: MediaHeader) -> float:
-        """Relative cost of encoding the item, used to balance encoder lanes."""
+        """Relative cost of the module's work on the item, used to balance its lanes."""
         ...
 
     def decode(self, data: bytes) -> dict[str, torch.Tensor]:
@@ -54,7 +44,21 @@ class MediaProcessor(Protocol):
         ...
 
     def collate(self, items: list[dict[str, torch.Tensor]]) -> dict[str, Any]:
-        """Join one or more items into keyword arguments of the encoder's `forward`: tensors and host ints or lists."""
+        """Join one or more items into keyword arguments of the module's `forward`: tensors and host ints or lists."""
+        ...
+
+
+class MediaProcessor(ItemProcessor, Protocol):
+    """The host side of an encoder: it also says how many soft tokens an item becomes."""
+
+    modality: str
+    """Name of the module in `layout` that encodes these items, for example `vision`."""
+
+    content_type: str
+    """The `type` of the chat content parts it serves, for example `image`."""
+
+    def rows(self, header: MediaHeader) -> int:
+        """Number of soft tokens (encoder output rows) of an item, from its header alone."""
         ...
 
 

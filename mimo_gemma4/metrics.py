@@ -1,12 +1,12 @@
 """What a run tells: `metrics.jsonl`, log lines, TensorBoard, Weights & Biases, and the pictures of a finished run.
 
 Only global rank 0 makes a `MetricsLog`; it takes plain dicts. A step's record is
-`{step, loss, grad_norm, lr, tokens, loss_tokens, tokens_per_second, step_seconds, bad_samples: {<fault>: count},
-imbalance: {<name>: {before, after}}, modules: {<name>: {mfu, busy, wait, memory_gib}}}`: loss in nats per loss token,
-grad_norm before clipping, busy and wait as shares of the step, mfu as a share of the peak; what is not known is None.
-bad_samples counts those that others took the places of in this step; imbalance is the cost of a module's costliest lane
-over the mean of its lanes, before and after balancing. An evaluation's record is `{step, loss, accuracy, items,
-per_modality}`.
+`{step, loss, losses: {<decoder>: mean}, grad_norm, lr, tokens, loss_tokens, tokens_per_second, step_seconds,
+bad_samples: {<fault>: count}, imbalance: {<name>: {before, after}}, modules: {<name>: {mfu, busy, wait, memory_gib}}}`:
+loss in nats per loss token, a decoder's per row and without its weight, grad_norm before clipping, busy and wait as
+shares of the step, mfu as a share of the peak; what is not known is None. bad_samples counts those that others took the
+places of in this step; imbalance is the cost of a module's costliest lane over the mean of its lanes, before and after
+balancing. An evaluation's record is `{step, loss, losses, accuracy, items, per_modality}`.
 """
 
 import json
@@ -156,7 +156,8 @@ class LogLines:
         """Print the evaluation."""
         accuracy = record.get("accuracy")
         shown = "" if accuracy is None else f"  accuracy {accuracy:.1%}"
-        self._print(f"eval {record['step']:>6}  loss {record['loss']:.4f}{shown}  items {record['items']}")
+        losses = "".join(f"  {part}" for part in _decoder_losses(record))
+        self._print(f"eval {record['step']:>6}  loss {record['loss']:.4f}{losses}{shown}  items {record['items']}")
 
     def close(self) -> None:
         """Take the bar away."""
@@ -221,12 +222,18 @@ class WeightsAndBiases:
         self.run.finish()
 
 
+def mean_losses(sums: Mapping[str, float], rows: Mapping[str, int]) -> dict[str, float | None]:
+    """Loss per row of every decoder from the sums over its rows; None where it had none."""
+    return {name: total / rows[name] if rows[name] else None for name, total in sums.items()}
+
+
 def format_step(record: Record, last_step: int, seconds_per_step: float, tokens_per_second: float) -> str:
     """The log line of one step; columns keep their width from line to line."""
     width = len(str(last_step))
     parts = [
         f"step {record['step']:>{width}}/{last_step}",
         f"loss {record['loss']:8.4f}",
+        *_decoder_losses(record),
         f"grad_norm {record['grad_norm']:9.4f}",
         f"lr {record['lr']:.2e}",
         f"tok/s {tokens_per_second:>9,.0f}",
@@ -304,6 +311,12 @@ def _replace(path: Path, text: str) -> None:
     partial = path.with_name(f"{path.name}.tmp")
     partial.write_text(text, encoding="utf-8")
     os.replace(partial, path)
+
+
+def _decoder_losses(record: Record) -> list[str]:
+    """Every decoder's loss, in columns of constant width."""
+    losses = record.get("losses", {})
+    return [f"{name} {'       -' if loss is None else f'{loss:8.4f}'}" for name, loss in losses.items()]
 
 
 def _imbalance(record: Record, module: str) -> str:

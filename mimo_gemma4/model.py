@@ -2,7 +2,7 @@
 
 A `MimoModel` is built on every rank and holds only the modules whose grids contain the rank. Encoders turn media into
 rows; bridges move the rows; the language role embeds its local tokens, splices the rows over the placeholders, and runs
-Gemma 4. No rank ever builds a whole `[S, B, H]`.
+Gemma 4; decoders turn rows of its final hidden states into a loss. No rank ever builds a whole `[S, B, H]`.
 """
 
 from collections.abc import Mapping, Sequence
@@ -17,6 +17,8 @@ from mimo_gemma4.bridge import Bridge
 from mimo_gemma4.config import Config
 from mimo_gemma4.data.collate import LanguageBatch
 from mimo_gemma4.data.manifest import Microbatch
+from mimo_gemma4.decoders.base import Decoder
+from mimo_gemma4.decoders.registry import build_decoder
 from mimo_gemma4.language.attention_context import AttentionContext, attention_context
 from mimo_gemma4.language.config import Gemma4TextConfig
 from mimo_gemma4.language.model import Gemma4LanguageModel
@@ -66,6 +68,7 @@ class MimoModel:
         self.text = Gemma4TextConfig.from_hf(hf_config)
         self.language: Gemma4LanguageModel | None = None
         self.encoders: dict[str, Encoder] = {}
+        self.decoders: dict[str, Decoder] = {}
         self.adapter: PartitionAdapter | None = None
         if "language" in groups.modules:
             self._build_language()
@@ -83,7 +86,10 @@ class MimoModel:
                     stage=grid.coordinate(self.rank).pp,
                     stages=grid.pp,
                 )
-        held: dict[str, BoundModule] = dict(self.encoders)
+        for name in layout.decoders:
+            if name in groups.modules:
+                self.decoders[name] = self._decoder(name)
+        held: dict[str, BoundModule] = {**self.encoders, **self.decoders}
         if self.language is not None:
             held["language"] = self.language
         self.modules = {name: held[name] for name in layout.grids if name in held}
@@ -92,7 +98,9 @@ class MimoModel:
         """The first pipeline stage that trains of each encoder that does; `build.build_modules` finds it out."""
         self.pipelines = {name: self._pipeline(name) for name in self.modules if layout.grids[name].pp > 1}
         """This rank's neighbours in the pipelines of its modules."""
-        self.bridges = {name: self._bridge(name) for name in layout.encoders if self._touches(name)}
+        names = (*layout.encoders, *layout.decoders)
+        self.bridges = {name: self._bridge(name) for name in names if self.rank in sum(layout.edge(name), ())}
+        """By encoder or decoder, the edge between it and the language module, where this rank has a part in it."""
 
     def _build_language(self) -> None:
         grid, groups = self.layout.language, self.groups.modules["language"]
@@ -127,24 +135,32 @@ class MimoModel:
         )
         return stages[grid.coordinate(self.rank).pp]
 
-    def _touches(self, encoder: str) -> bool:
-        """Whether this rank sends or receives rows of an encoder."""
-        grid = self.layout.grids[encoder]
-        return self.rank in grid.stage_ranks(grid.pp - 1) or self.rank in self.layout.language.stage_ranks(0)
-
     def _pipeline(self, module: str) -> Pipeline:
         forward_group, backward_group = self.groups.modules[module].pp, self.groups.pipeline_backward[module]
         assert backward_group is not None
         grid = self.layout.grids[module]
         return Pipeline(grid, self.rank, forward_group, backward_group, self.dtype, self.platform.device)
 
-    def _bridge(self, encoder: str) -> Bridge:
-        groups = self.groups.modules.get(encoder)
-        forward_group, backward_group = self.groups.bridge_forward[encoder], self.groups.bridge_backward[encoder]
+    def _decoder(self, name: str) -> Decoder:
+        options = self.config.module(name)
+        return build_decoder(
+            name,
+            options.decoder,
+            options.decoder_options,
+            self.groups.modules[name],
+            language_hidden=self.text.hidden_size,
+            dtype=self.dtype,
+            device=self.platform.device,
+            activation_checkpointing=self.config.train.activation_checkpointing,
+        )
+
+    def _bridge(self, name: str) -> Bridge:
+        groups = self.groups.modules.get(name)
+        forward_group, backward_group = self.groups.bridge_forward[name], self.groups.bridge_backward[name]
         assert forward_group is not None and backward_group is not None
         return Bridge(
             self.layout,
-            encoder,
+            name,
             self.rank,
             forward_group=forward_group,
             backward_group=backward_group,

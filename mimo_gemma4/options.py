@@ -51,6 +51,9 @@ class ModuleLayout:
     """Pipeline-parallel size: into how many stages of consecutive layers the module is cut."""
     ep: int = 1
     """Expert-parallel size: over how many ranks of dp * cp, which it divides, experts are cut."""
+    reads: str | None = None
+    """Makes the module a decoder, which is given the language model's final hidden states at the soft tokens of this
+    encoder. Null: the module is an encoder, or the language model."""
     sequence_parallel: bool = False
     """Cut activations between tensor-parallel layers along the sequence. Needs tp > 1."""
     part_shared_key_values: bool = False
@@ -190,6 +193,12 @@ class ModuleConfig:
     """Hugging Face directory that this encoder comes from instead of `model.hf_path`, that of SigLIP for example: its
     `config.json`, or the section `<module>_config` in it, selects and sizes the encoder; its weights fill the tower.
     The projector starts from random weights."""
+    decoder: str | None = None
+    """What a decoder is: the `architecture` of a class in `mimo_gemma4/decoders/`, `pixel_regression` for example."""
+    decoder_options: dict[str, bool | int | float | str] | None = None
+    """Options of that class; null: their defaults."""
+    loss_weight: float = 1.0
+    """How often the summed loss of a decoder counts beside the summed loss of the tokens."""
     processor: dict[str, int] | None = None
     """What to change in this encoder's preprocessing, `{max_soft_tokens: 560}` for example. Null: it is that of the
     model directory or preset."""

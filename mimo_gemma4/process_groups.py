@@ -73,8 +73,8 @@ class ProcessGroups:
     """Per module of several stages, the group of this rank's pipeline that gradients travel on; None outside.
     Activations travel on the module's `pp`: two communicators, so that neither direction waits for the other."""
     bridge_forward: dict[str, ProcessGroup | None] = field(default_factory=dict)
-    """Per encoder, the group of its last stage's ranks and the first language stage's that rows travel on; None
-    outside."""
+    """Per encoder or decoder, the group of its ranks (of an encoder, those of the last stage) and of those of the
+    language stage that it exchanges rows with, the first or the last; None outside."""
     bridge_backward: dict[str, ProcessGroup | None] = field(default_factory=dict)
     """As `bridge_forward`, for row gradients: a second communicator, so that neither direction waits for the other."""
     created: list[ProcessGroup] = field(default_factory=list)
@@ -114,9 +114,8 @@ def create_process_groups(layout: Layout, platform: Platform) -> ProcessGroups:
             neighbours = [pair for members in pipelines for pair in pairwise(members)]
             maker.connect(collection.pp, neighbours)
             maker.connect(backward, [(after, before) for before, after in neighbours])
-    for name in layout.encoders:
-        encoder = layout.grids[name]
-        edge = encoder.stage_ranks(encoder.pp - 1), layout.language.stage_ranks(0)
+    for name in (*layout.encoders, *layout.decoders):
+        edge = layout.edge(name)
         members = tuple(sorted({*edge[0], *edge[1]}))
         for direction, bridge, (senders, receivers) in (
             ("forward", groups.bridge_forward, edge),

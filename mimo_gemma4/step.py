@@ -1,7 +1,8 @@
 """Executes the actions of one global step on this rank."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
@@ -37,6 +38,8 @@ class StepTotals:
     """fp64 scalar: labels of this CP rank that are not -100."""
     tokens: int = 0
     """Real positions of this rank's language lane, padding excluded (host: the manifest knows)."""
+    decoder_losses: dict[str, torch.Tensor] = field(default_factory=dict)
+    """fp64 scalar by decoder that this rank holds: the loss summed over its lane's rows."""
 
 
 class StepRunner:
@@ -120,7 +123,9 @@ class _Execution:
         self.returning: dict[Key, list[torch.Tensor]] = {}
         self.in_flight: dict[Key, _InFlight] = {}
         zero = torch.zeros((), dtype=torch.float64, device=model.platform.device)
-        self.totals = StepTotals(zero.clone(), zero.clone())
+        self.totals = StepTotals(
+            zero.clone(), zero.clone(), decoder_losses={name: zero.clone() for name in model.decoders}
+        )
         self.lane = -1
         if model.language is not None:
             self.lane = model.layout.language.coordinate(model.rank).dp

@@ -1,6 +1,6 @@
 """The training loop: step, agree, update, tell; evaluate and save when due. The same code on every rank."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from mimo_gemma4.data.manifest import StepManifest
 from mimo_gemma4.errors import DataError, NumericsError
 from mimo_gemma4.evaluate import Evaluator
 from mimo_gemma4.flops import peak_flops
-from mimo_gemma4.metrics import MetricsLog
+from mimo_gemma4.metrics import MetricsLog, mean_losses
 from mimo_gemma4.model import MimoModel
 from mimo_gemma4.optim import ModuleOptimizer, learning_rate
 from mimo_gemma4.profiling import FOLDER, TRAINER, Tracer
@@ -137,6 +137,7 @@ class Trainer:
             self.optimizers,
             loss_sum=totals.loss_sum,
             loss_tokens=totals.loss_tokens,
+            decoder_losses=totals.decoder_losses,
             tokens=totals.tokens,
             hash_difference=self._hash_difference(data),
             usage=usage,
@@ -173,7 +174,7 @@ class Trainer:
             Path(self.config.run.dir) / "checkpoints",
             self.step,
             self.optimizers,
-            {"step": self.step, "lora": self.config.lora_scales},
+            {"step": self.step, "lora": self.config.lora_scales, "decoders": list(self.model.layout.decoders)},
             host=self.model.groups.host,
             keep=self.config.checkpoint.keep,
         )
@@ -221,6 +222,10 @@ class Trainer:
                 "were. Lower optim.lr, look at the batch, or resume from the last checkpoint"
             )
 
+    def _decoder_losses(self, manifest: StepManifest, sums: Sequence[float]) -> dict[str, float | None]:
+        decoders = self.model.layout.decoders
+        return mean_losses(dict(zip(decoders, sums, strict=True)), {name: manifest.rows_of(name) for name in decoders})
+
     def _record(self, pending: _Pending, result: Mapping[str, Any]) -> dict[str, Any]:
         seconds, modules = pending.measured.seconds, {}
         for row, grid in enumerate(self.model.layout.grids.values()):
@@ -238,6 +243,7 @@ class Trainer:
         return {
             "step": pending.step,
             "loss": result["loss"],
+            "losses": self._decoder_losses(pending.measured.manifest, result["decoder_losses"]),
             "grad_norm": result["grad_norm"],
             "lr": pending.lr,
             "tokens": int(result["tokens"]),

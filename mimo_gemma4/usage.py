@@ -102,7 +102,7 @@ class UsageMeter:
         negligible = adapters | projector
         if any(parameter.requires_grad for parameter in module.parameters() if parameter not in negligible):
             return 3
-        return 2 if adapters or name == "language" else 1
+        return 1 if name in self.model.encoders and not adapters else 2
 
     def _flops(self, name: str, manifest: StepManifest) -> float:
         """Operations of this rank's data-parallel lane, told by one rank of the lane."""
@@ -114,6 +114,8 @@ class UsageMeter:
             lengths = [slot.length for slot in manifest.samples if slot.lane == at.dp]
             return text_flops(self.model.text, lengths).training(frozen=self.passes[name] == 2)
         slots = [slot for slot in manifest.media if slot.modality == name and slot.encoder_lane == at.dp]
+        if name in self.model.decoders:
+            return self.model.decoders[name].flops(slot.rows for slot in slots) * self.passes[name]
         items = [self.dataset.media(slot.index)[slot.ordinal] for slot in slots]
         encoder = self.model.encoders[name]
         forward = encoder.flops(item.header for item in items if item.media_type != "video")

@@ -16,6 +16,8 @@ from torch import nn
 from mimo_gemma4.errors import CheckpointError
 
 Index = tuple[slice, ...]
+DECODERS = "decoders."
+"""What the names of decoders' tensors start with; those of all other modules are Hugging Face's."""
 
 
 @dataclass(frozen=True)

@@ -41,11 +41,11 @@ class StepData:
     language: dict[int, LanguageBatch]
     """Microbatch number → batch of this rank's language lane, of zero rows where the lane idles; empty off its grid."""
     media: dict[tuple[str, int], dict[str, Any]]
-    """(modality, round) → encoder inputs, for the rounds in which this rank's encoder lane has items."""
+    """(module, round) → inputs of an encoder, or targets of a decoder, where this rank's lane of it has items."""
     encoded: dict[str, list[tuple[int, str]]]
-    """Modality → (language lane, identity) of every item that this rank's encoder lane was given."""
+    """Module → (language lane, identity) of every item that this rank's lane of an encoder or decoder was given."""
     expected: list[str]
-    """Identities of the items that this rank's language lane waits for."""
+    """Identities of the items of this rank's language lane, once for each module that works on them."""
 
 
 @dataclass
@@ -54,8 +54,8 @@ class _Reading:
 
     conversations: dict[int, EncodedConversation] = field(default_factory=dict)
     """By dataset number."""
-    media: dict[tuple[int, int], dict[str, torch.Tensor]] = field(default_factory=dict)
-    """Tensors of the good media, by (dataset number, ordinal)."""
+    media: dict[tuple[str, int, int], dict[str, torch.Tensor]] = field(default_factory=dict)
+    """Tensors of the good media, by (module, dataset number, ordinal)."""
     bad: dict[int, BadSample] = field(default_factory=dict)
     """Samples with media that cannot be decoded, by dataset number."""
 
@@ -69,6 +69,7 @@ class StepLoader:
         *,
         language_lane: int | None,
         encoder_lanes: Mapping[str, int],
+        decoder_lanes: Mapping[str, int] | None = None,
         group: dist.ProcessGroup | None = None,
         on_bad_sample: BadSamplePolicy = "fail",
         max_bad_fraction: float = 0.01,
@@ -76,7 +77,8 @@ class StepLoader:
         workers: int = 2,
         stop: int | None = None,
     ) -> None:
-        """`language_lane`: this rank's, None off the language grid; `encoder_lanes`: this rank's, by modality.
+        """`language_lane`: this rank's, None off the language grid; `encoder_lanes`: this rank's, by modality;
+        `decoder_lanes`: this rank's, by name.
 
         `group`: host group of all ranks that nothing else uses, as the loading thread talks on it; None for a single
         process. `on_bad_sample`: `skip` replaces samples with corrupt media, up to `max_bad_fraction` of the last
@@ -88,8 +90,10 @@ class StepLoader:
         self.dataset = planner.dataset
         self.bad: dict[int, BadSample] = {}
         """Samples with corrupt media met so far, by dataset number; equal on all ranks."""
-        self._language_lane, self._encoder_lanes = language_lane, dict(encoder_lanes)
+        self._language_lane, self._media_lanes = language_lane, {**encoder_lanes, **(decoder_lanes or {})}
         self._collates = {p.modality: p.collate for p in self.dataset.encoder.processors.values()}
+        for name, decoder in planner.decoders.items():
+            self._collates[name] = next(iter(decoder.processors.values())).collate
         self._group, self._on_bad_sample, self._max_bad_fraction = group, on_bad_sample, max_bad_fraction
         self._prefetch, self._stop = prefetch, planner.steps if stop is None else stop
         self._steps = ThreadPoolExecutor(1, thread_name_prefix="load-step")
@@ -149,26 +153,26 @@ class StepLoader:
         for index in (sample.index for sample in manifest.samples if sample.lane == self._language_lane):
             if index not in reading.conversations:
                 reading.conversations[index] = self.dataset.encode(index)
-        slots = {(slot.index, slot.ordinal): slot for slot in self._encoded_here(manifest)}
+        slots = {_key(slot): slot for slot in self._media_here(manifest)}
         missing = [slot for key, slot in slots.items() if key not in reading.media]
         decode = map if self._decoders is None else self._decoders.map
         for slot, item in zip(missing, decode(self._decode, missing), strict=True):
             if isinstance(item, BadSample):
                 reading.bad[slot.index] = item
             else:
-                reading.media[slot.index, slot.ordinal] = item
+                reading.media[_key(slot)] = item
         return manifest
 
-    def _encoded_here(self, manifest: StepManifest) -> Iterator[MediaSlot]:
-        """The media that this rank's encoder lanes encode."""
-        for modality, lane in self._encoder_lanes.items():
+    def _media_here(self, manifest: StepManifest) -> Iterator[MediaSlot]:
+        """The media that this rank's lanes of encoders and decoders work on."""
+        for module, lane in self._media_lanes.items():
             for number in range(manifest.rounds):
-                yield from manifest.encoded(modality, number, lane)
+                yield from manifest.encoded(module, number, lane)
 
     def _decode(self, slot: MediaSlot) -> dict[str, torch.Tensor] | BadSample:
         """Tensors of a media item, or why it cannot be had."""
         item = self.dataset.media(slot.index)[slot.ordinal]
-        processor = self.dataset.encoder.processors[item.media_type]
+        processor = self.planner.processor(slot.modality, item.media_type)
         data = read_range(item.shard, item.offset, item.size)
         try:
             tensors = processor.decode(data)
@@ -221,15 +225,21 @@ class StepLoader:
                     microbatch, reading.conversations.__getitem__, self.dataset.media, self.dataset.encoder.pad_id
                 )
                 for slot in microbatch.samples:
-                    media = range(len(self.dataset.media(slot.index)))
-                    data.expected += [self.dataset.identity(slot.index, ordinal) for ordinal in media]
-        for modality, lane in self._encoder_lanes.items():
+                    for ordinal, item in enumerate(self.dataset.media(slot.index)):
+                        users = self.planner.modules_for(item.modality)
+                        data.expected += [self.dataset.identity(slot.index, ordinal)] * len(users)
+        for module, lane in self._media_lanes.items():
             for number in range(manifest.rounds):
-                slots = manifest.encoded(modality, number, lane)
+                slots = manifest.encoded(module, number, lane)
                 if slots:
-                    items = [reading.media[slot.index, slot.ordinal] for slot in slots]
-                    data.media[modality, number] = self._collates[modality](items)
-                    data.encoded.setdefault(modality, []).extend(
+                    items = [reading.media[_key(slot)] for slot in slots]
+                    data.media[module, number] = self._collates[module](items)
+                    data.encoded.setdefault(module, []).extend(
                         (slot.lane, self.dataset.identity(slot.index, slot.ordinal)) for slot in slots
                     )
         return data
+
+
+def _key(slot: MediaSlot) -> tuple[str, int, int]:
+    """What tells a media item of a module from all others of the dataset."""
+    return slot.modality, slot.index, slot.ordinal

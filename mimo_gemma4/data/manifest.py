@@ -32,10 +32,10 @@ class SampleSlot:
 
 @dataclass(frozen=True)
 class MediaSlot:
-    """Where one media item is encoded and where its rows go."""
+    """Where one media item is encoded and where its rows go, or where it is decoded and where its rows come from."""
 
     modality: str
-    """Module of the layout that encodes it."""
+    """Module of the layout that encodes or decodes it."""
     sample: int
     """Position of its sample in the global batch."""
     index: int
@@ -43,19 +43,19 @@ class MediaSlot:
     ordinal: int
     """Which media item of the sample it is, counted over all modalities in message order."""
     rows: int
-    """Soft tokens, which are encoder output rows."""
+    """Soft tokens, which are an encoder's output rows and a decoder's input rows."""
     lane: int
     """Language lane of its sample."""
     microbatch: int
-    """Microbatch of that lane, and the encoder's round."""
+    """Microbatch of that lane, and the round of the module."""
     row: int
     """Row of the microbatch."""
     start: int
     """Position in that row of its first soft token."""
     encoder_lane: int
-    """Encoder data-parallel lane."""
+    """Data-parallel lane of the module."""
     encoder_offset: int
-    """First of its rows in that lane's output of the round."""
+    """First of its rows among those of that lane in the round."""
 
 
 @dataclass(frozen=True)
@@ -105,11 +105,12 @@ class StepManifest:
     microbatches: tuple[Microbatch, ...]
     """All lanes' microbatches, ordered by (lane, number)."""
     media: tuple[MediaSlot, ...]
-    """All media items, ordered by (modality, microbatch, encoder_lane, encoder_offset)."""
+    """All media items, once for each module that works on them, ordered by (modality, microbatch, encoder_lane,
+    encoder_offset)."""
     passed_over: tuple[int, ...] = ()
     """Numbers in the dataset index of the bad samples whose places others took (in one pass over the data: nobody)."""
     imbalance: Mapping[str, Imbalance] = field(default_factory=dict)
-    """Of the language model and of every modality."""
+    """Of the language model and of every encoder and decoder."""
 
     @cached_property
     def samples(self) -> tuple[SampleSlot, ...]:
@@ -129,12 +130,16 @@ class StepManifest:
         return self.microbatches[lane * self.rounds + number]
 
     def encoded(self, modality: str, round_: int, encoder_lane: int) -> tuple[MediaSlot, ...]:
-        """The items that an encoder lane encodes in a round, in the order of their output rows."""
+        """The items that a lane of an encoder or decoder works on in a round, in the order of their rows."""
         return self._encoded.get((modality, round_, encoder_lane), ())
 
     def awaited(self, modality: str, round_: int, lane: int) -> tuple[MediaSlot, ...]:
         """The items of `modality` whose rows a language lane's microbatch of a round holds, by encoder lane."""
         return self._awaited.get((modality, round_, lane), ())
+
+    def rows_of(self, module: str) -> int:
+        """Rows of all media that an encoder or decoder works on in the step."""
+        return sum(slot.rows for slot in self.media if slot.modality == module)
 
 
 def _grouped(slots: Iterable[MediaSlot], key: Callable[[MediaSlot], _Key]) -> dict[_Key, tuple[MediaSlot, ...]]:

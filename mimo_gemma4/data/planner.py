@@ -13,6 +13,19 @@ from mimo_gemma4.data.dataset import MediaItem, ShardDataset
 from mimo_gemma4.data.manifest import Imbalance, MediaSlot, Microbatch, SampleSlot, StepManifest
 from mimo_gemma4.data.order import Mixture
 from mimo_gemma4.errors import ConfigError, DataError
+from mimo_gemma4.media import ItemProcessor
+
+
+@dataclass(frozen=True)
+class DecoderTargets:
+    """Which media a decoder works on, and what makes its targets of them."""
+
+    reads: str
+    """Modality of the media."""
+    lanes: int
+    """Data-parallel lanes of the decoder."""
+    processors: Mapping[str, ItemProcessor]
+    """By media type, each of that modality's."""
 
 
 @dataclass(frozen=True)
@@ -39,6 +52,7 @@ class StepPlanner:
         seed: int,
         language_lanes: int,
         encoder_lanes: Mapping[str, int],
+        decoders: Mapping[str, DecoderTargets] | None = None,
         packing: bool,
         row_multiple: int = 1,
         total_multiple: int = 1,
@@ -50,6 +64,7 @@ class StepPlanner:
     ) -> None:
         """Plan for `language_lanes` data-parallel lanes of the language model and `encoder_lanes` per modality.
 
+        `decoders`: what further modules do with the media, by name.
         `row_multiple`: padded, what the length of a microbatch is rounded up to; packed, what every sample of a pack is
         padded to. `total_multiple`: packed, what the length of a microbatch is rounded up to by padding at its end.
         `sample_cost`: what a sample of so many tokens costs the language model, up to a factor; lanes are given equally
@@ -60,11 +75,13 @@ class StepPlanner:
 
         Raises `ConfigError` for sizes below 1, `DataError` for media that no module of the layout encodes.
         """
+        self.decoders = dict(decoders or {})
+        self._media_lanes = {**encoder_lanes, **{name: decoder.lanes for name, decoder in self.decoders.items()}}
         for key, value in (
             ("train.global_batch_size", global_batch_size),
             ("train.microbatch_size", microbatch_size),
             ("language data-parallel size", language_lanes),
-            *((f"{modality} data-parallel size", lanes) for modality, lanes in encoder_lanes.items()),
+            *((f"{name} data-parallel size", lanes) for name, lanes in self._media_lanes.items()),
         ):
             if value < 1:
                 raise ConfigError(f"{key} is {value}; it must be at least 1")
@@ -77,7 +94,7 @@ class StepPlanner:
         self.global_batch_size = global_batch_size
         self._microbatch_size, self._repeat, self._sample_cost = microbatch_size, repeat, sample_cost
         self._mixture = Mixture(dataset.sizes, dataset.weights, seed=seed, shuffle=shuffle)
-        self._lanes, self._encoder_lanes = language_lanes, dict(encoder_lanes)
+        self._lanes = language_lanes
         self._packing, self._row_multiple, self._total_multiple = packing, row_multiple, total_multiple
         self._choose_cp_layout = choose_cp_layout
 
@@ -173,28 +190,34 @@ class StepPlanner:
             return pack
         return replace(pack, cp_layout=self._choose_cp_layout(pack.segment_starts))
 
-    def _media_cost(self, item: MediaItem) -> float:
-        return self.dataset.encoder.processors[item.media_type].cost(item.header)
+    def processor(self, module: str, media_type: str) -> ItemProcessor:
+        """What the encoder or decoder `module` reads media of a type with."""
+        if module in self.decoders:
+            return self.decoders[module].processors[media_type]
+        return self.dataset.encoder.processors[media_type]
+
+    def modules_for(self, modality: str) -> list[str]:
+        """The encoder of `modality`, and the decoders that read it."""
+        return [modality, *(name for name, decoder in self.decoders.items() if decoder.reads == modality)]
 
     def _place_media(self, slots: Sequence[SampleSlot]) -> list[MediaSlot]:
-        """Media of the step, ordered by (modality, microbatch, encoder lane, offset)."""
-        rounds: dict[tuple[str, int], list[tuple[SampleSlot, int]]] = {}
-        items = {slot.sample: self.dataset.media(slot.index) for slot in slots}
+        """Media of the step, ordered by (module, microbatch, lane of the module, offset)."""
+        rounds: dict[tuple[str, int], list[tuple[SampleSlot, int, MediaItem]]] = {}
         for slot in slots:
-            for ordinal, item in enumerate(items[slot.sample]):
-                rounds.setdefault((item.modality, slot.microbatch), []).append((slot, ordinal))
+            for ordinal, item in enumerate(self.dataset.media(slot.index)):
+                for module in self.modules_for(item.modality):
+                    rounds.setdefault((module, slot.microbatch), []).append((slot, ordinal, item))
         media = []
-        loads = {modality: [0.0] * lanes for modality, lanes in self._encoder_lanes.items()}
-        for modality, number in sorted(rounds):
-            entries = rounds[modality, number]
-            costs = [self._media_cost(items[slot.sample][ordinal]) for slot, ordinal in entries]
-            for encoder_lane, chosen in enumerate(_balance(costs, loads[modality])):
+        loads = {module: [0.0] * lanes for module, lanes in self._media_lanes.items()}
+        for module, number in sorted(rounds):
+            entries = rounds[module, number]
+            costs = [self.processor(module, item.media_type).cost(item.header) for _, _, item in entries]
+            for encoder_lane, chosen in enumerate(_balance(costs, loads[module])):
                 offset = 0
-                for slot, ordinal in (entries[entry] for entry in chosen):
-                    item = items[slot.sample][ordinal]
+                for slot, ordinal, item in (entries[entry] for entry in chosen):
                     media.append(
                         MediaSlot(
-                            modality=modality, sample=slot.sample, index=slot.index, ordinal=ordinal, rows=item.rows,
+                            modality=module, sample=slot.sample, index=slot.index, ordinal=ordinal, rows=item.rows,
                             lane=slot.lane, microbatch=number, row=slot.row, start=slot.start + item.start,
                             encoder_lane=encoder_lane, encoder_offset=offset,
                         )
@@ -205,12 +228,13 @@ class StepPlanner:
     def _imbalance(self, slots: Sequence[SampleSlot], media: Sequence[MediaSlot]) -> dict[str, Imbalance]:
         trained = ((self._sample_cost(slot.length), slot.sample % self._lanes, slot.lane) for slot in slots)
         imbalance = {"language": _imbalance(self._lanes, trained)}
-        encoded: dict[str, list[tuple[float, int, int]]] = defaultdict(list)
+        costs: dict[str, list[tuple[float, int, int]]] = defaultdict(list)
         for slot in media:
-            cost = self._media_cost(self.dataset.media(slot.index)[slot.ordinal])
-            encoded[slot.modality].append((cost, slot.sample % self._encoder_lanes[slot.modality], slot.encoder_lane))
-        for modality, lanes in self._encoder_lanes.items():
-            imbalance[modality] = _imbalance(lanes, encoded[modality])
+            item = self.dataset.media(slot.index)[slot.ordinal]
+            cost = self.processor(slot.modality, item.media_type).cost(item.header)
+            costs[slot.modality].append((cost, slot.sample % self._media_lanes[slot.modality], slot.encoder_lane))
+        for module, lanes in self._media_lanes.items():
+            imbalance[module] = _imbalance(lanes, costs[module])
         return imbalance
 
 

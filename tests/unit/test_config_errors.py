@@ -52,6 +52,12 @@ def base(tmp_path: Path) -> Path:
         ("optim.beta2=1.0", ["`optim.beta2` must be in [0, 1)", "1.0"]),
         ("optim.lr=.nan", ["`optim.lr`", "nan"]),
         ("modules.vision.lr=-1", ["`modules.vision.lr` must not be negative"]),
+        (
+            "modules.vision.decoder=pixel_regression",
+            ["`modules.vision.decoder` is for decoders", "`layout.vision.reads`"],
+        ),
+        ("modules.vision.loss_weight=2", ["`modules.vision.loss_weight` is for decoders"]),
+        ("layout.pixels={ranks: 1, reads: vision}", ["`modules.pixels.decoder` is missing", "`layout.pixels.reads`"]),
         ("model.precision=fp8", ["`model.precision` fp8", "not available yet"]),
         ("profile.steps=20..22", ["`profile.steps` '20..22' is no range like 20-22"]),
         ("profile.steps=22-20", ["`profile.steps` '22-20' names no step"]),
@@ -119,3 +125,16 @@ def test_a_missing_file_is_named_with_the_nearest():
 def test_a_command_line_without_key_and_value(arguments: list[str]):
     with pytest.raises(ConfigError):
         load_config(arguments)
+
+
+@pytest.mark.parametrize("option", ["hf_path: /models/x", "processor: {patch_size: 4}", "lora: {targets: ['*']}"])
+def test_options_of_encoders_are_refused_for_decoders(base: Path, option: str):
+    module = f"modules.pixels={{decoder: pixel_regression, {option}}}"
+    with pytest.raises(ConfigError, match=rf"`modules.pixels.{option.partition(':')[0]}` is not for decoders"):
+        load_config([f"config={base}", "layout.pixels={ranks: 1, reads: vision}", module])
+
+
+def test_a_negative_loss_weight_is_refused(base: Path):
+    module = "modules.pixels={decoder: pixel_regression, loss_weight: -1}"
+    with pytest.raises(ConfigError, match="`modules.pixels.loss_weight` must not be negative"):
+        load_config([f"config={base}", "layout.pixels={ranks: 1, reads: vision}", module])

@@ -72,6 +72,30 @@ VISION = {"vision": ModuleLayout(2)}
             ["`layout.vision.ep` is 2", "no experts"],
         ),
         (
+            VISION | {"language": ModuleLayout(1), "pixels": ModuleLayout(1, reads="audio")},
+            4,
+            "disjoint",
+            ["`layout.pixels.reads` is audio", "encoders here: vision"],
+        ),
+        (
+            VISION | {"language": ModuleLayout(1, reads="vision")},
+            3,
+            "disjoint",
+            ["`layout.language.reads` is vision", "only a decoder"],
+        ),
+        (
+            {"language": ModuleLayout(1), "pixels": ModuleLayout(1, reads="pixels")},
+            2,
+            "disjoint",
+            ["`layout.pixels.reads` is pixels", "encoders here: none"],
+        ),
+        (
+            VISION | {"language": ModuleLayout(1), "pixels": ModuleLayout(2, cp=2, reads="vision")},
+            5,
+            "disjoint",
+            ["`layout.pixels.cp` is 2", "a decoder's items"],
+        ),
+        (
             VISION | {"language": ModuleLayout()},
             4,
             "colocated",

@@ -79,6 +79,19 @@ def test_ranks(modules: dict, world_size: int, placement: str, expected: dict) -
         assert layout.modules_of(rank) == tuple(name for name, ranks in expected.items() if rank in ranks)
 
 
+@pytest.mark.parametrize("pp", [1, 3])
+def test_decoders_are_told_from_encoders_and_read_the_last_stage(pp: int) -> None:
+    modules = {
+        "pixels": ModuleLayout(2, reads="vision"),
+        "language": ModuleLayout(pp, pp=pp),
+        "vision": ModuleLayout(1),
+    }
+    layout = build_layout(modules, 3 + pp)
+    assert (layout.encoders, layout.decoders) == (("vision",), ("pixels",))
+    assert layout.grids["pixels"].dp == 2
+    assert (layout.language_stage("vision"), layout.language_stage("pixels")) == (0, pp - 1)
+
+
 def test_coordinates_run_tensor_parallel_first() -> None:
     ranks = [1, 2, 3, 5, 6, 7, 8, 9, 11, 12, 13, 14]
     layout = build_layout({"vision": ModuleLayout([0, 4, 10]), "language": ModuleLayout(ranks, tp=2, cp=3)}, 15)

@@ -1,0 +1,1 @@
+"""Modules that the language model feeds: one file each, found by `registry`."""
