@@ -1,6 +1,7 @@
 """A decoder is found from one file; what it cannot be built from is named, and its targets are those of the image."""
 
 import io
+import re
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,7 @@ from encoders.gemma4_image import Gemma4FrameProcessor, Gemma4ImageProcessor
 from encoders.registry import build_processor
 from mimo_gemma4 import decoders
 from mimo_gemma4.build import check_decoder_names
-from mimo_gemma4.config import ModelConfig, ModuleLayout
+from mimo_gemma4.config import REPOSITORY, ModelConfig, ModuleLayout
 from mimo_gemma4.decoders.registry import build_target_processors, decoder_class, registered_decoders
 from mimo_gemma4.errors import ConfigError
 from mimo_gemma4.layout import build_layout
@@ -27,6 +28,13 @@ THIRD_PARTY = "from mimo_gemma4.decoders.pixel_regression import PixelRegression
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(decoders, "__path__", [*decoders.__path__, str(tmp_path)])
     return tmp_path
+
+
+def test_the_guide_shows_parts_of_the_file():
+    guide = (REPOSITORY / "docs" / "add_a_decoder.md").read_text(encoding="utf-8")
+    shipped = (REPOSITORY / "mimo_gemma4" / "decoders" / "pixel_regression.py").read_text(encoding="utf-8")
+    blocks = re.findall(r"^```python\n(.*?)^```", guide, flags=re.DOTALL | re.MULTILINE)
+    assert blocks and all(block in shipped for block in blocks)
 
 
 def test_a_new_file_is_a_new_decoder(folder: Path):
