@@ -69,7 +69,12 @@ class Route:
 
 
 class Bridge:
-    """One edge of the module graph: an encoder's rows into the language module's embeddings."""
+    """One edge of the module graph: an encoder's rows into the embeddings, or final hidden states to a decoder.
+
+    Names are those of an encoder's edge. A decoder's takes the same routes, in the other order: hidden states travel as
+    gradients of rows do, from the one holder of a token that answers for it to the decoder's lane; their gradients
+    travel as rows do, to every holder.
+    """
 
     def __init__(
         self,
@@ -88,7 +93,7 @@ class Bridge:
 
         Args:
             layout: all grids.
-            encoder: the encoder's name in the layout.
+            encoder: the encoder's name in the layout, or the decoder's.
             rank: this process's global rank.
             forward_group: group that carries rows, of the ranks of the encoder's last and the language's first stage.
             backward_group: group of the same ranks that carries gradients.
@@ -103,18 +108,21 @@ class Bridge:
         self.encoder_tp_group = encoder_tp_group
         self.hidden_size, self.dtype = hidden_size, dtype
         self.platform, self.device = platform, platform.device
-        source, target = self.source, self.target
+        source, target, stage = self.source, self.target, layout.language_stage(encoder)
         self._source_ranks = torch.tensor(
             [[source.rank_at(tp=tp, dp=lane, pp=source.pp - 1) for tp in range(source.tp)] for lane in range(source.dp)]
         )
         self._target_ranks = torch.tensor(
             [
-                [[target.rank_at(tp=tp, cp=cp, dp=lane) for tp in range(target.tp)] for cp in range(target.cp)]
+                [
+                    [target.rank_at(tp=tp, cp=cp, dp=lane, pp=stage) for tp in range(target.tp)]
+                    for cp in range(target.cp)
+                ]
                 for lane in range(target.dp)
             ]
         )
         self._encoder_lane = source.coordinate(rank).dp if rank in source.stage_ranks(source.pp - 1) else None
-        self._target_at = target.coordinate(rank) if rank in target.stage_ranks(0) else None
+        self._target_at = target.coordinate(rank) if rank in target.stage_ranks(stage) else None
 
     # --- planning (host) ---
 

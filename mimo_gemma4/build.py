@@ -250,20 +250,26 @@ def tensor_names(foundation: Foundation, model: MimoModel) -> dict[str, set[str]
 
 
 def first_trained_stages(foundation: Foundation, model: MimoModel) -> dict[str, int]:
-    """Per encoder that trains, the first pipeline stage with a parameter that does. Collective over all ranks."""
+    """Per encoder that trains, the first pipeline stage with a parameter that does. Collective over all ranks.
+
+    Decoders are in it, with their only stage, where the language model or an encoder trains.
+    """
     layout, host = foundation.layout, foundation.groups.host
     mine = {
         name: layout.grids[name].coordinate(model.rank).pp
-        for name in model.encoders
-        if any(parameter.requires_grad for parameter in model.modules[name].parameters())
+        for name, module in model.modules.items()
+        if any(parameter.requires_grad for parameter in module.parameters())
     }
     everyone: list[dict[str, int]] = [{}] * host.size()
     dist.all_gather_object(everyone, mine, group=host)
-    return {
+    trained = {
         name: min(held[name] for held in everyone if name in held)
-        for name in layout.encoders
+        for name in (*layout.encoders, LANGUAGE)
         if any(name in held for held in everyone)
     }
+    decoders = dict.fromkeys(layout.decoders if trained else (), 0)
+    trained.pop(LANGUAGE, None)
+    return trained | decoders
 
 
 def fill_adapters(foundation: Foundation, model: MimoModel) -> None:

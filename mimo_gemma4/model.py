@@ -95,7 +95,8 @@ class MimoModel:
         self.modules = {name: held[name] for name in layout.grids if name in held}
         """This rank's modules by name, in the layout's order, as they are trained: with their adapters, if any."""
         self.trained_from: dict[str, int] = {}
-        """The first pipeline stage that trains of each encoder that does; `build.build_modules` finds it out."""
+        """The first pipeline stage that trains of each encoder that does; `build.build_modules` finds it out. Decoders
+        are in it where something trains that the gradient of their states reaches."""
         self.pipelines = {name: self._pipeline(name) for name in self.modules if layout.grids[name].pp > 1}
         """This rank's neighbours in the pipelines of its modules."""
         names = (*layout.encoders, *layout.decoders)
@@ -182,10 +183,23 @@ class MimoModel:
         if arrived:
             assert isinstance(encoder, StagedEncoder)
             given |= dict.fromkeys(encoder.only_first)
-        given = {key: self.platform.put(value) if torch.is_tensor(value) else value for key, value in given.items()}
+        given = self._put(given)
         if arrived:
             (given["hidden"],) = arrived
         return encoder(**given)
+
+    def decode(self, name: str, states: torch.Tensor, targets: Mapping[str, Any]) -> torch.Tensor:
+        """The summed loss of a decoder, a scalar.
+
+        Args:
+            name: the decoder.
+            states: final hidden states [rows, H] of its lane's media items.
+            targets: what its processor collated, on the host.
+        """
+        return self.decoders[name](states, **self._put(targets))
+
+    def _put(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
+        return {key: self.platform.put(value) if torch.is_tensor(value) else value for key, value in inputs.items()}
 
     def local_tokens(self, batch: LanguageBatch, microbatch: Microbatch) -> LocalTokens:
         """Cut a lane's microbatch (host tensors [B, S]) to this rank's CP part and move it to the device."""

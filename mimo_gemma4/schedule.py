@@ -6,6 +6,10 @@ comes after those that it needs, and sorting a stage's passes by slot is 1F1B: a
 backward pass. Encoders have their turn at the end of a slot, in time for the first stage. An encoder's own stages stand
 in front of the language's: each has its forward pass a slot before the next one's, and its backward pass a slot after.
 
+Decoders have their turn behind the last stage's forward pass. One on ranks of its own is one more stage: backward slots
+count P + 1 stages, so that the last stage runs its next forward pass while the decoder works, and stages hold P + 1 - s
+microbatches. Nothing waits behind a decoder, whose forward and backward pass are therefore one.
+
 A round is one microbatch of every language lane. A lane that is empty in a round moves nothing between its stages; its
 passes stay in the list, because lanes that share experts enter the same exchanges.
 """
@@ -35,6 +39,13 @@ ActionKind = Literal[
     "expect_row_gradients",
     "receive_row_gradients",
     "send_row_gradients",
+    "decode",
+    "expect_states",
+    "receive_states",
+    "send_states",
+    "expect_state_gradients",
+    "receive_state_gradients",
+    "send_state_gradients",
 ]
 """What a rank does.
 
@@ -44,6 +55,8 @@ ActionKind = Literal[
   the language. `send_rows` gives the first language stage the output of the last, `send_row_gradients` gives back what
   the rows got. A rank at both ends of an edge starts sending and receiving in one batch, with `send_…`: ranks that each
   first expected what the other sends next would wait for one another on NCCL.
+- `decode`: a decoder's forward and backward pass. `send_states` gives it rows of the last language stage's hidden
+  states, `send_state_gradients` gives back what they got; both are as for the rows of encoders.
 - `observe`: whoever watches an evaluation looks at the microbatch, on all stages when it has gone through them.
 """
 
@@ -52,16 +65,23 @@ _LANGUAGE_TURN: tuple[ActionKind, ...] = (
     "receive_gradient",
     "receive_rows",
     "expect_rows",
+    "receive_state_gradients",
     "forward",
     "backward",
     "send_hidden",
     "send_gradient",
     "send_row_gradients",
+    "send_states",
+    "receive_states",
+    "decode",
+    "send_state_gradients",
+    "expect_state_gradients",
+    "expect_states",
     "observe",
     "expect_hidden",
     "expect_gradient",
 )
-"""Order inside a slot of what a rank does for its language stage, …"""
+"""Order inside a slot of what a rank does for its language stage and decoders, …"""
 _ENCODER_TURN: tuple[ActionKind, ...] = (
     "receive_row_gradients",
     "expect_row_gradients",
@@ -84,7 +104,7 @@ _TRANSPORT: dict[str, tuple[ActionKind, ActionKind, ActionKind]] = {
 
 @dataclass(frozen=True)
 class Action:
-    """One thing that a rank does: `kind`, in `round`, for `module` (the encoder it concerns, or `language`)."""
+    """One thing that a rank does: `kind`, in `round`, for `module` (an encoder, a decoder or `language`)."""
 
     kind: ActionKind
     round: int
@@ -113,7 +133,7 @@ def plan_step(
         manifest: the step's plan.
         rank: global rank.
         trained_from: by encoder whose rows need a gradient, the first of its stages that trains; stages before it, and
-            all of other encoders, have no backward pass.
+            all of other encoders, have no backward pass. A decoder whose states need a gradient is in it, too.
         run_ahead: per encoder, how many microbatches it may have encoded, beyond one for each further stage between it
             and the language model's last, without having their gradients back; at least 1. On ranks of its own an
             encoder without backward pass waits for nothing, so it is not bounded.
@@ -123,6 +143,8 @@ def plan_step(
     slotted: list[tuple[int, Action]] = []
     if rank in layout.language:
         slotted += _stage(layout, manifest, rank, train, observed)
+    for name in layout.decoders:
+        slotted += _decoder(layout, manifest, rank, name, train and name in trained_from)
     for name in layout.encoders:
         returning = trained_from.get(name) if train else None
         slots = None
@@ -130,7 +152,7 @@ def plan_step(
             slots = _encoder_slots(layout, name, rank, manifest.rounds, run_ahead[name])
             slotted += _encoder_stage(layout, manifest, rank, name, slots, returning)
         slotted += _edge(layout, manifest, rank, name, slots, returning is not None)
-    modules = {name: number for number, name in enumerate(layout.encoders)} | {LANGUAGE: len(layout.encoders)}
+    modules = {name: number for number, name in enumerate((*layout.encoders, *layout.decoders, LANGUAGE))}
     slotted.sort(key=lambda entry: (entry[0], *_turn(entry[1]), modules[entry[1].module]))
     return [action for _, action in slotted]
 
@@ -141,14 +163,20 @@ def _turn(action: Action) -> tuple[bool, int]:
     return encoders, (_ENCODER_TURN if encoders else _LANGUAGE_TURN).index(action.kind)
 
 
+def pipeline_depth(layout: Layout) -> int:
+    """Stages behind the encoders: those of the language module, and one for decoders apart from the last of them."""
+    last = layout.language.stage_ranks(layout.language.pp - 1)
+    return layout.language.pp + any(set(layout.grids[name].ranks).isdisjoint(last) for name in layout.decoders)
+
+
 def forward_slot(round_: int, stage: int) -> int:
     """Slot of a stage's forward pass."""
     return 2 * round_ + stage
 
 
-def backward_slot(round_: int, stage: int, stages: int) -> int:
-    """Slot of a stage's backward pass, in a pipeline of `stages`."""
-    return 2 * (round_ + stages) - 1 - stage
+def backward_slot(round_: int, stage: int, depth: int) -> int:
+    """Slot of a language stage's backward pass, with `depth` stages."""
+    return 2 * (round_ + depth) - 1 - stage
 
 
 def _stage(layout: Layout, manifest: StepManifest, rank: int, train: bool, observed: bool) -> Slotted:
@@ -162,7 +190,7 @@ def _stage(layout: Layout, manifest: StepManifest, rank: int, train: bool, obser
     if observed:  # by all stages in one slot, for they may wait for one another
         yield from _each("observe", LANGUAGE, rounds, [forward_slot(number, stages - 1) for number in rounds])
     if train:
-        backward = [backward_slot(number, at.pp, stages) for number in rounds]
+        backward = [backward_slot(number, at.pp, pipeline_depth(layout)) for number in rounds]
         yield from _each("backward", LANGUAGE, rounds, backward)
         yield from _moves("gradient", LANGUAGE, filled, backward, receives=not last, sends=not first)
 
@@ -186,11 +214,11 @@ def _moves(
 
 def _encoder_slots(layout: Layout, name: str, rank: int, rounds: int, run_ahead: int) -> tuple[Slots, Slots]:
     """Slots of the two passes of this rank's stage of an encoder."""
-    grid, stages = layout.grids[name], layout.language.pp
+    grid, depth = layout.grids[name], pipeline_depth(layout)
     # Just in time if 1; every further microbatch leaves a pass for rows to travel, and one for gradients.
     early = run_ahead + grid.pp - 1 - grid.coordinate(rank).pp
     encode = [forward_slot(number, 0) - early for number in range(rounds)]
-    backward = [backward_slot(number, 0, stages) + early - 1 for number in range(rounds)]
+    backward = [backward_slot(number, 0, depth) + early - 1 for number in range(rounds)]
     return encode, backward
 
 
@@ -219,7 +247,7 @@ def _edge(
     """
     grid, language, rounds = layout.grids[name], layout.language, range(manifest.rounds)
     forward = [forward_slot(number, 0) for number in rounds]
-    backward = [backward_slot(number, 0, language.pp) for number in rounds]
+    backward = [backward_slot(number, 0, pipeline_depth(layout)) for number in rounds]
     sends = slots if rank in grid.stage_ranks(grid.pp - 1) else None
     receives = rank in language.stage_ranks(0)
     encoded, awaited = set[int](), set[int]()
@@ -239,3 +267,27 @@ def _edge(
         if not receives:
             yield from _each("expect_row_gradients", name, moved, [slot - 2 for slot in sends[1]])
         yield from _each("receive_row_gradients", name, sorted(encoded), sends[1])
+
+
+def _decoder(layout: Layout, manifest: StepManifest, rank: int, name: str, returns: bool) -> Slotted:
+    """Slots and actions of a decoder, on its ranks and on those of the last language stage."""
+    grid, stage, rounds = layout.grids[name], layout.language.pp - 1, range(manifest.rounds)
+    at_stage, at_decoder = rank in layout.language.stage_ranks(stage), rank in grid
+    gives: list[int] = []
+    decodes: list[int] = []
+    if at_stage:
+        lane = layout.language.coordinate(rank).dp
+        gives = [number for number in rounds if manifest.awaited(name, number, lane)]
+    if at_decoder:
+        lane = grid.coordinate(rank).dp
+        decodes = [number for number in rounds if manifest.encoded(name, number, lane)]
+    either = sorted({*gives, *decodes})
+    forward = [forward_slot(number, stage) for number in rounds]
+    ahead = [slot - 2 for slot in forward]
+    yield from _each("send_states", name, either, forward) if at_stage else _each("expect_states", name, either, ahead)
+    yield from _each("receive_states", name, decodes, forward)
+    yield from _each("decode", name, decodes, forward)
+    if returns:
+        backward = [backward_slot(number, stage, pipeline_depth(layout)) for number in rounds]
+        yield from _each("send_state_gradients" if at_decoder else "expect_state_gradients", name, either, forward)
+        yield from _each("receive_state_gradients", name, gives, backward)

@@ -24,7 +24,10 @@ Key = tuple[str, int]
 """Module and round: what an action is about."""
 Observer = Callable[[LanguageBatch, Microbatch, Media], None]
 
-WAITING = ("receive_rows", "receive_row_gradients", "receive_hidden", "receive_gradient")
+WAITING = (
+    *("receive_hidden", "receive_gradient", "receive_rows", "receive_row_gradients"),
+    *("receive_states", "receive_state_gradients"),
+)
 """Kinds of actions in which a rank waits for others."""
 
 
@@ -97,7 +100,8 @@ class _InFlight:
     arrived: list[torch.Tensor]
     """What the previous stage sent: leaves, which collect gradients where that stage has a backward pass."""
     outputs: list[torch.Tensor]
-    """What the next stage was sent, an encoder's rows, or the loss; on an idle lane, what its experts served."""
+    """What the next stage was sent, an encoder's rows, or the loss and what decoders were given that send a gradient
+    back; on an idle lane, what its experts served."""
 
 
 class _Execution:
@@ -119,13 +123,14 @@ class _Execution:
         self.tokens: dict[int, LocalTokens] = {}
         self.moving: dict[tuple[str, str, int], Arrival] = {}
         self.hidden: dict[Key, list[torch.Tensor]] = {}
-        self.gradients: dict[Key, list[torch.Tensor]] = {}
+        self.given: dict[Key, torch.Tensor] = {}
+        self.states: dict[Key, torch.Tensor] = {}
+        self.gradients: dict[Key, list[torch.Tensor | None]] = {}
         self.returning: dict[Key, list[torch.Tensor]] = {}
         self.in_flight: dict[Key, _InFlight] = {}
         zero = torch.zeros((), dtype=torch.float64, device=model.platform.device)
-        self.totals = StepTotals(
-            zero.clone(), zero.clone(), decoder_losses={name: zero.clone() for name in model.decoders}
-        )
+        losses = {name: zero.clone() for name in model.decoders}
+        self.totals = StepTotals(zero.clone(), zero.clone(), decoder_losses=losses)
         self.lane = -1
         if model.language is not None:
             self.lane = model.layout.language.coordinate(model.rank).dp
@@ -154,7 +159,7 @@ class _Execution:
             loss = self._language.loss(outputs.hidden, tokens.labels)
             self.totals.loss_sum += loss.detach()
             self.totals.loss_tokens += (tokens.labels >= 0).sum()
-            leaving = [loss]
+            leaving = [loss, *self._give_states(outputs.hidden, key[1])]
         self.in_flight[key] = _InFlight(arrived, leaving)
         del self.tokens[key[1]]
         if self.observe is None:
@@ -170,11 +175,21 @@ class _Execution:
         waiting = self.in_flight.pop(key, None)
         if waiting is None:  # the lane idles
             return
-        torch.autograd.backward(waiting.outputs, self.gradients.pop(key, None))
+        gradients: Any = self.gradients.pop(key, None)
+        torch.autograd.backward(waiting.outputs, gradients)
         if returning := [tensor for tensor in waiting.arrived if tensor.requires_grad]:
             self.returning[key] = returning
 
     _encoder_backward = _backward
+
+    def _decode(self, key: Key) -> None:
+        name, states = key[0], self.states.pop(key)
+        loss = self.model.decode(name, states, self.data.media[key])
+        self.totals.decoder_losses[name] += loss.detach()
+        if loss.requires_grad:
+            (self.model.config.module(name).loss_weight * loss).backward()
+        if name in self.trained_from:
+            self.gradients[key] = [states.grad]
 
     def _observe(self, key: Key) -> None:
         assert self.observe is not None
@@ -198,7 +213,7 @@ class _Execution:
         self.moving["gradient", *key] = self.model.pipelines[key[0]].backward.expect(shapes)
 
     def _receive_gradient(self, key: Key) -> None:
-        self.gradients[key] = self.moving.pop(("gradient", *key)).wait()
+        self.gradients[key] = [*self.moving.pop(("gradient", *key)).wait()]
 
     def _send_gradient(self, key: Key) -> None:
         gradients = [tensor.grad for tensor in self.returning.pop(key)]
@@ -231,10 +246,9 @@ class _Execution:
     # --- between encoders and language ---
 
     def _post_rows(self, key: Key) -> None:
-        bridge = self.model.bridges[key[0]]
-        route = self.routes[key] = bridge.route(self.data.manifest, key[1])
+        route = self._route(key)
         rows = self._leaving(key)[0] if route.rows else None
-        self.moving["rows", *key] = bridge.post_rows(route, rows)
+        self.moving["rows", *key] = self.model.bridges[key[0]].post_rows(route, rows)
 
     _send_rows = _expect_rows = _post_rows
 
@@ -253,7 +267,47 @@ class _Execution:
         arrival = self.moving.pop(("row_gradients", *key))
         self.gradients[key] = [self.model.bridges[key[0]].output_gradient(self.routes[key], arrival)]
 
+    # --- between language and decoders ---
+
+    def _give_states(self, hidden: torch.Tensor, round_: int) -> list[torch.Tensor]:
+        """Take the rows for decoders out of the final hidden states; those of them that a gradient comes back for."""
+        returning = []
+        for name in self.model.layout.decoders:
+            positions = self._route((name, round_)).positions
+            if len(positions):
+                given = hidden.flatten(0, 1).index_select(0, self.model.platform.put(positions))
+                self.given[name, round_] = given
+                returning += [given] if name in self.trained_from else []
+        return returning
+
+    def _post_states(self, key: Key) -> None:
+        bridge = self.model.bridges[key[0]]
+        self.moving["states", *key] = bridge.post_gradients(self._route(key), self.given.pop(key, None))
+
+    _send_states = _expect_states = _post_states
+
+    def _receive_states(self, key: Key) -> None:
+        states = self.model.bridges[key[0]].output_gradient(self._route(key), self.moving.pop(("states", *key)))
+        self.states[key] = states.requires_grad_(key[0] in self.trained_from)
+
+    def _post_state_gradients(self, key: Key) -> None:
+        (gradients,) = self.gradients.pop(key, [None])
+        self.moving["state_gradients", *key] = self.model.bridges[key[0]].post_rows(self._route(key), gradients)
+
+    _send_state_gradients = _expect_state_gradients = _post_state_gradients
+
+    def _receive_state_gradients(self, key: Key) -> None:
+        # The loss needs none; what was given follows in the layout's order, as decoders have their turn.
+        gradients = self.gradients.setdefault((LANGUAGE, key[1]), [None])
+        gradients += self.moving.pop(("state_gradients", *key)).wait()
+
     # --- what a pass works on ---
+
+    def _route(self, key: Key) -> Route:
+        """This rank's part of a round of an edge."""
+        if key not in self.routes:
+            self.routes[key] = self.model.bridges[key[0]].route(self.data.manifest, key[1])
+        return self.routes[key]
 
     @property
     def _language(self) -> Gemma4LanguageModel:

@@ -18,7 +18,7 @@ from mimo_gemma4.schedule import Action, plan_step
 
 Message = tuple[int, int]
 """Sender and receiver, as ranks."""
-PASSES = ("forward", "backward", "encode", "encoder_backward")
+PASSES = ("forward", "backward", "encode", "encoder_backward", "decode")
 COLLECTIVES = (*PASSES, "observe")
 Cost = Callable[[Action, int], float]
 """Seconds that an action takes on a rank."""
@@ -45,9 +45,11 @@ class World:
     experts: bool = False
     """Whether lanes share experts, so that their passes are one collective."""
     rows: dict[tuple[str, int], list[Message]] = field(default_factory=dict)
-    """(encoder, round) → pairs (encoder rank, language rank) that rows travel between."""
+    """(module, round) → pairs (module's rank, language rank) that an encoder's rows, or the gradients of what a decoder
+    was given, travel between."""
     owners: dict[tuple[str, int], list[Message]] = field(default_factory=dict)
-    """The same for gradients, from language rank to encoder rank: a part of those pairs, as replicas return nothing."""
+    """The same for what language ranks send, gradients of rows and states: a part of those pairs, the other way round,
+    as replicas send nothing."""
 
     def plans(self) -> list[list[Action]]:
         return [
@@ -113,6 +115,16 @@ class World:
         lane = self.places[LANGUAGE, rank].dp if rank in language.stage_ranks(0) else None
         return lane is not None and bool(self.manifest.awaited(encoder, round_, lane))
 
+    def decodes(self, decoder: str, rank: int, round_: int) -> bool:
+        return rank in self.layout.grids[decoder] and self.works(decoder, rank, round_)
+
+    def at_last_stage(self, rank: int) -> bool:
+        return rank in self.layout.language and self.last(LANGUAGE, rank)
+
+    def gives(self, decoder: str, rank: int, round_: int) -> bool:
+        lane = self.places[LANGUAGE, rank].dp if self.at_last_stage(rank) else None
+        return lane is not None and bool(self.manifest.awaited(decoder, round_, lane))
+
     def team(self, action: Action, rank: int) -> tuple[tuple, int]:
         """Whose collective an action is: a name and the number of ranks."""
         grid = self.layout.grids[action.module]
@@ -129,8 +141,9 @@ class World:
         verb, _, what = action.kind.partition("_")
         if verb not in ("send", "expect"):
             return None
-        if what in ("rows", "row_gradients"):
-            pairs = (self.rows if what == "rows" else self.owners).get((action.module, action.round), [])
+        if what not in ("hidden", "gradient"):
+            to_language = what in ("rows", "state_gradients")
+            pairs = (self.rows if to_language else self.owners).get((action.module, action.round), [])
             return (what, action.module), {pair for pair in pairs if rank in pair}
         peer = self.neighbour(action.module, rank, 1 if (verb == "send") == (what == "hidden") else -1)
         return (what, action.module), {(rank, peer) if verb == "send" else (peer, rank)}
@@ -233,7 +246,7 @@ class _Simulation:
             self.clock[member], self.busy[member] = start + seconds, self.busy[member] + seconds
             if action.kind in PASSES:
                 key = member, action.module
-                self.in_flight[key] += 1 if action.kind in ("forward", "encode") else -1
+                self.in_flight[key] += {"forward": 1, "encode": 1, "decode": 0}.get(action.kind, -1)
                 self.most[key] = max(self.most[key], self.in_flight[key])
             self._finish(action, member)
         freed |= set(here) - {rank}
@@ -282,6 +295,9 @@ def _leave(queue: deque[Batch]) -> None:
 def needs(world: World, action: Action, rank: int) -> Iterator[Action]:
     """What has to be done on the same rank before an action."""
     name, round_ = action.module, action.round
+    if name in world.layout.decoders:
+        yield from _decoder_needs(world, action, rank)
+        return
     forward, backward = passes_of(name)
 
     def need(kind: str, module: str = name) -> Action:
@@ -298,6 +314,9 @@ def needs(world: World, action: Action, rank: int) -> Iterator[Action]:
             yield need("receive_gradient")
         elif name != LANGUAGE:
             yield need("receive_row_gradients")
+        else:
+            giving = (decoder for decoder in world.layout.decoders if world.gives(decoder, rank, round_))
+            yield from (need("receive_state_gradients", d) for d in giving if d in world.trained_from)
     if action.kind in ("send_hidden", "observe", backward):
         yield need(forward)
     if action.kind == "send_rows" and world.encodes(name, rank, round_):
@@ -314,11 +333,36 @@ def needs(world: World, action: Action, rank: int) -> Iterator[Action]:
         yield need("send_row_gradients" if world.ends(name, rank)[1] else "expect_row_gradients")
 
 
+def _decoder_needs(world: World, action: Action, rank: int) -> Iterator[Action]:
+    name, round_ = action.module, action.round
+    before = {
+        "send_states": ("forward", LANGUAGE),
+        "receive_states": ("send_states" if world.at_last_stage(rank) else "expect_states", name),
+        "decode": ("receive_states", name),
+        "receive_state_gradients": (
+            "send_state_gradients" if rank in world.layout.grids[name] else "expect_state_gradients",
+            name,
+        ),
+    }
+    if world.decodes(name, rank, round_):
+        before["send_state_gradients"] = ("decode", name)
+    if action.kind in before:
+        kind, module = before[action.kind]
+        yield Action(kind, round_, module)  # type: ignore[arg-type]
+
+
 def complete(world: World, rank: int) -> Counter[Action]:
     """Everything that a rank has to do in the step, each action as often as it occurs."""
     expected = Counter[Action]()
-    for number, name in product(range(world.manifest.rounds), world.layout.grids):
-        kinds: list[str] = []
+    for number, name in product(range(world.manifest.rounds), world.layout.decoders):
+        gives, decodes = world.gives(name, rank, number), world.decodes(name, rank, number)
+        verbs = ["send" if here else "expect" for here in (world.at_last_stage(rank), rank in world.layout.grids[name])]
+        kinds = [f"{verbs[0]}_states"] * (gives or decodes) + ["receive_states", "decode"] * decodes
+        if world.train and name in world.trained_from:
+            kinds += [f"{verbs[1]}_state_gradients"] * (gives or decodes) + ["receive_state_gradients"] * gives
+        expected.update(Action(kind, number, name) for kind in kinds)  # type: ignore[arg-type]
+    for number, name in product(range(world.manifest.rounds), (*world.layout.encoders, LANGUAGE)):
+        kinds = []
         if name in world.layout.modules_of(rank):
             works, first, last = world.works(name, rank, number), world.first(name, rank), world.last(name, rank)
             forward, backward = passes_of(name)

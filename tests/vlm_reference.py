@@ -43,6 +43,8 @@ class Reference:
     loss: float
     loss_tokens: int
     gradients: dict[str, torch.Tensor]
+    decoder_losses: tuple[float, ...] = ()
+    """Loss of each decoder, summed over its rows."""
 
     @cached_property
     def norm(self) -> float:

@@ -10,7 +10,7 @@ import json
 import os
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -40,8 +40,10 @@ PARAMETERS = {
     "audio": ("model.audio_tower.", "model.embed_audio."),
     "audio tower": ("model.audio_tower.",),
     "language": ("model.language_model.",),
+    "pixels": ("decoders.pixels.",),
 }
 """What can be frozen, and how the names of its parameters begin."""
+PIXELS = {"decoder": "pixel_regression", "decoder_options.hidden_size": 24, "loss_weight": 0.7}
 
 
 @dataclass(frozen=True)
@@ -56,6 +58,9 @@ class Case:
     """Data parallel size of the audio encoder; 0: it is not in the layout."""
     audio_tp: int = 1
     audio_pp: int = 1
+    pixels: int = 0
+    """Data parallel size of the decoder that reads images' tokens; 0: it is not in the layout."""
+    pixels_tp: int = 1
     dp: int = 1
     """Sizes of the language model."""
     tp: int = 1
@@ -70,7 +75,7 @@ class Case:
     colocated: bool = False
     """Every module is on all ranks, whose number follows from the language model's sizes."""
     ranks: tuple[tuple[int, ...], ...] = ()
-    """Ranks of vision, audio and language, as far as they are in the layout; empty: one after the other."""
+    """Ranks of vision, audio, language and pixels, as far as they are in the layout; empty: one after the other."""
     frozen: tuple[str, ...] = ()
     """Keys of `PARAMETERS`."""
     checkpointing: str = "none"
@@ -98,7 +103,10 @@ class Case:
                 modules[name] = {"ranks": dp * tp * pp, "tp": tp, "pp": pp}
         sizes = {"tp": self.tp, "cp": self.cp, "pp": self.pp, "ep": self.ep}
         ways = {"sequence_parallel": self.sp, "part_shared_key_values": self.part}
-        return modules | {"language": {"ranks": self.dp * self.tp * self.cp * self.pp} | sizes | ways}
+        modules["language"] = {"ranks": self.dp * self.tp * self.cp * self.pp} | sizes | ways
+        if self.pixels:
+            modules["pixels"] = {"ranks": self.pixels * self.pixels_tp, "tp": self.pixels_tp, "reads": "vision"}
+        return modules
 
     @property
     def _placement(self) -> str:
@@ -120,6 +128,7 @@ class Case:
         return [
             *(f"layout.{name}={json.dumps(options)}" for name, options in modules.items()),
             *(f"modules.{name}.freeze={tower or 'true'}" for name, _, tower in frozen),
+            *(f"modules.pixels.{key}={value}" for key, value in PIXELS.items() if self.pixels),
             f"layout.placement={self._placement}",
             f"train.microbatch_size={self.rows}",
             f"data.packing={str(self.packing).lower()}",
@@ -212,6 +221,7 @@ def step_on_rank(rank: int, folder: Path, overrides: list[str]) -> tuple[dict, l
     trainer.loader.close()
     result = {name: float(getattr(agreement, name)) for name in ("loss", "loss_tokens", "grad_norm")}
     result["hashes"] = agreement.hash_difference.abs().sum().item()
+    result["decoder_losses"] = agreement.decoder_losses.tolist()
     foundation.groups.destroy()
     return result, pieces
 
@@ -241,13 +251,15 @@ def deviation(case: Case, results: list, reference: Reference) -> str | None:
     outcome = results[0][0]
     frozen = tuple(prefix for part in case.frozen for prefix in PARAMETERS[part])
     trained = {name: g for name, g in reference.gradients.items() if not name.startswith(frozen)}
-    expected = Reference(reference.loss, reference.loss_tokens, trained)
+    expected = replace(reference, gradients=trained)
     ratio, name = worst_gradient(results, expected)
     print(f"{case}: worst gradient {ratio:.2f} of its tolerance ({name})")
     if any(result != outcome for result, _ in results) or outcome["hashes"] != 0:
         return f"{case}: ranks disagree: {[result for result, _ in results]}"
     if outcome["loss_tokens"] != expected.loss_tokens or outcome["loss"] != pytest.approx(expected.loss, rel=1e-5):
         return f"{case}: loss {outcome} instead of {expected.loss} over {expected.loss_tokens} tokens"
+    if outcome["decoder_losses"] != pytest.approx(expected.decoder_losses, rel=1e-5):
+        return f"{case}: decoder losses {outcome['decoder_losses']} instead of {expected.decoder_losses}"
     if not ratio <= 1.0:
         return f"{case}: {name} deviates by {ratio:.2f} times its tolerance"
     if outcome["grad_norm"] != pytest.approx(expected.norm, rel=1e-5):

@@ -1,51 +1,54 @@
 """The action lists of all ranks do every round's work once, in order, within their memory, and never deadlock."""
 
 import random
+from dataclasses import replace
 
 import pytest
 
 from mimo_gemma4.config import LayoutConfig, ModuleLayout
 from mimo_gemma4.data.manifest import MediaSlot, Microbatch, SampleSlot, StepManifest
 from mimo_gemma4.layout import LANGUAGE, build_layout
-from mimo_gemma4.schedule import Action
+from mimo_gemma4.schedule import Action, pipeline_depth
 from tests.schedule_simulator import Deadlock, Disorder, Message, World, complete, lower_bound, simulate
 
 LAYOUTS = 10_000
+DECODERS = ("pixels", "codes")
 
 
 def make_world(choose: random.Random) -> World:
-    """A random layout of up to three encoders and up to eight stages, and a step with gaps of all kinds."""
+    """A random layout of up to three encoders, two decoders and eight stages, and a step with gaps of all kinds."""
     encoders = ("vision", "audio", "video")[: choose.choice([0, 1, 1, 2, 3])]
     pp = choose.choice([1, 1, 1, 2, 2, 2, 3, 4, 8])
     tp, cp, dp = ((1, 1, 1), (2, 1, 1), (1, 2, 1), (1, 1, 2), (1, 1, 3))[choose.randrange(5 if pp < 4 else 1)]
     ranks = tp * cp * dp * pp
-    modules, encoder_ranks = {}, {}
+    reads = {name: choose.choice(encoders) for name in DECODERS if encoders and choose.random() < 0.3}
+    modules, module_ranks = {}, {}
     placement = choose.choice(["disjoint", "colocated", "mixed"])
-    for name in encoders:
-        encoder_tp, encoder_pp = choose.choice([1, 1, 1, 2, 4]), choose.choice([1, 1, 2, 3])
+    for name in (*encoders, *reads):
+        module_tp, module_pp = choose.choice([1, 1, 1, 2, 4]), 1 if name in reads else choose.choice([1, 1, 2, 3])
         if placement == "colocated":
-            if ranks % (encoder_tp * encoder_pp):
-                encoder_tp = encoder_pp = 1
-            modules[name] = ModuleLayout(tp=encoder_tp, pp=encoder_pp)
+            if ranks % (module_tp * module_pp):
+                module_tp = module_pp = 1
+            modules[name] = ModuleLayout(tp=module_tp, pp=module_pp, reads=reads.get(name))
         else:
-            encoder_ranks[name] = choose.randint(1, 3) * encoder_tp * encoder_pp
-            modules[name] = ModuleLayout(encoder_ranks[name], tp=encoder_tp, pp=encoder_pp)
+            module_ranks[name] = choose.randint(1, 3) * module_tp * module_pp
+            modules[name] = ModuleLayout(module_ranks[name], tp=module_tp, pp=module_pp, reads=reads.get(name))
     modules[LANGUAGE] = ModuleLayout(None if placement == "colocated" else ranks, tp=tp, cp=cp, pp=pp)
-    world_size = ranks + sum(encoder_ranks.values())
+    world_size = ranks + sum(module_ranks.values())
     if placement == "mixed":
         world_size = overlap(modules, choose)
     layout = build_layout(LayoutConfig(modules, placement=placement), world_size)
     rounds = choose.choice([0, 1, 1, 2, 2, 3, 4, 7])
     world = World(
         layout,
-        make_manifest(choose, rounds, dp, {name: layout.grids[name].dp for name in encoders}),
-        {name: choose.randrange(modules[name].pp) for name in encoders if choose.random() < 0.7},
+        make_manifest(choose, rounds, dp, {name: layout.grids[name].dp for name in (*encoders, *reads)}),
+        {name: choose.randrange(modules[name].pp) for name in (*encoders, *reads) if choose.random() < 0.7},
         {name: choose.randint(1, 3) for name in encoders},
         train=choose.random() < 0.8,
         experts=choose.random() < 0.3,
     )
     world.observed = not world.train and choose.random() < 0.5
-    for name in encoders:
+    for name in (*encoders, *reads):
         connect(world, name, choose)
     return world
 
@@ -79,14 +82,14 @@ def make_manifest(
 
 def connect(world: World, name: str, choose: random.Random) -> None:
     """Choose which ranks of each media item's two lanes exchange its rows, and which of them its gradients."""
-    source, target = world.layout.grids[name], world.layout.language
+    source, target, stage = world.layout.grids[name], world.layout.language, world.layout.language_stage(name)
     for slot in world.manifest.media:
         if slot.modality != name:
             continue
         pairs = [
             (
                 source.rank_at(tp=source_tp, dp=slot.encoder_lane, pp=source.pp - 1),
-                target.rank_at(tp=tp, cp=cp, dp=slot.lane),
+                target.rank_at(tp=tp, cp=cp, dp=slot.lane, pp=stage),
             )
             for source_tp in range(source.tp)
             for tp in range(target.tp)
@@ -118,7 +121,7 @@ def test_no_layout_deadlocks_and_all_work_is_done_once_within_its_memory():
         world = make_world(choose)
         plans = world.plans()
         timeline = simulate(world, plans)
-        stages, rounds = world.layout.language.pp, world.manifest.rounds
+        depth, rounds = pipeline_depth(world.layout), world.manifest.rounds
         for rank, plan in enumerate(plans):
             if number % 10 == 0:
                 counted = complete(world, rank)
@@ -126,10 +129,12 @@ def test_no_layout_deadlocks_and_all_work_is_done_once_within_its_memory():
             for name in world.layout.modules_of(rank):
                 most, stage = timeline.in_flight.get((rank, name), 0), world.stage(name, rank)
                 if name == LANGUAGE and world.train:
-                    assert most <= min(rounds, stages - stage)
+                    assert most <= min(rounds, depth - stage)
+                elif name in world.layout.decoders:
+                    assert most == 0
                 elif world.returns(name, rank):
                     behind = world.layout.grids[name].pp - 1 - stage
-                    assert most <= behind + stages - 1 + world.run_ahead[name]
+                    assert most <= behind + depth - 1 + world.run_ahead[name]
 
 
 @pytest.mark.parametrize("stages", range(1, 9))
@@ -199,6 +204,63 @@ def test_stages_of_an_encoder_before_the_first_that_trains_have_no_backward_pass
         assert ("expect_gradient" in kinds[stage]) == (first <= stage < 2)
         assert ("send_gradient" in kinds[stage]) == (stage > first)
         assert ("receive_row_gradients" in kinds[stage]) == (stage == 2)
+
+
+def with_decoder(world: World, own_rank: bool) -> World:
+    """`world`, and a decoder of a rank, its own or that of the last stage, which reads every round's media."""
+    grid, rounds = world.layout.language, world.manifest.rounds
+    rank = world.layout.world_size if own_rank else grid.ranks[-1]
+    decoder = replace(world.layout.grids["vision"], name="pixels", ranks=(rank,), reads="vision")
+    layout = replace(
+        world.layout, grids=world.layout.grids | {"pixels": decoder}, world_size=world.layout.world_size + own_rank
+    )
+    media = tuple(replace(slot, modality="pixels") for slot in world.manifest.media)
+    manifest = replace(world.manifest, media=world.manifest.media + media)
+    pairs = [(rank, grid.ranks[-1])] if own_rank else []
+    rows = world.rows | {("pixels", number): pairs for number in range(rounds)}
+    owners = world.owners | {("pixels", number): [pair[::-1] for pair in pairs] for number in range(rounds)}
+    trained_from = world.trained_from | {"pixels": 0}
+    return replace(world, layout=layout, manifest=manifest, trained_from=trained_from, rows=rows, owners=owners)
+
+
+def decoding_cost(action: Action, rank: int) -> float:
+    """Of passes that take as long as a forward pass or, backward, twice as long; encoders are quick."""
+    return 0.1 if action.module == "vision" else 2.0 if action.kind == "backward" else 1.0
+
+
+@pytest.mark.parametrize("stages", [1, 2, 4])
+def test_a_decoder_on_its_own_rank_works_while_the_last_stage_goes_on(stages: int):
+    without = pipeline(stages, 16, vision=2)
+    apart, shared = (with_decoder(without, own_rank) for own_rank in (True, False))
+    times = [simulate(world, world.plans(), decoding_cost) for world in (without, apart, shared)]
+    language = without.layout.language.ranks
+    for stage, rank in enumerate(language):
+        assert times[1].in_flight[rank, LANGUAGE] == stages + 1 - stage
+        assert times[2].in_flight[rank, LANGUAGE] == stages - stage
+    # Apart it costs no more than the steps that a further stage fills and drains in, shared a pass in every round.
+    assert times[1].seconds <= times[0].seconds + 1.0
+    assert times[2].seconds == pytest.approx(times[0].seconds + 16.0)
+
+
+@pytest.mark.parametrize("kind", ["send_states", "expect_states", "send_state_gradients", "expect_state_gradients"])
+def test_an_action_of_a_decoder_left_out_is_caught(kind: str):
+    world = with_decoder(pipeline(2, 4, vision=2), own_rank=True)
+    plans = world.plans()
+    simulate(world, plans)
+    (plan,) = (plan for plan in plans if Action(kind, 3, "pixels") in plan)
+    plan.remove(Action(kind, 3, "pixels"))
+    with pytest.raises((Deadlock, Disorder)):
+        simulate(world, plans)
+
+
+@pytest.mark.parametrize("kind", ["send_states", "decode", "receive_state_gradients"])
+def test_two_rounds_of_a_decoder_swapped_are_caught(kind: str):
+    world = with_decoder(pipeline(2, 6, vision=2), own_rank=True)
+    plans = world.plans()
+    (plan,) = (plan for plan in plans if Action(kind, 1, "pixels") in plan)
+    swap(plan, Action(kind, 1, "pixels"), Action(kind, 2, "pixels"))
+    with pytest.raises((Deadlock, Disorder)):
+        simulate(world, plans)
 
 
 def test_a_lane_that_is_empty_moves_nothing_and_still_takes_its_passes():
