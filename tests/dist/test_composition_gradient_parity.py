@@ -107,7 +107,7 @@ COMPLETE = {
         Case(audio=2, dp=2, rows=1, frozen=("audio tower", "language")),
         Case(colocated=True, vision_tp=2, audio=1, dp=2, cp=2, pp=2, part=True, rows=1, packing=True),
         Case(colocated=True, audio=1, audio_tp=2, tp=2, pp=3, sp=True, part=True),
-        Case(vision_pp=2, audio_pp=2, tp=2, pp=2, sp=True, rows=1),
+        Case(vision_pp=2, audio=1, audio_pp=2, tp=2, pp=2, sp=True, rows=1),
         Case(vision=2, vision_tp=2, audio=2, dp=2, tp=2, sp=True, rows=1, ranks=((0, 1, 2, 3), (4, 5), (0, 1, 2, 3))),
         Case(vision=2, audio=1, audio_tp=2, dp=2, pp=2, rows=1, ranks=((0, 1), (0, 1), (2, 3, 4, 5))),
         Case(
