@@ -32,7 +32,8 @@ def train(arguments: list[str]) -> None:
 
     config = load_config(arguments)
     # Heavy imports after the configuration is known to be right.
-    from mimo_gemma4.build import build_trainer, lay_foundation
+    from mimo_gemma4.build import build_trainer
+    from mimo_gemma4.foundation import lay_foundation
     from mimo_gemma4.layout import layout_table
     from mimo_gemma4.platform import destroy_distributed
     from mimo_gemma4.report import write_report

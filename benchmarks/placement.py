@@ -24,8 +24,9 @@ from image_loads import LOADS, TINY_LOADS, Load, Operations, with_byte_tokens, w
 from random_checkpoint import shortened
 from step_timeline import Timeline, busy_seconds, exposed_seconds
 
-from mimo_gemma4.build import Foundation, build_conversation_encoder, build_loader, build_modules, open_dataset
+from mimo_gemma4.build import build_conversation_encoder, build_loader, build_modules, open_dataset
 from mimo_gemma4.config import Config, load_config
+from mimo_gemma4.foundation import Foundation
 from mimo_gemma4.layout import build_layout
 from mimo_gemma4.model import MimoModel
 from mimo_gemma4.optim import ModuleOptimizer

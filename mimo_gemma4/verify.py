@@ -18,9 +18,10 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from mimo_gemma4.build import Foundation, build_model, lay_foundation
+from mimo_gemma4.build import build_model
 from mimo_gemma4.config import load_config
 from mimo_gemma4.errors import ConfigError, MimoError
+from mimo_gemma4.foundation import Foundation, lay_foundation
 from mimo_gemma4.health import together
 from mimo_gemma4.model import PRECISIONS
 from mimo_gemma4.parity import Deviation, GreedyAgreement, Outputs, deviation

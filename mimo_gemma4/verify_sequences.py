@@ -7,11 +7,12 @@ from typing import Any, Protocol
 import torch
 import torch.distributed as dist
 
-from mimo_gemma4.build import Foundation, build_conversation_encoder, build_loader, open_dataset, prepare_shards
+from mimo_gemma4.build import build_conversation_encoder, build_loader, open_dataset, prepare_shards
 from mimo_gemma4.data.collate import LanguageBatch
 from mimo_gemma4.data.manifest import Microbatch
 from mimo_gemma4.data.shards import read_range
 from mimo_gemma4.errors import ConfigError
+from mimo_gemma4.foundation import Foundation
 from mimo_gemma4.language.config import Gemma4TextConfig
 from mimo_gemma4.model import Media, MimoModel
 from mimo_gemma4.parity import Outputs

@@ -89,18 +89,7 @@ class Gemma4LanguageModel(MegatronModule):
         self.recompute_layers = activation_checkpointing == "full"
         self.plan_attention = attention_backend(backend, device)
         self.stage = stage = LanguageStage.whole(text.num_hidden_layers) if stage is None else stage
-        self.embedding: TokenEmbedding | None = None
-        if stage.first or stage.last:
-            self.embedding = TokenEmbedding(
-                text.vocab_size,
-                text.hidden_size,
-                scaled_by=text.hidden_size,
-                padding_id=text.pad_token_id,
-                config=config,
-                tp_group=groups.tp,
-            )
-            if not (stage.first and stage.last):
-                share_between_stages(self.embedding.weight, "embd")
+        self.embedding = self._embedding(groups)
         self.per_layer_embedding = (
             PerLayerEmbedding(text, config, groups.tp, device, stage.layers)
             if text.hidden_size_per_layer_input
@@ -113,15 +102,7 @@ class Gemma4LanguageModel(MegatronModule):
         """Of this stage's layers and of those whose keys and values arrive."""
         self.sources = {layer.key_value_source for layer in every if not layer.owns_key_values}
         """Layers whose keys and values others attend to too."""
-        self.norm: RMSNorm | None = None
-        if stage.last:
-            self.norm = RMSNorm(
-                text.hidden_size,
-                text.rms_norm_eps,
-                dtype=dtype,
-                device=device,
-                partial_gradient=config.sequence_parallel,
-            )
+        self.norm = self._final_norm(device)
         of_attention = {layer.attention: layer for layer in held}
         self.head_dims = {name: layer.head_dim for name, layer in of_attention.items()}
         # Plain attributes: a buffer would be rounded by a cast of the module.
@@ -129,6 +110,35 @@ class Gemma4LanguageModel(MegatronModule):
             name: inverse_frequencies(text.rope_parameters[name], layer.head_dim).to(device)
             for name, layer in of_attention.items()
         }
+
+    def _embedding(self, groups: ProcessGroupCollection) -> TokenEmbedding | None:
+        """The table of the first stage and of the last, whose head it is; None on stages between them."""
+        text, stage = self.text, self.stage
+        if not (stage.first or stage.last):
+            return None
+        embedding = TokenEmbedding(
+            text.vocab_size,
+            text.hidden_size,
+            scaled_by=text.hidden_size,
+            padding_id=text.pad_token_id,
+            config=self.config,
+            tp_group=groups.tp,
+        )
+        if not (stage.first and stage.last):
+            share_between_stages(embedding.weight, "embd")
+        return embedding
+
+    def _final_norm(self, device: torch.device) -> RMSNorm | None:
+        """The norm before the head, on the last stage."""
+        if not self.stage.last:
+            return None
+        return RMSNorm(
+            self.text.hidden_size,
+            self.text.rms_norm_eps,
+            dtype=self.config.params_dtype,
+            device=device,
+            partial_gradient=self.config.sequence_parallel,
+        )
 
     def embed(self, input_ids: torch.Tensor) -> torch.Tensor:
         """Scaled embeddings of ids [B, S/cp] (local) → [S/(cp*tp), B, H] (local); placeholders embed as padding.

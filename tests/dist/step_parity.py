@@ -18,7 +18,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from mimo_gemma4.build import build_trainer, lay_foundation
+from mimo_gemma4.build import build_trainer
+from mimo_gemma4.foundation import lay_foundation
 from mimo_gemma4.config import load_config
 from mimo_gemma4.presets import load_model_config
 from tests.dist.harness import in_turn, run_ranks

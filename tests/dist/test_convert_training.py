@@ -9,7 +9,9 @@ import torch
 from safetensors.torch import save_file
 from transformers import AutoModelForImageTextToText, Gemma4ForCausalLM, Gemma4TextConfig
 
-from mimo_gemma4.build import Foundation, Start, build_model, build_modules, fill, find_start, restore
+from mimo_gemma4.build import build_model, build_modules
+from mimo_gemma4.foundation import Foundation
+from mimo_gemma4.start import Start, fill, find_start, restore
 from mimo_gemma4.config import load_config
 from mimo_gemma4.convert import main
 from mimo_gemma4.data.tokenizer import byte_tokenizer

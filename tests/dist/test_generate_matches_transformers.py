@@ -12,7 +12,8 @@ import torch.distributed as dist
 from transformers import Gemma4ForConditionalGeneration
 
 from encoders.registry import build_processor
-from mimo_gemma4.build import Foundation, build_trainer
+from mimo_gemma4.build import build_trainer
+from mimo_gemma4.foundation import Foundation
 from mimo_gemma4.config import load_config
 from mimo_gemma4.data.chat import ConversationEncoder
 from mimo_gemma4.data.dataset import ShardDataset

@@ -11,7 +11,8 @@ import torch
 import torch.distributed as dist
 from transformers import Gemma4ForConditionalGeneration
 
-from mimo_gemma4.build import Foundation, build_trainer
+from mimo_gemma4.build import build_trainer
+from mimo_gemma4.foundation import Foundation
 from mimo_gemma4.config import load_config
 from mimo_gemma4.convert import main
 from mimo_gemma4.layout import build_layout

@@ -8,7 +8,8 @@ import torch
 import torch.distributed as dist
 
 from mimo_gemma4.bridge import Bridge
-from mimo_gemma4.build import Foundation, build_trainer
+from mimo_gemma4.build import build_trainer
+from mimo_gemma4.foundation import Foundation
 from mimo_gemma4.config import load_config
 from mimo_gemma4.layout import build_layout
 from mimo_gemma4.platform import create_platform

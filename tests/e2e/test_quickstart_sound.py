@@ -9,10 +9,11 @@ import pytest
 import torch.distributed as dist
 from PIL import Image
 
-from mimo_gemma4.build import Foundation, build_trainer
+from mimo_gemma4.build import build_trainer
 from mimo_gemma4.config import load_config
 from mimo_gemma4.data import digits_and_tones
 from mimo_gemma4.data.quickstart import ensure_shards
+from mimo_gemma4.foundation import Foundation
 from mimo_gemma4.layout import build_layout
 from mimo_gemma4.platform import create_platform
 from mimo_gemma4.presets import load_model_config

@@ -14,9 +14,10 @@ from typing import Any
 import pytest
 import torch
 
-from mimo_gemma4.build import build_trainer, lay_foundation
+from mimo_gemma4.build import build_trainer
 from mimo_gemma4.config import load_config
 from mimo_gemma4.errors import NumericsError
+from mimo_gemma4.foundation import lay_foundation
 from mimo_gemma4.step import StepTotals
 from mimo_gemma4.trainer import Trainer
 from tests.dist.harness import run_ranks

@@ -12,10 +12,10 @@ from PIL import Image
 from encoders.gemma4_image import Gemma4FrameProcessor, Gemma4ImageProcessor
 from encoders.registry import build_processor
 from mimo_gemma4 import decoders
-from mimo_gemma4.build import check_decoder_names
 from mimo_gemma4.config import REPOSITORY, ModelConfig, ModuleLayout
 from mimo_gemma4.decoders.registry import build_target_processors, decoder_class, registered_decoders
 from mimo_gemma4.errors import ConfigError
+from mimo_gemma4.foundation import check_decoder_names
 from mimo_gemma4.layout import build_layout
 from mimo_gemma4.media import MediaHeader
 from mimo_gemma4.presets import load_model_config

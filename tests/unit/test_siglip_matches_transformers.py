@@ -16,11 +16,11 @@ from transformers import SiglipConfig, SiglipImageProcessorPil, SiglipModel
 
 from encoders.registry import build_encoder, build_processor
 from encoders.siglip import SiglipEncoder
-from mimo_gemma4.build import fill_from_own
 from mimo_gemma4.config import Config, ModelConfig, load_config
 from mimo_gemma4.errors import CheckpointError, ConfigError
 from mimo_gemma4.media import MediaHeader
 from mimo_gemma4.presets import load_model_config
+from mimo_gemma4.start import fill_from_own
 
 WIDTHS = dict(hidden_size=32, intermediate_size=48, num_attention_heads=4)
 TOWER = dict(**WIDTHS, num_hidden_layers=3, image_size=24, patch_size=8)
