@@ -3,7 +3,7 @@
 `torch.distributed.new_group` is a collective of the whole world, so every rank walks the same list of groups, also of
 modules that it does not hold. The warm-up makes NCCL set up its communicators then and there, not inside a training
 step where ranks would wait for each other in different orders. So it is with pairs of ranks that send to one another:
-the first message of a pair blocks the hosts of both, which a receive that is posted ahead must not do.
+NCCL connects a pair at its first message, where a host must not have to wait that posts a receive ahead.
 """
 
 from collections.abc import Iterable
