@@ -18,9 +18,11 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from mimo_gemma4.bridge import Bridge, Route
 from mimo_gemma4.build import build_trainer
 from mimo_gemma4.foundation import lay_foundation
 from mimo_gemma4.config import load_config
+from mimo_gemma4.messages import Arrival
 from mimo_gemma4.presets import load_model_config
 from tests.dist.harness import in_turn, run_ranks
 from tests.vlm_reference import (
@@ -225,6 +227,23 @@ def step_on_rank(rank: int, folder: Path, overrides: list[str]) -> tuple[dict, l
     result["decoder_losses"] = agreement.decoder_losses.tolist()
     foundation.groups.destroy()
     return result, pieces
+
+
+def step_with_wrong_row(
+    rank: int, folder: Path, overrides: list[str], method: str, factor: float
+) -> tuple[dict, list]:
+    """As `step_on_rank`, but rank 2 multiplies the first row that it gives to `method` of a bridge, once, by `factor`."""
+    post, done = getattr(Bridge, method), []
+
+    def post_wrongly(self: Bridge, route: Route, rows: torch.Tensor | None) -> Arrival:
+        if rows is not None and rank == 2 and not done:
+            rows = rows.clone()
+            rows[0] *= factor
+            done.append(True)
+        return post(self, route, rows)
+
+    setattr(Bridge, method, post_wrongly)
+    return step_on_rank(rank, folder, overrides)
 
 
 def worst_gradient(results: list, reference: Reference) -> tuple[float, str]:

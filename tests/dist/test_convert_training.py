@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 from transformers import AutoModelForImageTextToText, Gemma4ForCausalLM, Gemma4TextConfig
 
 from mimo_gemma4.build import build_model, build_modules
-from mimo_gemma4.foundation import Foundation
+from mimo_gemma4.foundation import Foundation, lay_foundation
 from mimo_gemma4.start import Start, fill, find_start, restore
 from mimo_gemma4.config import load_config
 from mimo_gemma4.convert import main
@@ -35,11 +35,7 @@ LANGUAGE = "model.language_model."
 
 
 def foundation(arguments: list[str]) -> Foundation:
-    config, platform = load_config(arguments), create_platform()
-    layout = build_layout(config.layout, 2)
-    return Foundation(
-        config, load_model_config(config.model), layout, platform, create_process_groups(layout, platform)
-    )
+    return lay_foundation(load_config(arguments))
 
 
 def loaded_wrongly(rank: int, arguments: list[str], source: Path) -> list[str]:

@@ -17,6 +17,7 @@ from mimo_gemma4.pipeline import Pipeline
 from mimo_gemma4.process_groups import group_members
 from mimo_gemma4.weights import load
 from tests.audio_reference import AudioReference
+from tests.dist import test_audio_tensor_parallel as audio
 from tests.dist.harness import run_ranks
 from tests.state_source import StateSource
 from tests.vision_reference import VisionReference
@@ -35,16 +36,7 @@ VISION = dict(
 )
 CLIPPED = VISION | {"use_clipped_linears": True}
 STANDARDIZED = VISION | {"standardize": True, "num_key_value_heads": 2}
-AUDIO = dict(
-    model_type="gemma4_audio",
-    hidden_size=32,
-    num_hidden_layers=3,
-    num_attention_heads=4,
-    subsampling_conv_channels=[128, 8],
-    output_proj_dims=40,
-    rms_norm_eps=1e-3,
-    gradient_clipping=1.5,
-)
+AUDIO = audio.AUDIO | {"num_hidden_layers": 3}
 PROCESSOR = {"max_soft_tokens": 8}
 GRIDS = [(2, 1), (1, 1), (2, 2), (1, 2)]  # soft tokens across and down
 FRAMES = [30, 5, 90, 1]

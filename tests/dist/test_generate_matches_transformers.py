@@ -13,7 +13,7 @@ from transformers import Gemma4ForConditionalGeneration
 
 from encoders.registry import build_processor
 from mimo_gemma4.build import build_trainer
-from mimo_gemma4.foundation import Foundation
+from mimo_gemma4.foundation import lay_foundation
 from mimo_gemma4.config import load_config
 from mimo_gemma4.data.chat import ConversationEncoder
 from mimo_gemma4.data.dataset import ShardDataset
@@ -88,10 +88,7 @@ def transformers_answers(rank: int, folder: Path) -> list[list[int]]:
 def own_answers(rank: int, folder: Path, overrides: list[str]) -> list[tuple[Answer, int]]:
     """This rank's answers, each with the number of positions that its row leaves for one."""
     config = load_config([f"config={folder}/run.yaml", *overrides])
-    platform = create_platform()
-    layout = build_layout(config.layout, dist.get_world_size())
-    groups = create_process_groups(layout, platform)
-    trainer = build_trainer(Foundation(config, load_model_config(config.model), layout, platform, groups))
+    trainer = build_trainer(lay_foundation(config))
     loader, runner, answers = trainer.evaluator.loader, StepRunner(trainer.model), []
 
     def observe(batch, microbatch, media) -> None:  # noqa: ANN001

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from transformers import Gemma4ForConditionalGeneration
 
 from mimo_gemma4.build import build_trainer
-from mimo_gemma4.foundation import Foundation
+from mimo_gemma4.foundation import lay_foundation
 from mimo_gemma4.config import load_config
 from mimo_gemma4.convert import main
 from mimo_gemma4.layout import build_layout
@@ -52,10 +52,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def trainer_of(folder: Path, run: str, overrides: list[str]) -> Trainer:
     config = load_config([f"config={folder}/run.yaml", f"run.dir={folder}/{run}", *overrides])
-    platform = create_platform()
-    layout = build_layout(config.layout, dist.get_world_size())
-    groups = create_process_groups(layout, platform)
-    return build_trainer(Foundation(config, load_model_config(config.model), layout, platform, groups))
+    return build_trainer(lay_foundation(config))
 
 
 def train(rank: int, folder: Path, run: str, overrides: list[str], steps: int) -> torch.Tensor | None:

@@ -9,7 +9,7 @@ import torch.distributed as dist
 
 from mimo_gemma4.bridge import Bridge
 from mimo_gemma4.build import build_trainer
-from mimo_gemma4.foundation import Foundation
+from mimo_gemma4.foundation import lay_foundation
 from mimo_gemma4.config import load_config
 from mimo_gemma4.layout import build_layout
 from mimo_gemma4.platform import create_platform
@@ -69,10 +69,7 @@ def two_steps(rank: int, folder: Path, overrides: list[str]) -> Steps:
 
     Bridge.post_gradients = counted
     config = load_config([f"config={folder}/run.yaml", *overrides])
-    platform = create_platform()
-    layout = build_layout(config.layout, dist.get_world_size())
-    groups = create_process_groups(layout, platform)
-    trainer = build_trainer(Foundation(config, load_model_config(config.model), layout, platform, groups))
+    trainer = build_trainer(lay_foundation(config))
     bindings = [
         binding
         for module in trainer.model.modules.values()

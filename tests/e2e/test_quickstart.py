@@ -9,17 +9,12 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from PIL import Image
 
 from mimo_gemma4.build import build_trainer
 from mimo_gemma4.config import load_config
 from mimo_gemma4.data.quickstart import ensure_shards
-from mimo_gemma4.foundation import Foundation
-from mimo_gemma4.layout import build_layout
-from mimo_gemma4.platform import create_platform
-from mimo_gemma4.presets import load_model_config
-from mimo_gemma4.process_groups import create_process_groups
+from mimo_gemma4.foundation import lay_foundation
 from tests.dist.harness import run_ranks
 from tests.e2e.training_runs import Outcome, train_on_rank
 
@@ -74,10 +69,7 @@ def test_a_short_quickstart_reads_held_out_digits(tmp_path: Path, digits: list[s
 def accuracy_without_images(rank: int, arguments: list[str]) -> tuple[float, float] | None:
     """Exact match of the trained model, and again with a projector of zeros, so that every image's rows are zero."""
     config = load_config(arguments)
-    platform = create_platform()
-    layout = build_layout(config.layout, dist.get_world_size())
-    groups = create_process_groups(layout, platform)
-    trainer = build_trainer(Foundation(config, load_model_config(config.model), layout, platform, groups))
+    trainer = build_trainer(lay_foundation(config))
     seeing = trainer.evaluate()
     with torch.no_grad():
         for encoder in trainer.model.encoders.values():

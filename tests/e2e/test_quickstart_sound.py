@@ -6,18 +6,13 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-import torch.distributed as dist
 from PIL import Image
 
 from mimo_gemma4.build import build_trainer
 from mimo_gemma4.config import load_config
 from mimo_gemma4.data import digits_and_tones
 from mimo_gemma4.data.quickstart import ensure_shards
-from mimo_gemma4.foundation import Foundation
-from mimo_gemma4.layout import build_layout
-from mimo_gemma4.platform import create_platform
-from mimo_gemma4.presets import load_model_config
-from mimo_gemma4.process_groups import create_process_groups
+from mimo_gemma4.foundation import lay_foundation
 from mimo_gemma4.report import write_report
 from tests.dist.harness import run_ranks
 from tests.e2e.training_runs import Outcome, train_on_rank
@@ -39,10 +34,7 @@ def shard_arguments(folder: Path) -> list[str]:
 def train_and_count_kinds(rank: int, arguments: list[str]) -> Counter[str]:
     """Train; the modules that feed a microbatch, `audio+vision` for example, by how many microbatches they feed."""
     config = load_config(arguments)
-    platform = create_platform()
-    layout = build_layout(config.layout, dist.get_world_size())
-    groups = create_process_groups(layout, platform)
-    trainer = build_trainer(Foundation(config, load_model_config(config.model), layout, platform, groups))
+    trainer = build_trainer(lay_foundation(config))
     trainer.fit()
     if rank == 0:
         write_report(trainer)
