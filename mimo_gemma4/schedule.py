@@ -64,7 +64,6 @@ _LANGUAGE_TURN: tuple[ActionKind, ...] = (
     "receive_hidden",
     "receive_gradient",
     "receive_rows",
-    "expect_rows",
     "receive_state_gradients",
     "forward",
     "backward",
@@ -75,16 +74,11 @@ _LANGUAGE_TURN: tuple[ActionKind, ...] = (
     "receive_states",
     "decode",
     "send_state_gradients",
-    "expect_state_gradients",
-    "expect_states",
     "observe",
-    "expect_hidden",
-    "expect_gradient",
 )
 """Order inside a slot of what a rank does for its language stage and decoders, …"""
 _ENCODER_TURN: tuple[ActionKind, ...] = (
     "receive_row_gradients",
-    "expect_row_gradients",
     "receive_gradient",
     "encoder_backward",
     "send_gradient",
@@ -92,10 +86,8 @@ _ENCODER_TURN: tuple[ActionKind, ...] = (
     "encode",
     "send_hidden",
     "send_rows",
-    "expect_hidden",
-    "expect_gradient",
 )
-"""… and after that for its encoder stages."""
+"""… and after that for its encoder stages. `expect_…` has the place of its `send_…`."""
 _TRANSPORT: dict[str, tuple[ActionKind, ActionKind, ActionKind]] = {
     "hidden": ("expect_hidden", "receive_hidden", "send_hidden"),
     "gradient": ("expect_gradient", "receive_gradient", "send_gradient"),
@@ -147,11 +139,9 @@ def plan_step(
         slotted += _decoder(layout, manifest, rank, name, train and name in trained_from)
     for name in layout.encoders:
         returning = trained_from.get(name) if train else None
-        slots = None
         if rank in layout.grids[name]:
-            slots = _encoder_slots(layout, name, rank, manifest.rounds, run_ahead[name])
-            slotted += _encoder_stage(layout, manifest, rank, name, slots, returning)
-        slotted += _edge(layout, manifest, rank, name, slots, returning is not None)
+            slotted += _encoder_stage(layout, manifest, rank, name, run_ahead[name], returning)
+        slotted += _edge(layout, manifest, rank, name, run_ahead[name], returning is not None)
     modules = {name: number for number, name in enumerate((*layout.encoders, *layout.decoders, LANGUAGE))}
     slotted.sort(key=lambda entry: (entry[0], *_turn(entry[1]), modules[entry[1].module]))
     return [action for _, action in slotted]
@@ -159,8 +149,9 @@ def plan_step(
 
 def _turn(action: Action) -> tuple[bool, int]:
     """Place of an action inside its slot."""
-    encoders = action.module != LANGUAGE and action.kind in _ENCODER_TURN
-    return encoders, (_ENCODER_TURN if encoders else _LANGUAGE_TURN).index(action.kind)
+    place = action.kind.replace("expect_", "send_")
+    encoders = action.module != LANGUAGE and place in _ENCODER_TURN
+    return encoders, (_ENCODER_TURN if encoders else _LANGUAGE_TURN).index(place)
 
 
 def pipeline_depth(layout: Layout) -> int:
@@ -203,32 +194,33 @@ def _each(kind: ActionKind, module: str, rounds: Iterable[int], slots: Slots) ->
 def _moves(
     what: Literal["hidden", "gradient"], module: str, rounds: Sequence[int], slots: Slots, receives: bool, sends: bool
 ) -> Slotted:
-    """What arrives for and leaves after the passes in `slots`; there is room for it one round ahead."""
+    """What arrives for and leaves after the passes in `slots`, each a slot behind the pass of the stage it comes from."""
     expect, receive, send = _TRANSPORT[what]
     if receives:
-        yield from _each(expect, module, rounds, [slot - 2 for slot in slots])
+        yield from _each(expect, module, rounds, [slot - 1 for slot in slots])
         yield from _each(receive, module, rounds, slots)
     if sends:
         yield from _each(send, module, rounds, slots)
 
 
-def _encoder_slots(layout: Layout, name: str, rank: int, rounds: int, run_ahead: int) -> tuple[Slots, Slots]:
-    """Slots of the two passes of this rank's stage of an encoder."""
-    grid, depth = layout.grids[name], pipeline_depth(layout)
+def _encoder_slots(layout: Layout, name: str, stage: int, rounds: int, run_ahead: int) -> tuple[Slots, Slots]:
+    """Slots of the two passes of a stage of an encoder."""
+    depth = pipeline_depth(layout)
     # Just in time if 1; every further microbatch leaves a pass for rows to travel, and one for gradients.
-    early = run_ahead + grid.pp - 1 - grid.coordinate(rank).pp
+    early = run_ahead + layout.grids[name].pp - 1 - stage
     encode = [forward_slot(number, 0) - early for number in range(rounds)]
     backward = [backward_slot(number, 0, depth) + early - 1 for number in range(rounds)]
     return encode, backward
 
 
 def _encoder_stage(
-    layout: Layout, manifest: StepManifest, rank: int, name: str, slots: tuple[Slots, Slots], returning: int | None
+    layout: Layout, manifest: StepManifest, rank: int, name: str, run_ahead: int, returning: int | None
 ) -> Slotted:
     """Slots and actions of this rank's stage of an encoder; `returning` is the first stage with a backward pass."""
-    grid, (encode, backward) = layout.grids[name], slots
+    grid = layout.grids[name]
     at = grid.coordinate(rank)
     first, last = at.pp == 0, at.pp == grid.pp - 1
+    encode, backward = _encoder_slots(layout, name, at.pp, manifest.rounds, run_ahead)
     rounds = [number for number in range(manifest.rounds) if manifest.encoded(name, number, at.dp)]
     yield from _each("encode", name, rounds, encode)
     yield from _moves("hidden", name, rounds, encode, receives=not first, sends=not last)
@@ -238,35 +230,24 @@ def _encoder_stage(
     yield from _moves("gradient", name, rounds, backward, receives=not last, sends=at.pp > returning)
 
 
-def _edge(
-    layout: Layout, manifest: StepManifest, rank: int, name: str, slots: tuple[Slots, Slots] | None, returns: bool
-) -> Slotted:
-    """Slots and actions of what a rank sends and receives between an encoder and the first language stage.
-
-    `slots` are those of this rank's stage of the encoder, if it has one.
-    """
+def _edge(layout: Layout, manifest: StepManifest, rank: int, name: str, run_ahead: int, returns: bool) -> Slotted:
+    """Slots and actions of what a rank sends and receives between an encoder and the first language stage."""
     grid, language, rounds = layout.grids[name], layout.language, range(manifest.rounds)
+    encode, encoder_backward = _encoder_slots(layout, name, grid.pp - 1, manifest.rounds, run_ahead)
     forward = [forward_slot(number, 0) for number in rounds]
     backward = [backward_slot(number, 0, pipeline_depth(layout)) for number in rounds]
-    sends = slots if rank in grid.stage_ranks(grid.pp - 1) else None
-    receives = rank in language.stage_ranks(0)
+    sends, receives = rank in grid.stage_ranks(grid.pp - 1), rank in language.stage_ranks(0)
     encoded, awaited = set[int](), set[int]()
-    if sends is not None:
+    if sends:
         encoded = {number for number in rounds if manifest.encoded(name, number, grid.coordinate(rank).dp)}
     if receives:
         awaited = {number for number in rounds if manifest.awaited(name, number, language.coordinate(rank).dp)}
     moved = sorted(encoded | awaited)
-    if sends is None:
-        yield from _each("expect_rows", name, moved, [slot - 2 for slot in forward])
-    else:
-        yield from _each("send_rows", name, moved, sends[0])
+    yield from _each("send_rows" if sends else "expect_rows", name, moved, encode)
     yield from _each("receive_rows", name, sorted(awaited), forward)
-    if returns and receives:
-        yield from _each("send_row_gradients", name, moved, backward)
-    if returns and sends is not None:
-        if not receives:
-            yield from _each("expect_row_gradients", name, moved, [slot - 2 for slot in sends[1]])
-        yield from _each("receive_row_gradients", name, sorted(encoded), sends[1])
+    if returns:
+        yield from _each("send_row_gradients" if receives else "expect_row_gradients", name, moved, backward)
+        yield from _each("receive_row_gradients", name, sorted(encoded), encoder_backward)
 
 
 def _decoder(layout: Layout, manifest: StepManifest, rank: int, name: str, returns: bool) -> Slotted:
@@ -283,8 +264,7 @@ def _decoder(layout: Layout, manifest: StepManifest, rank: int, name: str, retur
         decodes = [number for number in rounds if manifest.encoded(name, number, lane)]
     either = sorted({*gives, *decodes})
     forward = [forward_slot(number, stage) for number in rounds]
-    ahead = [slot - 2 for slot in forward]
-    yield from _each("send_states", name, either, forward) if at_stage else _each("expect_states", name, either, ahead)
+    yield from _each("send_states" if at_stage else "expect_states", name, either, forward)
     yield from _each("receive_states", name, decodes, forward)
     yield from _each("decode", name, decodes, forward)
     if returns:

@@ -170,14 +170,16 @@ class Timeline:
     """(rank, module) → the most microbatches that wait for their backward pass at one time."""
 
 
-def simulate(world: World, plans: list[list[Action]], cost: Cost = lambda action, rank: 1.0) -> Timeline:
-    """Run all ranks. Raises `Deadlock` or `Disorder`."""
-    return _Simulation(world, plans, cost).run()
+def simulate(
+    world: World, plans: list[list[Action]], cost: Cost = lambda action, rank: 1.0, blocking: bool = False
+) -> Timeline:
+    """Run all ranks; `blocking`: no rank goes on before what it handed over has moved. Raises `Deadlock` or `Disorder`."""
+    return _Simulation(world, plans, cost, blocking).run()
 
 
 class _Simulation:
-    def __init__(self, world: World, plans: list[list[Action]], cost: Cost):
-        self.world, self.plans, self.cost = world, plans, cost
+    def __init__(self, world: World, plans: list[list[Action]], cost: Cost, blocking: bool):
+        self.world, self.plans, self.cost, self.blocking = world, plans, cost, blocking
         count = len(plans)
         self.place, self.clock, self.busy = [0] * count, [0.0] * count, [0.0] * count
         self.done: list[set[Action]] = [set() for _ in plans]
@@ -227,6 +229,8 @@ class _Simulation:
                 touched.add(communicator)
             if action.kind not in ("send_hidden", "send_gradient"):  # nothing arrives with these
                 self.posted[rank][*communicator, action.round] = batch
+            if self.blocking:
+                self.awaited[rank] = batch
         elif action.kind.startswith("receive"):
             self.awaited[rank] = self.posted[rank][action.kind.removeprefix("receive_"), action.module, action.round]
         self._finish(action, rank)
