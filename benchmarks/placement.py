@@ -3,10 +3,11 @@
     torchrun --nproc-per-node 4 benchmarks/placement.py [--load heavy] [--layers 12] [--tp 2]
 
 `homogeneous`: both modules on all ranks with the language model's TP and DP. `colocated`: both on all ranks, the vision
-tower without TP. `disjoint`: each has ranks of its own, shared out by operations. Loads are those of `image_loads.py`.
-Real vision tower, the first layers of E4B's decoder with whole tables and head, random
-weights; packed real training steps from shards, all modules trained, every layer computed again in backward. Prints one
-table. On a CPU (`--tiny`) the model is `gemma4_tiny` and times mean nothing.
+tower without TP. `disjoint`: each has ranks of its own, so many that no rank has more operations than it must.
+
+Loads are those of `image_loads.py`. Real vision tower, the first layers of E4B's decoder with whole tables and head,
+random weights; packed real training steps from shards, all modules trained, every layer computed again in backward.
+Prints one table. On a CPU (`--tiny`) the model is `gemma4_tiny` and times mean nothing.
 """
 
 import argparse
@@ -41,14 +42,15 @@ PLACEMENTS = ("homogeneous", "colocated", "disjoint")
 
 
 def layout_options(placement: str, world: int, tp: int, vision_share: float) -> list[str]:
-    """The `layout` of a placement; a disjoint one shares the ranks out by operations."""
+    """The `layout` of a placement; a disjoint one leaves as few operations as it can to the rank that has most."""
 
     def language(ranks: int) -> str:
         size = tp if ranks % tp == 0 else 1
         return f"{{ranks: {ranks}, tp: {size}, sequence_parallel: {str(size > 1).lower()}}}"
 
     if placement == "disjoint":
-        vision = min(world - 1, max(1, round(vision_share * world)))
+        shares = {ranks: max(vision_share / ranks, (1.0 - vision_share) / (world - ranks)) for ranks in range(1, world)}
+        vision = min(shares, key=shares.__getitem__)
         return [f"layout.vision={{ranks: {vision}}}", f"layout.language={language(world - vision)}"]
     vision_tp = tp if placement == "homogeneous" else 1
     return [f"layout.vision={{ranks: {world}, tp: {vision_tp}}}", f"layout.language={language(world)}"] + [

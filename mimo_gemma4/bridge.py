@@ -7,7 +7,7 @@ without it. Copies that are replicated over tensor parallel ranks carry equal gr
 A row whose source and destination are one rank is a local copy.
 
 Rows and gradients are posted and received by separate calls. In each round a rank posts one batch a direction, which
-holds what it sends as well as what it receives; whoever only receives may post long before anything is sent.
+holds what it sends as well as what it receives.
 """
 
 from collections.abc import Sequence

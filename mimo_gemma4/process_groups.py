@@ -2,13 +2,11 @@
 
 `torch.distributed.new_group` is a collective of the whole world, so every rank walks the same list of groups, also of
 modules that it does not hold. The warm-up makes NCCL set up its communicators then and there, not inside a training
-step where ranks would wait for each other in different orders. So it is with pairs of ranks that send to one another:
-NCCL connects a pair at its first message, where a host must not have to wait that posts a receive ahead.
+step where ranks would wait for each other in different orders. Pairs of ranks are connected when they first exchange
+something: few of the pairs between two large grids ever do.
 """
 
-from collections.abc import Iterable
 from dataclasses import dataclass, field
-from itertools import pairwise, product
 from typing import Literal
 
 import torch
@@ -110,19 +108,12 @@ def create_process_groups(layout: Layout, platform: Platform) -> ProcessGroups:
         if grid.pp > 1:
             pipelines = group_members(grid)["pp"]
             made = [maker.new(members, f"{name}.pp.backward") for members in pipelines]
-            backward = groups.pipeline_backward[name] = next((group for group in made if group is not None), None)
-            neighbours = [pair for members in pipelines for pair in pairwise(members)]
-            maker.connect(collection.pp, neighbours)
-            maker.connect(backward, [(after, before) for before, after in neighbours])
+            groups.pipeline_backward[name] = next((group for group in made if group is not None), None)
     for name in (*layout.encoders, *layout.decoders):
-        edge = layout.edge(name)
-        members = tuple(sorted({*edge[0], *edge[1]}))
-        for direction, bridge, (senders, receivers) in (
-            ("forward", groups.bridge_forward, edge),
-            ("backward", groups.bridge_backward, edge[::-1]),
-        ):
+        senders, receivers = layout.edge(name)
+        members = tuple(sorted({*senders, *receivers}))
+        for direction, bridge in (("forward", groups.bridge_forward), ("backward", groups.bridge_backward)):
             bridge[name] = alone[members[0]] if len(members) == 1 else maker.new(members, f"bridge.{name}.{direction}")
-            maker.connect(bridge[name], product(senders, receivers))
     groups.created = maker.created
     return groups
 
@@ -184,23 +175,6 @@ class _Maker:
         device = torch.device("cpu") if backend == "gloo" else self.platform.device
         dist.all_reduce(torch.zeros(1, device=device), group=group)
         return group
-
-    def connect(self, group: ProcessGroup | None, pairs: Iterable[tuple[int, int]]) -> None:
-        """Send something from the first to the second rank of every pair; only the pairs of this rank matter."""
-        operations = []
-        for sender, receiver in pairs:
-            if sender != receiver and self.rank in (sender, receiver):
-                sends = self.rank == sender
-                operations.append(
-                    dist.P2POp(
-                        dist.isend if sends else dist.irecv,
-                        torch.zeros(1, device=self.platform.device),
-                        receiver if sends else sender,
-                        group,
-                    )
-                )
-        for work in dist.batch_isend_irecv(operations) if operations else ():
-            work.wait()
 
 
 def _module_groups(grid: ModuleGrid, maker: _Maker, alone: dict[int, ProcessGroup | None]) -> ProcessGroupCollection:

@@ -1,10 +1,14 @@
 """One global step as a list of actions per rank: pure Python from layout and manifest, so tests can check it alone.
 
-Every list follows one global order, which is why no layout can deadlock. Time is counted in slots: with P language
-stages, stage s runs the forward pass of round k in slot 2k + s and its backward pass in slot 2k + 2P - 1 - s. Each pass
-comes after those that it needs, and sorting a stage's passes by slot is 1F1B: at most P - s microbatches wait for their
-backward pass. Encoders have their turn at the end of a slot, in time for the first stage. An encoder's own stages stand
-in front of the language's: each has its forward pass a slot before the next one's, and its backward pass a slot after.
+Every list follows one global order, in which a pass has one place for all its ranks and a transfer one place for both
+its ends, behind the pass that it comes from. That is why no layout can deadlock, not even where a rank's host waits for
+its whole device, posted receives included, before it goes on (as CUDA does to load a kernel).
+
+Time is counted in slots: with P language stages, stage s runs the forward pass of round k in slot 2k + s and its
+backward pass in slot 2k + 2P - 1 - s. Each pass comes after those that it needs, and sorting a stage's passes by slot
+is 1F1B: at most P - s microbatches wait for their backward pass. Encoders have their turn at the end of a slot, in time
+for the first stage. An encoder's own stages stand in front of the language's: each has its forward pass a slot before
+the next one's, and its backward pass a slot after.
 
 Decoders have their turn behind the last stage's forward pass. One on ranks of its own is one more stage: backward slots
 count P + 1 stages, so that the last stage runs its next forward pass while the decoder works, and stages hold P + 1 - s
@@ -53,8 +57,7 @@ ActionKind = Literal[
   the previous one; `expect_…` makes room for it on the other side and `receive_…` waits for it.
 - `encode`, `encoder_backward`: the passes of an encoder's stage. Between its stages moves what moves between those of
   the language. `send_rows` gives the first language stage the output of the last, `send_row_gradients` gives back what
-  the rows got. A rank at both ends of an edge starts sending and receiving in one batch, with `send_…`: ranks that each
-  first expected what the other sends next would wait for one another on NCCL.
+  the rows got. A rank at both ends of an edge starts sending and receiving in one batch, with `send_…`.
 - `decode`: a decoder's forward and backward pass. `send_states` gives it rows of the last language stage's hidden
   states, `send_state_gradients` gives back what they got; both are as for the rows of encoders.
 - `observe`: whoever watches an evaluation looks at the microbatch, on all stages when it has gone through them.
@@ -194,7 +197,7 @@ def _each(kind: ActionKind, module: str, rounds: Iterable[int], slots: Slots) ->
 def _moves(
     what: Literal["hidden", "gradient"], module: str, rounds: Sequence[int], slots: Slots, receives: bool, sends: bool
 ) -> Slotted:
-    """What arrives for and leaves after the passes in `slots`, each a slot behind the pass of the stage it comes from."""
+    """What arrives for the passes in `slots`, from passes a slot before, and what leaves behind them."""
     expect, receive, send = _TRANSPORT[what]
     if receives:
         yield from _each(expect, module, rounds, [slot - 1 for slot in slots])

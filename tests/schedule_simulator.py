@@ -173,7 +173,10 @@ class Timeline:
 def simulate(
     world: World, plans: list[list[Action]], cost: Cost = lambda action, rank: 1.0, blocking: bool = False
 ) -> Timeline:
-    """Run all ranks; `blocking`: no rank goes on before what it handed over has moved. Raises `Deadlock` or `Disorder`."""
+    """Run all ranks. Raises `Deadlock` or `Disorder`.
+
+    `blocking`: a rank goes on when what it handed over has moved, as if its host waited for its device all the time.
+    """
     return _Simulation(world, plans, cost, blocking).run()
 
 
