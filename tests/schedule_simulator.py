@@ -1,15 +1,17 @@
-"""Runs the action lists of all ranks against each other, as strictly as any backend does, and times them.
+"""Runs the action lists of all ranks against each other and times them.
 
 Each edge, pipeline and direction is one communicator per rank that carries one batch of sends and receives after the
 other. A message moves once its batch heads the queue at both ends; a rank goes on when the batch that it waits for has
 moved. (gloo, whose sends leave at once, waits for less.) Passes of ranks that hold parts of one module are collectives.
+
+Blocking, a rank goes on only when what it handed over has moved, receives included. No backend does more: a host that
+waits for all of its device, as CUDA makes it when a kernel is loaded, waits for the receives that it has posted.
 """
 
 from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
-from graphlib import TopologicalSorter
 from itertools import product
 
 from mimo_gemma4.data.manifest import StepManifest
@@ -395,67 +397,3 @@ def complete(world: World, rank: int) -> Counter[Action]:
 def passes_of(module: str) -> tuple[str, str]:
     """Kinds of a module's two passes."""
     return ("forward", "backward") if module == LANGUAGE else ("encode", "encoder_backward")
-
-
-def lower_bound(world: World, cost: Cost) -> float:
-    """Seconds that no order of passes can beat within the same memory, for one lane with a rank for each part.
-
-    The larger of two bounds. The longest chain of passes each of which must wait for the one before: through encoder
-    and stages and back, round after round, and for room, as stage s of P holds P - s microbatches. For every rank: the
-    shortest way to any of its passes, all its work, and the shortest way from any of its passes to the end.
-    """
-    before = _precedence(world)
-    seconds = {node: cost(Action(node[0], node[2], node[1]), node[3]) for node in before}
-    order = list(TopologicalSorter(before).static_order())
-    heads, tails = dict.fromkeys(order, 0.0), dict.fromkeys(order, 0.0)
-    for node in order:
-        heads[node] = max((heads[other] + seconds[other] for other in before[node]), default=0.0)
-    for node in reversed(order):
-        for other in before[node]:
-            tails[other] = max(tails[other], tails[node] + seconds[node])
-    bounds = [max(heads[node] + seconds[node] + tails[node] for node in order)]
-    for rank in range(world.layout.world_size):
-        mine = [node for node in order if node[3] == rank]
-        work = sum(seconds[node] for node in mine)
-        bounds.append(min(heads[node] for node in mine) + work + min(tails[node] for node in mine))
-    return max(bounds)
-
-
-Pass = tuple[str, str, int, int]
-"""Kind, module, round and rank."""
-
-
-def _precedence(world: World) -> dict[Pass, list[Pass]]:
-    """Which passes each pass must wait for."""
-    layout, rounds = world.layout, range(world.manifest.rounds)
-    stages, before = layout.language.pp, {}
-
-    def forward(stage: int, k: int) -> Pass:
-        return ("forward", LANGUAGE, k, layout.language.rank_at(pp=stage))
-
-    def backward(stage: int, k: int) -> Pass:
-        return ("backward", LANGUAGE, k, layout.language.rank_at(pp=stage))
-
-    for stage, k in product(range(stages), rounds):
-        room = stages - stage
-        before[forward(stage, k)] = [forward(stage - 1, k)] * (stage > 0) + [forward(stage, k - 1)] * (k > 0)
-        before[forward(stage, k)] += [backward(stage, k - room)] * (k >= room)
-        before[backward(stage, k)] = [backward(stage + 1, k) if stage < stages - 1 else forward(stage, k)]
-        before[backward(stage, k)] += [backward(stage, k - 1)] * (k > 0)
-    for name in layout.encoders:
-        grid = layout.grids[name]
-        for stage, k in product(range(grid.pp), rounds):
-            this, back = (
-                [(kind, name, k, grid.rank_at(pp=other)) for other in range(grid.pp)]
-                for kind in ("encode", "encoder_backward")
-            )
-            rank, last = this[stage][3], stage == grid.pp - 1
-            before[this[stage]] = [("encode", name, k - 1, rank)] * (k > 0) + this[max(0, stage - 1) : stage]
-            if last:
-                before[forward(0, k)].append(this[stage])
-            if name in world.trained_from:
-                room = stages - 1 + world.run_ahead[name] + grid.pp - 1 - stage
-                before[back[stage]] = [backward(0, k) if last else back[stage + 1]]
-                before[back[stage]] += [("encoder_backward", name, k - 1, rank)] * (k > 0)
-                before[this[stage]] += [("encoder_backward", name, k - room, rank)] * (k >= room)
-    return before
