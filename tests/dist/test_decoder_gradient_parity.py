@@ -45,12 +45,16 @@ CASES = [
     Case(pixels=1, pixels_tp=2, pp=2, tp=2, sp=True, rows=2),
     Case(pixels=2, dp=2, colocated=True),
     Case(pixels=1, pixels_tp=2, pp=2, rows=2, colocated=True),
+    Case(pixels=1, pp=2, rows=1, ranks=((1,), (0, 1), (0,))),
+    Case(pixels=2, pp=2, rows=1, ranks=((0,), (0, 1), (1, 2))),
+    Case(vision=2, pixels=1, pixels_tp=2, tp=2, pp=2, sp=True, rows=1, ranks=((1, 4), (0, 1, 2, 3), (2, 4))),
     Case(pixels=1, rows=3, frozen=("language",)),
     Case(pixels=1, rows=3, frozen=("pixels",)),
     Case(pixels=1, rows=3, frozen=("vision", "language")),
 ]
-"""Decoders apart and on shared ranks, fewer and more lanes than the language model, rows held by one rank and by
-several; two samples of the step have no image."""
+"""Decoders apart, on shared ranks and partly on shared ranks, also on those of the stage that is not the one they read;
+fewer and more lanes than the language model, rows held by one rank and by several. Two samples of the step have no
+image."""
 
 
 @pytest.fixture(scope="module")

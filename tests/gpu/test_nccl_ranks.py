@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from tests.dist import test_bridge_rows as bridge
+from tests.dist import test_decoder_gradient_parity as decoders
 from tests.dist import test_expert_lanes as experts_lanes
 from tests.dist import test_partition_content as partition
 from tests.dist import test_step_gradient_parity as parity
@@ -16,7 +17,8 @@ from tests.dist.step_parity import Case, Prepared, check
 pytestmark = pytest.mark.gpu
 GPUS = min(8, torch.cuda.device_count())
 
-images, experts = parity.images, experts_lanes.experts  # the fixtures of the gloo tests
+# The fixtures of the gloo tests.
+images, experts, colours = parity.images, experts_lanes.experts, decoders.colours
 
 
 def test_partition_content() -> None:
@@ -46,9 +48,20 @@ WITH_EXPERTS = [
     Case(vision=2, dp=2, ep=2, rows=1),
     Case(colocated=True, dp=2, tp=2, ep=2, sp=True, rows=1, packing=True),
 ]
+WITH_DECODERS = [
+    Case(pixels=1, pixels_tp=2, pp=2, rows=2, colocated=True),
+    Case(pixels=1, pp=2, rows=1, ranks=((1,), (0, 1), (0,))),
+    Case(pixels=1, tp=2, sp=True, packing=True),
+    Case(pixels=1, pp=2, rows=1),
+    Case(vision=2, pixels=1, pixels_tp=2, tp=2, pp=2, sp=True, rows=1, ranks=((0, 3), (0, 1, 2, 3), (1, 2))),
+]
 
 
 def test_step_gradients(images: Prepared, experts: Prepared) -> None:
     """The reference is computed on the CPU, so GPU kernels' own rounding is inside the tolerance too."""
     rows = [(case, images) for case in WITH_IMAGES] + [(case, experts) for case in WITH_EXPERTS]
     check((row for row in rows if row[0].world <= GPUS), backend="nccl")
+
+
+def test_step_gradients_with_decoders(colours: Prepared) -> None:
+    check(((case, colours) for case in WITH_DECODERS if case.world <= GPUS), backend="nccl")
