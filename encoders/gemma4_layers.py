@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from torch.nn import functional as F
 
+from mimo_gemma4.module_config import module_config
 from mimo_gemma4.weights import Binding, Normal, bind_replicated, bind_sharded
 
 CLIP_BOUNDS = {
@@ -21,18 +22,13 @@ CLIP_BOUNDS = {
 
 def tower_config(tp: int, dtype: torch.dtype, **sizes: Any) -> TransformerConfig:
     """What the towers of Gemma 4 have in common for megatron-core; `sizes` are the other fields."""
-    return TransformerConfig(
-        tensor_model_parallel_size=tp,
-        params_dtype=dtype,
-        bf16=dtype == torch.bfloat16,
+    return module_config(
+        tp,
+        dtype,
         normalization="RMSNorm",
         add_bias_linear=False,
         attention_dropout=0.0,
         hidden_dropout=0.0,
-        calculate_per_token_loss=True,
-        use_cpu_initialization=True,  # weights are made on the device of the surrounding `torch.device` context
-        perform_initialization=False,  # bindings fill them
-        gradient_accumulation_fusion=False,
         **sizes,
     )
 

@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
-from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from torch.nn import functional as F
@@ -27,6 +26,7 @@ from encoders.gemma4_unified_media import (
     Gemma4UnifiedVisionConfig,
 )
 from mimo_gemma4.media import MediaHeader
+from mimo_gemma4.module_config import module_config
 from mimo_gemma4.weights import ONES, Binding, Constant, Normal, bind_replicated
 
 
@@ -54,7 +54,7 @@ class Gemma4UnifiedVisionEncoder(Encoder):
         self.image_processor = Gemma4UnifiedImageProcessor.from_config(hf_config)
         self.frames = Gemma4UnifiedFrameProcessor.from_config(hf_config)
         self.tp_group = groups.tp
-        self.config = _transformer_config(language_hidden, groups.tp.size(), dtype)
+        self.config = module_config(groups.tp.size(), dtype, hidden_size=language_hidden)
         pixels, width = 3 * self.vision.side**2, self.vision.mm_embed_dim
         with torch.device(device):
             self.patch_ln1 = nn.LayerNorm(pixels, dtype=dtype)
@@ -132,7 +132,7 @@ class Gemma4UnifiedAudioEncoder(Encoder):
         self.audio = Gemma4UnifiedAudioConfig.from_config(hf_config)
         self.audio_processor = Gemma4UnifiedAudioProcessor.from_config(hf_config)
         self.tp_group = groups.tp
-        self.config = _transformer_config(language_hidden, groups.tp.size(), dtype)
+        self.config = module_config(groups.tp.size(), dtype, hidden_size=language_hidden)
         with torch.device(device):
             self.projector = nn.Linear(self.audio.audio_embed_dim, language_hidden, bias=False, dtype=dtype)
         _mark_partial_gradients(self, groups.tp)
@@ -154,19 +154,6 @@ class Gemma4UnifiedAudioEncoder(Encoder):
         """The parameter under `model.embed_audio.`."""
         name = "model.embed_audio.embedding_projection.weight"
         return [bind_replicated(name, self.projector.weight, Normal(self.audio.initializer_range))]
-
-
-def _transformer_config(width: int, tp: int, dtype: torch.dtype) -> TransformerConfig:
-    """What megatron-core's data parallelism and optimizer read."""
-    return TransformerConfig(
-        num_layers=1,
-        hidden_size=width,
-        num_attention_heads=tp,
-        tensor_model_parallel_size=tp,
-        params_dtype=dtype,
-        bf16=dtype == torch.bfloat16,
-        calculate_per_token_loss=True,
-    )
 
 
 def _mark_partial_gradients(encoder: nn.Module, tp_group: ProcessGroup) -> None:

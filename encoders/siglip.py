@@ -10,7 +10,6 @@ from typing import Any, Self
 import numpy as np
 import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.transformer.transformer_config import TransformerConfig
 from PIL import Image
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -20,6 +19,7 @@ from encoders.base import Encoder
 from encoders.image_file import read_image
 from mimo_gemma4.errors import LayoutError
 from mimo_gemma4.media import MediaHeader
+from mimo_gemma4.module_config import module_config
 from mimo_gemma4.weights import ONES, Binding, Constant, Normal, bind_replicated
 
 
@@ -87,14 +87,7 @@ class SiglipEncoder(Encoder):
         self.vision = SiglipVisionConfig(**{**hf_config["vision_config"], "vision_use_head": False})
         self.images = SiglipProcessor.from_config(hf_config)
         width = self.vision.hidden_size
-        self.config = TransformerConfig(
-            num_layers=self.vision.num_hidden_layers,
-            hidden_size=width,
-            num_attention_heads=self.vision.num_attention_heads,
-            params_dtype=dtype,
-            bf16=dtype == torch.bfloat16,
-            calculate_per_token_loss=True,
-        )
+        self.config = module_config(1, dtype, hidden_size=width)
         with torch.device(device):
             self.tower = AutoModel.from_config(self.vision, dtype=dtype, attn_implementation="sdpa")
             self.projector = nn.Sequential(

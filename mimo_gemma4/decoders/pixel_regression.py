@@ -11,12 +11,12 @@ import torch
 import torch.nn.functional as F
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
-from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from mimo_gemma4.decoders.base import Decoder
 from mimo_gemma4.errors import ConfigError, LayoutError
 from mimo_gemma4.media import MediaHeader, MediaProcessor
+from mimo_gemma4.module_config import module_config
 from mimo_gemma4.weights import Binding, Constant, Normal, bind_replicated, bind_sharded
 
 CHANNELS = 3
@@ -93,18 +93,7 @@ class PixelRegression(Decoder):
                 f"`layout.{name}.tp` is {tp} and does not divide `modules.{name}.decoder_options.hidden_size` {width}"
             )
         self.tp_group, self.language_hidden, self.width = groups.tp, language_hidden, width
-        self.config = TransformerConfig(
-            num_layers=1,
-            hidden_size=width,
-            num_attention_heads=tp,
-            tensor_model_parallel_size=tp,
-            params_dtype=dtype,
-            bf16=dtype == torch.bfloat16,
-            calculate_per_token_loss=True,
-            use_cpu_initialization=True,  # weights are made on the device of the surrounding context
-            perform_initialization=False,  # bindings fill them
-            gradient_accumulation_fusion=False,
-        )
+        self.config = module_config(tp, dtype, hidden_size=width)
         shared = {"config": self.config, "init_method": None, "bias": True, "tp_group": groups.tp}
         with torch.device(device):
             self.linear_fc1 = ColumnParallelLinear(language_hidden, width, gather_output=False, **shared)
