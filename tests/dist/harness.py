@@ -24,7 +24,7 @@ import torch.distributed as dist
 def run_ranks(
     world_size: int, function: Callable[..., Any], *args: Any, backend: str = "gloo", timeout: float = 120.0
 ) -> list[Any]:
-    """Results of `function(rank, *args)` on `world_size` ranks. Raises `AssertionError` with the failing ranks' tracebacks."""
+    """What `function(rank, *args)` returns on each rank. Raises `AssertionError` with tracebacks of failing ranks."""
     # CUDA cannot be used in a fork of a process that has initialised it; NCCL ranks are spawned.
     context = multiprocessing.get_context("fork" if backend == "gloo" else "spawn")
     with tempfile.TemporaryDirectory() as folder:
@@ -86,7 +86,9 @@ def _run_rank(
 ) -> None:
     faulthandler.enable()
     faulthandler.dump_traceback_later(timeout + 10, exit=True)
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_WORLD_SIZE=str(world_size))
+    os.environ.update(
+        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_WORLD_SIZE=str(world_size)
+    )
     torch.set_num_threads(1)
     if backend == "nccl":
         torch.cuda.set_device(rank)

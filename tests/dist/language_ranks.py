@@ -1,8 +1,7 @@
-"""The language model on gloo ranks: process groups, a weight source, one rank's results, and all ranks' put together."""
+"""The language model on gloo ranks: process groups, a weight source, one rank's results, all ranks' put together."""
 
 from dataclasses import dataclass
 from itertools import product
-from typing import Any
 
 import torch
 import torch.distributed as dist

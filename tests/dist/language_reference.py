@@ -58,7 +58,9 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "sharing without per layer embeddings": COMMON
     | VISION
     | dict(model_type="gemma4_unified_text", hidden_size=20, intermediate_size=24, num_attention_heads=8)
-    | dict(num_key_value_heads=4, num_global_key_value_heads=2, head_dim=4, global_head_dim=8, layer_types=[S, F, F, S, F])
+    | dict(
+        num_key_value_heads=4, num_global_key_value_heads=2, head_dim=4, global_head_dim=8, layer_types=[S, F, F, S, F]
+    )
     | dict(num_kv_shared_layers=2, use_double_wide_mlp=True),
     "threes": COMMON
     | dict(vocab_size=126, hidden_size=30, intermediate_size=42, num_attention_heads=6, num_key_value_heads=3)

@@ -20,8 +20,8 @@ import torch.distributed as dist
 
 from mimo_gemma4.bridge import Bridge, Route
 from mimo_gemma4.build import build_trainer
-from mimo_gemma4.foundation import lay_foundation
 from mimo_gemma4.config import load_config
+from mimo_gemma4.foundation import lay_foundation
 from mimo_gemma4.messages import Arrival
 from mimo_gemma4.presets import load_model_config
 from tests.dist.harness import in_turn, run_ranks
@@ -210,7 +210,9 @@ def step_on_rank(rank: int, folder: Path, overrides: list[str]) -> tuple[dict, l
     pieces = []
     for optimizer in trainer.optimizers.values():
         trainable = [parameter for parameter in optimizer.module.parameters() if parameter.requires_grad]
-        whole = {id(parameter): torch.zeros(parameter.numel(), device=foundation.platform.device) for parameter in trainable}
+        whole = {
+            id(parameter): torch.zeros(parameter.numel(), device=foundation.platform.device) for parameter in trainable
+        }
         for shard in optimizer.trainable_shards:
             whole[id(shard.tensor)][shard.start : shard.end] = shard.gradient
         for parameter in trainable:  # ZeRO-1 shards of the replicas make one gradient
@@ -229,10 +231,8 @@ def step_on_rank(rank: int, folder: Path, overrides: list[str]) -> tuple[dict, l
     return result, pieces
 
 
-def step_with_wrong_row(
-    rank: int, folder: Path, overrides: list[str], method: str, factor: float
-) -> tuple[dict, list]:
-    """As `step_on_rank`, but rank 2 multiplies the first row that it gives to `method` of a bridge, once, by `factor`."""
+def step_with_wrong_row(rank: int, folder: Path, overrides: list[str], method: str, factor: float) -> tuple[dict, list]:
+    """As `step_on_rank`, but rank 2 multiplies the first row that it gives to `method` of a bridge once by `factor`."""
     post, done = getattr(Bridge, method), []
 
     def post_wrongly(self: Bridge, route: Route, rows: torch.Tensor | None) -> Arrival:

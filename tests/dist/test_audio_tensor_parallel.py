@@ -13,8 +13,8 @@ from mimo_gemma4.freezing import freeze
 from mimo_gemma4.lora import attach
 from mimo_gemma4.weights import load
 from tests.audio_reference import AudioReference
-from tests.state_source import StateSource
 from tests.dist.harness import run_ranks
+from tests.state_source import StateSource
 
 LANGUAGE_HIDDEN = 24
 AUDIO = dict(

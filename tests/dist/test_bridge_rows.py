@@ -33,7 +33,9 @@ CASES = [
 ]
 
 
-def random_manifest(seed: int, source_dp: int, target_dp: int, rounds: int, multiples: tuple, packed: bool) -> StepManifest:
+def random_manifest(
+    seed: int, source_dp: int, target_dp: int, rounds: int, multiples: tuple, packed: bool
+) -> StepManifest:
     """Ragged samples with zero to three media items; lanes and rounds without any media or samples occur."""
     generator = random.Random(seed)
     microbatches, pending = [], []

@@ -62,7 +62,8 @@ class Run:
 
 def same_bits(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
     return one.keys() == other.keys() and all(
-        one[k].dtype == other[k].dtype and one[k].flatten().view(torch.uint8).equal(other[k].flatten().view(torch.uint8))
+        one[k].dtype == other[k].dtype
+        and one[k].flatten().view(torch.uint8).equal(other[k].flatten().view(torch.uint8))
         for k in one
     )
 

@@ -1,7 +1,7 @@
 """Every shape of model under every kind of layout has the loss and the gradients that transformers has in one process.
 
-`step_parity` has the tolerance. Models have `gemma4_tiny`'s sizes and a released model's structure, and train on samples
-of zero to three images; the rows of a model cross how encoders feed the language model with how both are cut.
+`step_parity` has the tolerance. Models have `gemma4_tiny`'s sizes and a released model's structure, and train on
+samples of zero to three images; the rows of a model cross how encoders feed the language model with how both are cut.
 """
 
 from functools import partial

@@ -10,17 +10,13 @@ from safetensors.torch import save_file
 from transformers import AutoModelForImageTextToText, Gemma4ForCausalLM, Gemma4TextConfig
 
 from mimo_gemma4.build import build_model, build_modules
-from mimo_gemma4.foundation import Foundation, lay_foundation
-from mimo_gemma4.start import Start, fill, find_start, restore
 from mimo_gemma4.config import load_config
 from mimo_gemma4.convert import main
 from mimo_gemma4.data.tokenizer import byte_tokenizer
 from mimo_gemma4.errors import CheckpointError
-from mimo_gemma4.layout import build_layout
+from mimo_gemma4.foundation import Foundation, lay_foundation
 from mimo_gemma4.optim import ModuleOptimizer
-from mimo_gemma4.platform import create_platform
-from mimo_gemma4.presets import load_model_config
-from mimo_gemma4.process_groups import create_process_groups
+from mimo_gemma4.start import Start, fill, find_start, restore
 from tests.checkpoint_reader import whole_tensors
 from tests.dist.harness import run_ranks
 from tests.e2e.training_runs import Outcome, step_records, train_on_rank, write_config
@@ -49,7 +45,9 @@ def loaded_wrongly(rank: int, arguments: list[str], source: Path) -> list[str]:
         fill(base, model)
     else:
         assert start == Start(Path(str(base.config.checkpoint.init_from)), weights_only=True)
-        optimizers = {n: ModuleOptimizer(m, base.groups.modules[n], base.config.optim) for n, m in model.modules.items()}
+        optimizers = {
+            n: ModuleOptimizer(m, base.groups.modules[n], base.config.optim) for n, m in model.modules.items()
+        }
         assert restore(base, start, optimizers) == 0
     for module in model.modules.values():
         for binding in module.bindings():
@@ -68,7 +66,9 @@ def test_every_rank_holds_its_slices_from_either_form(tmp_path: Path, variant: s
     for number, (path, start) in enumerate([(source, "null"), (checkpoint / "huggingface", checkpoint)]):
         folder = tmp_path / str(number)
         folder.mkdir()
-        config = write_config(folder, tmp_path / "none", layout=layout, model={"hf_path": str(path), "precision": "bf16"})
+        config = write_config(
+            folder, tmp_path / "none", layout=layout, model={"hf_path": str(path), "precision": "bf16"}
+        )
         assert run_ranks(2, loaded_wrongly, [config, f"checkpoint.init_from={start}"], source) == [[], []]
 
 
@@ -84,9 +84,7 @@ def write_text_only(source: Path) -> Path:
 
 def test_a_text_only_directory_loads_into_the_language_module(tmp_path: Path) -> None:
     source = write_text_only(tmp_path / "source")
-    config = write_config(
-        tmp_path, tmp_path / "none", layout=TP2, model={"hf_path": str(source), "precision": "bf16"}
-    )
+    config = write_config(tmp_path, tmp_path / "none", layout=TP2, model={"hf_path": str(source), "precision": "bf16"})
     assert run_ranks(2, first_tensors, [config], source) == [[], []]
 
 
@@ -96,9 +94,7 @@ def first_tensors(rank: int, arguments: list[str], source: Path) -> list[str]:
     tensors = stored_tensors(source)
     bindings = [binding for module in model.modules.values() for binding in module.bindings()]
     assert bindings
-    return [
-        b.name for b in bindings if not torch.equal(b.view(), tensors[b.name.replace(LANGUAGE, "model.")][b.index])
-    ]
+    return [b.name for b in bindings if not torch.equal(b.view(), tensors[b.name.replace(LANGUAGE, "model.")][b.index])]
 
 
 def refusal(rank: int, arguments: list[str]) -> str:

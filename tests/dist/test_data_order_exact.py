@@ -94,7 +94,9 @@ def steps_of(results):
     joined = []
     for parts in zip(*(found for found, _, _ in results), strict=True):
         assert all(faults == parts[0][1] for _, faults in parts)
-        joined.append((dict(sorted(chain.from_iterable(content.items() for content, _ in parts), key=repr)), parts[0][1]))
+        joined.append(
+            (dict(sorted(chain.from_iterable(content.items() for content, _ in parts), key=repr)), parts[0][1])
+        )
     return joined
 
 

@@ -6,7 +6,6 @@ The reference is transformers' Gemma 4 with two `nn.Linear` of plain torch behin
 
 import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -14,7 +13,6 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import Gemma4ForConditionalGeneration
 
-from mimo_gemma4.bridge import Bridge
 from mimo_gemma4.data.shards import read_range
 from mimo_gemma4.weights import Constant, Normal, bind_replicated, initialise
 from tests.dist.harness import run_ranks

@@ -160,14 +160,17 @@ def test_equal_to_transformers(pp: int, tp: int):
         assert set().union(*by_stage) == set(whole.gradients)
 
 
-
-
 @pytest.mark.parametrize(
     ("modality", "options", "stages", "words"),
     [
         ("vision", CLIPPED, 4, r"`layout.vision.pp` is 4, but vision_config has 3 layers, .* lower it"),
         ("audio", AUDIO, 5, r"`layout.audio.pp` is 5, but audio_config has 3 layers, .* lower it"),
-        ("vision", {"model_type": "gemma4_unified_vision"}, 2, r"`layout.vision.pp` is 2, but the encoder 'gemma4_unified_vision' cannot be cut"),
+        (
+            "vision",
+            {"model_type": "gemma4_unified_vision"},
+            2,
+            r"`layout.vision.pp` is 2, but the encoder 'gemma4_unified_vision' cannot be cut",
+        ),
         (
             "vision",
             {"model_type": "siglip_vision_model"},

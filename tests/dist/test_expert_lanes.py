@@ -9,17 +9,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from mimo_gemma4 import checkpoint
 from mimo_gemma4.build import build_trainer
-from mimo_gemma4.foundation import lay_foundation
 from mimo_gemma4.config import load_config
+from mimo_gemma4.foundation import lay_foundation
 from mimo_gemma4.trainer import Trainer
 from tests.dist.harness import run_ranks
+from tests.dist.step_parity import BATCH, Case, Prepared, check, prepare, write_run
 from tests.dist.test_checkpoint_resume import same_bits, whole_tensors
 from tests.dist.test_generate_matches_transformers import own_answers, transformers_answers
-from tests.dist.step_parity import BATCH, Case, Prepared, check, prepare, write_run
 from tests.vlm_reference import SAMPLES
 
 TEXT: dict[str, Any] = dict(
@@ -106,7 +105,5 @@ def test_checkpoints_change_their_expert_parallel_size(tmp_path: Path, experts: 
     assert {key.split(".")[1] for key in of_experts} == {"weight", "exp_avg", "exp_avg_sq"}
     assert all(value.count_nonzero() > value.numel() // 2 for value in of_experts.values())
     for name, case in (("whole", WHOLE), ("other", OTHER)):
-        run_ranks(
-            case.world, load_and_save, experts.folder, tmp_path / "ep2" / "step_00000001", tmp_path / name, case
-        )
+        run_ranks(case.world, load_and_save, experts.folder, tmp_path / "ep2" / "step_00000001", tmp_path / name, case)
         assert same_bits(written, whole_tensors(tmp_path / name / "step_00000001"))

@@ -8,21 +8,16 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
 from transformers import Gemma4ForConditionalGeneration
 
 from encoders.registry import build_processor
 from mimo_gemma4.build import build_trainer
-from mimo_gemma4.foundation import lay_foundation
 from mimo_gemma4.config import load_config
 from mimo_gemma4.data.chat import ConversationEncoder
 from mimo_gemma4.data.dataset import ShardDataset
 from mimo_gemma4.data.tokenizer import byte_tokenizer, media_tokens
+from mimo_gemma4.foundation import lay_foundation
 from mimo_gemma4.generate import Answer, greedy_answers
-from mimo_gemma4.layout import build_layout
-from mimo_gemma4.platform import create_platform
-from mimo_gemma4.presets import load_model_config
-from mimo_gemma4.process_groups import create_process_groups
 from mimo_gemma4.step import StepRunner
 from tests.dist.harness import run_ranks
 from tests.vlm_reference import SAMPLES, transformers_media, write_model, write_shards

@@ -145,7 +145,9 @@ TEXT = dict(
     layer_types=(SLIDING, FULL, SLIDING, FULL),
 )
 MODELS = {
-    "shared keys and values": Gemma4TextConfig(**TEXT, num_hidden_layers=4, num_key_value_heads=2, num_kv_shared_layers=2),
+    "shared keys and values": Gemma4TextConfig(
+        **TEXT, num_hidden_layers=4, num_key_value_heads=2, num_kv_shared_layers=2
+    ),
     "keys as values": Gemma4TextConfig(
         **TEXT, num_hidden_layers=4, num_key_value_heads=2, num_global_key_value_heads=1, attention_k_eq_v=True
     ),
@@ -209,7 +211,9 @@ def test_bytes_are_the_closed_form(model_name: str, sequence: Sequence, window: 
         owners = [layer for layer in text.layers if layer.owns_key_values]
         token = [4 * (1 + layer.has_value_projection) * layer.num_key_value_heads * layer.head_dim for layer in owners]
         full = [layer.attention == FULL for layer in owners]
-        assert forward == [size * (everything_else if whole else there) for size, whole in zip(token, full, strict=True)]
+        assert forward == [
+            size * (everything_else if whole else there) for size, whole in zip(token, full, strict=True)
+        ]
         way_back = [size * (everything_else if whole else back) for size, whole in zip(token, full, strict=True)]
         assert backward == way_back[::-1]
         if sequence.size >= 128:  # whatever the length: W - 1 per half whose predecessor is on another rank

@@ -61,7 +61,9 @@ def placeholders_as_padding(rank: int) -> bool:
     assert (batch.types > 0).any()
     replaced = batch.input_ids.masked_fill(batch.types > 0, PADDING)
     with torch.no_grad():
-        return torch.equal(hidden_states(model, groups, batch, batch.input_ids), hidden_states(model, groups, batch, replaced))
+        return torch.equal(
+            hidden_states(model, groups, batch, batch.input_ids), hidden_states(model, groups, batch, replaced)
+        )
 
 
 def test_placeholders_count_as_padding() -> None:

@@ -1,4 +1,4 @@
-"""The language model holds exactly the tensors of transformers' models at their published sizes, and trains the right ones."""
+"""The language model holds just the tensors of transformers' models at published sizes, and trains the right ones."""
 
 from typing import Any
 
@@ -60,5 +60,7 @@ def test_presets_have_the_tensors_of_transformers(preset: str) -> None:
 def test_layers_with_shared_keys_and_values_have_none_of_their_own() -> None:
     hf_config = load_model_config(ModelConfig(preset="gemma4_e2b"))
     ((trained, _),) = run_ranks(1, held, hf_config)
-    own = {int(name.split(".")[3]) for name in trained if ".k_proj." in name or ".v_proj." in name or ".k_norm." in name}
+    own = {
+        int(name.split(".")[3]) for name in trained if ".k_proj." in name or ".v_proj." in name or ".k_norm." in name
+    }
     assert own == set(range(15))

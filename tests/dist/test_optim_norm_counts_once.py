@@ -19,7 +19,7 @@ SHAPES = {"q": (8, 5), "k": (4, 5), "norm": (5,), "head": (12, 5), "frozen": (3,
 
 
 class Replicas(nn.Module):
-    """Queries cut over tp, two key heads shared by halves of the tp group in the same local tensor, a padded vocabulary."""
+    """Queries cut over tp, two key heads shared by halves of the tp group in one local tensor, a padded vocabulary."""
 
     def __init__(self, tp: int, rank: int):
         super().__init__()

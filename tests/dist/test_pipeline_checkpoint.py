@@ -8,17 +8,12 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
 from transformers import Gemma4ForConditionalGeneration
 
 from mimo_gemma4.build import build_trainer
-from mimo_gemma4.foundation import lay_foundation
 from mimo_gemma4.config import load_config
 from mimo_gemma4.convert import main
-from mimo_gemma4.layout import build_layout
-from mimo_gemma4.platform import create_platform
-from mimo_gemma4.presets import load_model_config
-from mimo_gemma4.process_groups import create_process_groups
+from mimo_gemma4.foundation import lay_foundation
 from mimo_gemma4.trainer import Trainer
 from tests.dist.harness import run_ranks
 from tests.dist.test_checkpoint_resume import same_bits, whole_tensors

@@ -5,16 +5,11 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
 
 from mimo_gemma4.bridge import Bridge
 from mimo_gemma4.build import build_trainer
-from mimo_gemma4.foundation import lay_foundation
 from mimo_gemma4.config import load_config
-from mimo_gemma4.layout import build_layout
-from mimo_gemma4.platform import create_platform
-from mimo_gemma4.presets import load_model_config
-from mimo_gemma4.process_groups import create_process_groups
+from mimo_gemma4.foundation import lay_foundation
 from tests.dist.harness import run_ranks
 from tests.vlm_reference import write_shards
 
@@ -148,12 +143,18 @@ def test_patterns_freeze_what_they_match(run_folder: Path) -> None:
 
 def test_exceptions_train_what_patterns_would_freeze(run_folder: Path) -> None:
     changed = steps_of_all(
-        run_folder, ONE_RANK, 1, "modules.vision.freeze=true", "modules.language.freeze=['*','!*.layers.5.*norm.weight']"
+        run_folder,
+        ONE_RANK,
+        1,
+        "modules.vision.freeze=true",
+        "modules.language.freeze=['*','!*.layers.5.*norm.weight']",
     ).changed
     assert changed and all(".language_model.layers.5." in name and name.endswith("norm.weight") for name in changed)
 
 
-@pytest.mark.parametrize(("layout", "ranks"), [(TENSOR_PARALLEL, 4), (CONTEXT_PARALLEL, 3), (PIPELINE, 3)], ids=["tp 2 sp", "cp 2", "pp 2"])
+@pytest.mark.parametrize(
+    ("layout", "ranks"), [(TENSOR_PARALLEL, 4), (CONTEXT_PARALLEL, 3), (PIPELINE, 3)], ids=["tp 2 sp", "cp 2", "pp 2"]
+)
 def test_a_frozen_language_model_trains_the_encoder_alone(run_folder: Path, layout: list[str], ranks: int) -> None:
     """Also where a microbatch, or one rank's part of it, has no media: three of the ten samples are text alone.
 

@@ -10,11 +10,19 @@ from typing import Any
 
 import pytest
 
-from mimo_gemma4.bridge import Bridge
 from mimo_gemma4.schedule import Action
 from mimo_gemma4.step import StepRunner, _Execution
 from tests.dist.harness import run_ranks
-from tests.dist.step_parity import Case, Prepared, check, prepare, step_on_rank, step_with_wrong_row, worst_gradient, write_run
+from tests.dist.step_parity import (
+    Case,
+    Prepared,
+    check,
+    prepare,
+    step_on_rank,
+    step_with_wrong_row,
+    worst_gradient,
+    write_run,
+)
 
 # A pairwise cover of the sizes in the table below: every two values of two columns meet in some row.
 QUICK = [
@@ -129,8 +137,6 @@ def delayed_step(rank: int, folder: Path, overrides: list[str]) -> tuple[tuple[d
 def test_one_wrong_row_gradient_is_caught(mutation: str, images: Prepared) -> None:
     case = Case(vision=2, dp=3, rows=3)
     factor = 0.0 if mutation == "dropped" else 2.0
-    results = run_ranks(
-        case.world, step_with_wrong_row, images.folder, case.overrides, "post_gradients", factor
-    )
+    results = run_ranks(case.world, step_with_wrong_row, images.folder, case.overrides, "post_gradients", factor)
     ratio, _ = worst_gradient(results, images.reference)
     assert ratio > 1.0

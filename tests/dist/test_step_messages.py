@@ -17,9 +17,9 @@ import torch.distributed as dist
 
 from benchmarks.traffic import Message, Traffic
 from mimo_gemma4.build import build_trainer
-from mimo_gemma4.foundation import lay_foundation
 from mimo_gemma4.config import load_config
 from mimo_gemma4.data.manifest import Microbatch, StepManifest
+from mimo_gemma4.foundation import lay_foundation
 from mimo_gemma4.layout import Layout, build_layout
 from mimo_gemma4.partition import cp_token_index
 from mimo_gemma4.schedule import Action

@@ -92,9 +92,7 @@ def reference_weights(prefix: str, seed: int = 7) -> dict[str, Tensor]:
     """Whole initial weights, by short name."""
     weights = {name: torch.empty(shape) for name, shape in SHAPES.items()}
     whole = {name: tuple(slice(0, size) for size in shape) for name, shape in SHAPES.items()}
-    initialise(
-        [Binding(f"{prefix}.{n}", SHAPES[n], whole[n], weights[n], whole[n], Normal(0.5)) for n in SHAPES], seed
-    )
+    initialise([Binding(f"{prefix}.{n}", SHAPES[n], whole[n], weights[n], whole[n], Normal(0.5)) for n in SHAPES], seed)
     return weights
 
 
