@@ -1,13 +1,14 @@
-"""Moves encoder rows to the language ranks that hold their tokens, and each row's gradient back exactly once.
+"""Moves rows between a module and the language ranks that hold their tokens: each row once each way.
 
 Every shape follows from the step's manifest on the host: nothing is announced, and a round without rows sends nothing.
-A row leaves from one of its encoder lane's tensor parallel ranks (each ships an equal share) and arrives at every rank
-that holds its token: one (cp, tp) coordinate under sequence parallelism, all tensor parallel ranks of one CP rank
-without it. Copies that are replicated over tensor parallel ranks carry equal gradients, so only one of them returns it.
-A row whose source and destination are one rank is a local copy.
+An edge has an end at the module, where the rows are those of a data parallel lane, and one at the language model, where
+they are those of a context parallel rank's tokens. At both ends the tensor parallel ranks need all rows and answer for
+equal shares of them: the one that answers for a row at one end exchanges it with the one that does at the other, and an
+all-gather completes what arrives. Under sequence parallelism a language rank needs the rows of its own tokens alone and
+answers for all of them. A row both of whose ends are one rank is a local copy.
 
-Rows and gradients are posted and received by separate calls. In each round a rank posts one batch a direction, which
-holds what it sends as well as what it receives.
+Each direction is posted and received by separate calls. In each round a rank posts one batch a direction, which holds
+what it sends as well as what it receives.
 """
 
 from collections.abc import Sequence
@@ -25,66 +26,75 @@ from mimo_gemma4.platform import Platform
 
 
 @dataclass(frozen=True)
-class Parcels:
-    """What one rank sends to its peers, or receives from them, in one round."""
+class Parcel:
+    """Rows that a rank exchanges with one at the other end: it sends them one way and receives them the other way."""
 
-    counts: tuple[tuple[int, int], ...]
-    """(peer, number of rows), by rank; only peers with rows."""
-    index: torch.Tensor
-    """Which rows [n], peer after peer, on the host."""
+    peer: int
+    rows: slice | torch.Tensor
+    """Which rows of its end: a range, or an ascending index [n] on the host where others lie between them."""
 
     @classmethod
-    def of(cls, peers: torch.Tensor, index: torch.Tensor) -> "Parcels":
-        """Parcels of the rows `index` [n] for or from `peers` [n], which are in order."""
-        counts = enumerate(peers.bincount().tolist())
-        return cls(tuple((peer, count) for peer, count in counts if count), index)
+    def of(cls, peer: int, index: torch.Tensor) -> "Parcel":
+        """A parcel of the rows `index` [n], ascending and at least one."""
+        first, last = int(index[0]), int(index[-1])
+        return cls(peer, slice(first, last + 1) if last - first + 1 == len(index) else index)
 
-    def slices(self, rows: torch.Tensor) -> list[tuple[int, torch.Tensor]]:
-        """(peer, its part of `rows` [n, …])."""
-        parts = rows.split([count for _, count in self.counts])
-        return [(peer, part) for (peer, _), part in zip(self.counts, parts, strict=True)]
+    @property
+    def count(self) -> int:
+        """Number of rows."""
+        return self.rows.stop - self.rows.start if isinstance(self.rows, slice) else len(self.rows)
+
+
+@dataclass(frozen=True)
+class Share:
+    """The rows that one rank answers for in one round, at one end of an edge."""
+
+    rows: int = 0
+    """Rows that the rank needs: it has all of them before they leave and when they have arrived."""
+    size: int = 0
+    """How many of them each of its tensor parallel ranks answers for, in their order; the last may have fewer."""
+    parcels: tuple[Parcel, ...] = ()
+    """What this rank answers for, by peer."""
+
+    @classmethod
+    def of(cls, rows: int, size: int, peers: torch.Tensor, index: torch.Tensor) -> "Share":
+        """The share of the rows `index` [n], which are exchanged with `peers` [n] and ascend for each of them."""
+        order = peers.argsort(stable=True)
+        ranks, counts = peers[order].unique_consecutive(return_counts=True)
+        parts = index[order].split(counts.tolist())
+        return cls(rows, size, tuple(map(Parcel.of, ranks.tolist(), parts)))
 
 
 @dataclass(frozen=True)
 class Route:
-    """What one rank sends and receives in one round of one edge."""
+    """What one rank exchanges in one round of one edge."""
 
-    sends: Parcels
-    """Rows of this encoder lane's output, by destination."""
-    receives: Parcels
-    """Flat positions `local_sequence * B + b` in this rank's [S/(cp*tp), B, H] embeddings, by source."""
-    gradient_sends: Parcels
-    """Indices into the received rows, by the encoder rank that their gradients go back to."""
-    gradient_receives: Parcels
-    """Rows of this rank's share of its encoder lane's output, by the language rank that their gradients come from."""
-    rows: int
-    """Rows of this encoder lane's output; 0 where it has none."""
-    share: int
-    """How many of them each of the lane's tensor parallel ranks ships; the last ones may have fewer."""
-
-    @property
-    def positions(self) -> torch.Tensor:
-        """Flat positions of all received rows, in the order in which they arrive."""
-        return self.receives.index
+    module: Share
+    """Of its module's lane's rows; empty where it has none."""
+    language: Share
+    """Of the rows that fall on its tokens; empty where none do."""
+    positions: torch.Tensor
+    """Flat positions `local_sequence * B + b` of those rows [n] in its [S/(cp*tp) (local), B, H] activations, where tp
+    counts under sequence parallelism only."""
 
 
 class Bridge:
     """One edge of the module graph: an encoder's rows into the embeddings, or final hidden states to a decoder.
 
-    Names are those of an encoder's edge. A decoder's takes the same routes, in the other order: hidden states travel as
-    gradients of rows do, from the one holder of a token that answers for it to the decoder's lane; their gradients
-    travel as rows do, to every holder.
+    What an encoder's edge carries to the language model are rows, and to the module their gradients; on a decoder's,
+    states travel to the module, and their gradients to the language model.
     """
 
     def __init__(
         self,
         layout: Layout,
-        encoder: str,
+        name: str,
         rank: int,
         *,
         forward_group: dist.ProcessGroup,
         backward_group: dist.ProcessGroup,
-        encoder_tp_group: dist.ProcessGroup | None,
+        module_tp_group: dist.ProcessGroup | None,
+        language_tp_group: dist.ProcessGroup | None,
         hidden_size: int,
         dtype: torch.dtype,
         platform: Platform,
@@ -93,169 +103,201 @@ class Bridge:
 
         Args:
             layout: all grids.
-            encoder: the encoder's name in the layout, or the decoder's.
+            name: the encoder or decoder.
             rank: this process's global rank.
-            forward_group: group that carries rows, of the ranks of the encoder's last and the language's first stage.
-            backward_group: group of the same ranks that carries gradients.
-            encoder_tp_group: this rank's tensor parallel group in the encoder's grid, None outside it.
-            hidden_size: width H of the language module.
+            forward_group: group of the ranks of both ends that carries what travels to the language model.
+            backward_group: group of the same ranks that carries what travels to the module.
+            module_tp_group: this rank's tensor parallel group in the module's grid, None outside it.
+            language_tp_group: this rank's tensor parallel group in the language model's grid, None outside it.
+            hidden_size: width H of the language model.
             dtype: type of rows and gradients.
             platform: where they live.
         """
-        self.source, self.target = layout.grids[encoder], layout.language
-        self.encoder, self.rank = encoder, rank
-        self.rows, self.gradients = Mailbox(forward_group), Mailbox(backward_group)
-        self.encoder_tp_group = encoder_tp_group
+        self.name, self.rank = name, rank
+        self.module, self.language = layout.grids[name], layout.language
+        self.to_language, self.to_module = Mailbox(forward_group), Mailbox(backward_group)
+        self.module_tp_group = module_tp_group
+        # Under sequence parallelism every language rank receives all that it needs.
+        self.language_tp_group = None if self.language.sequence_parallel else language_tp_group
         self.hidden_size, self.dtype = hidden_size, dtype
         self.platform, self.device = platform, platform.device
-        source, target, stage = self.source, self.target, layout.language_stage(encoder)
-        self._source_ranks = torch.tensor(
-            [[source.rank_at(tp=tp, dp=lane, pp=source.pp - 1) for tp in range(source.tp)] for lane in range(source.dp)]
-        )
-        self._target_ranks = torch.tensor(
-            [
-                [
-                    [target.rank_at(tp=tp, cp=cp, dp=lane, pp=stage) for tp in range(target.tp)]
-                    for cp in range(target.cp)
-                ]
-                for lane in range(target.dp)
-            ]
-        )
-        self._encoder_lane = source.coordinate(rank).dp if rank in source.stage_ranks(source.pp - 1) else None
-        self._target_at = target.coordinate(rank) if rank in target.stage_ranks(stage) else None
+        module_ranks, language_ranks = layout.edge(name)
+        self._module_ranks = torch.tensor(module_ranks).view(self.module.dp, self.module.tp)
+        self._language_ranks = torch.tensor(language_ranks).view(self.language.dp, self.language.cp, self.language.tp)
+        self._module_at = self.module.coordinate(rank) if rank in module_ranks else None
+        self._language_at = self.language.coordinate(rank) if rank in language_ranks else None
 
     # --- planning (host) ---
 
     def route(self, manifest: StepManifest, round_: int) -> Route:
         """This rank's part of round `round_`, from the manifest alone."""
-        encoded: tuple[MediaSlot, ...] = ()
-        awaited: tuple[MediaSlot, ...] = ()
-        if self._encoder_lane is not None:
-            encoded = manifest.encoded(self.encoder, round_, self._encoder_lane)
-        if self._target_at is not None:
-            awaited = manifest.awaited(self.encoder, round_, self._target_at.dp)
-        target, row, _, returned = self._copies(manifest, encoded, None)
-        source, _, position, owned = self._copies(manifest, awaited, self._target_at)
-        rows = _total(encoded)
-        share = -(-rows // self.source.tp)
-        first_row = 0 if self.encoder_tp_group is None else self.encoder_tp_group.rank() * share
-        return Route(
-            sends=Parcels.of(target, row),
-            receives=Parcels.of(source, position),
-            gradient_sends=Parcels.of(source[owned], owned.nonzero().flatten()),
-            gradient_receives=Parcels.of(target[returned], row[returned] - first_row),
-            rows=rows,
-            share=share,
-        )
+        module, language, positions = Share(), Share(), torch.empty(0, dtype=torch.long)
+        if self._module_at is not None and manifest.encoded(self.name, round_, self._module_at.dp):
+            module = self._module_share(manifest, round_, self._module_at)
+        if self._language_at is not None and manifest.awaited(self.name, round_, self._language_at.dp):
+            language, positions = self._language_share(manifest, round_, self._language_at)
+        return Route(module, language, positions)
 
-    def _copies(
-        self, manifest: StepManifest, slots: Sequence[MediaSlot], target_at: Coordinate | None
-    ) -> tuple[torch.Tensor, ...]:
-        """The copies of one round's `slots` that come to `target_at`, this rank's coordinate; None: that leave from it.
+    def _module_share(self, manifest: StepManifest, round_: int, at: Coordinate) -> Share:
+        """This rank's share of its module lane's rows."""
+        slots = manifest.encoded(self.name, round_, at.dp)
+        lanes = [self._rows(manifest, round_, lane) for lane in sorted({slot.lane for slot in slots})]
+        module_rank, row, language_rank, _, _ = map(torch.cat, zip(*lanes, strict=True))
+        mine = module_rank == self.rank
+        rows = _total(slots)
+        return Share.of(rows, _share_size(rows, self.module.tp), language_rank[mine], row[mine])
+
+    def _language_share(self, manifest: StepManifest, round_: int, at: Coordinate) -> tuple[Share, torch.Tensor]:
+        """This rank's share of the rows that fall on its tokens, and the flat positions [n] of all of them."""
+        module_rank, _, language_rank, cp, position = self._rows(manifest, round_, at.dp)
+        sequence_parallel = self.language.sequence_parallel
+        needed = language_rank == self.rank if sequence_parallel else cp == at.cp
+        module_rank, language_rank = module_rank[needed], language_rank[needed]
+        mine, rows = language_rank == self.rank, len(language_rank)
+        size = rows if sequence_parallel else _share_size(rows, self.language.tp)
+        return Share.of(rows, size, module_rank[mine], mine.nonzero().flatten()), position[needed]
+
+    def _rows(self, manifest: StepManifest, round_: int, lane: int) -> tuple[torch.Tensor, ...]:
+        """All rows of a language lane in a round, item after item; at least one.
 
         Returns:
-            Four host tensors [n], by peer and then in the order of the slots: the rank at the other end, the row of the
-            encoder lane's output, the flat position on the target, and whether this copy's gradient goes back.
+            Five host tensors [n]: the module's rank that answers for the row, the row's number in that rank's lane, the
+            language rank that answers for it, its context parallel rank, and its flat position on that.
         """
-        if not slots:
-            return *(torch.empty(0, dtype=torch.long),) * 3, torch.empty(0, dtype=torch.bool)
-        target, items, cps, places = self.target, [], [], []
-        scattered = target.tp if target.sequence_parallel else 1
-        for slot in slots:
-            microbatch = manifest.microbatch(slot.lane, slot.microbatch)
-            cp_of, local_of = _owners(microbatch.seq_length, target.cp, microbatch.segment_starts, microbatch.cp_layout)
-            cps.append(cp_of[slot.start : slot.start + slot.rows])
-            places.append(local_of[slot.start : slot.start + slot.rows])
-            of_lane = _total(manifest.encoded(self.encoder, slot.microbatch, slot.encoder_lane))
-            of_rank = microbatch.seq_length // target.cp // scattered
-            items.append((slot.encoder_lane, of_lane, slot.lane, microbatch.rows, slot.row, of_rank))
-        counts = torch.tensor([slot.rows for slot in slots])
-        offsets = torch.tensor([slot.encoder_offset for slot in slots])
-        row = torch.arange(int(counts.sum())) + (offsets - counts.cumsum(0) + counts).repeat_interleave(counts)
-        columns = torch.tensor(items).repeat_interleave(counts, dim=0)
-        cp, local = torch.cat(cps), torch.cat(places)
-        source = self._source_ranks[columns[:, 0], row // -(-columns[:, 1] // self.source.tp)]
-        here = source == self.rank if target_at is None else cp == target_at.cp
-        if target_at is not None and scattered > 1:
-            here &= local // columns[:, 5] == target_at.tp
-        row, cp, local, source, columns = (part[here] for part in (row, cp, local, source, columns))
-        _, total, lane, width, place, length = columns.unbind(1)
-        if scattered > 1:
-            tp, owned = local // length, torch.ones_like(row, dtype=torch.bool)
-        else:  # every tensor parallel rank has a copy, and returns an equal part of the gradients
-            tp = torch.arange(target.tp)[:, None] if target_at is None else torch.tensor([[target_at.tp]])
-            owned = row * target.tp // total == tp
-        peer = self._target_ranks[lane, cp, tp] if target_at is None else source
-        parts = torch.broadcast_tensors(peer, row, local % length * width + place, owned)
-        order = parts[0].flatten().argsort(stable=True)
-        return tuple(part.flatten()[order] for part in parts)
+        items = []
+        for slot in manifest.awaited(self.name, round_, lane):
+            of_lane = _total(manifest.encoded(self.name, round_, slot.encoder_lane))
+            share = _share_size(of_lane, self.module.tp)
+            items.append((slot.rows, slot.encoder_lane, share, slot.encoder_offset, slot.start, slot.row))
+        table = torch.tensor(items)
+        counts = table[:, 0]
+        _, module_lane, share_size, row, token, sequence = table.repeat_interleave(counts, dim=0).unbind(1)
+        inside = torch.arange(len(row)) - (counts.cumsum(0) - counts).repeat_interleave(counts)
+        row, token = row + inside, token + inside
+        microbatch, language = manifest.microbatch(lane, round_), self.language
+        cp_of, local_of = _owners(microbatch.seq_length, language.cp, microbatch.segment_starts, microbatch.cp_layout)
+        cp, local = cp_of[token], local_of[token]
+        if language.sequence_parallel:
+            length = microbatch.seq_length // (language.cp * language.tp)
+            tp, local = local // length, local % length
+        else:
+            tp = _shared_out(cp, language.tp)
+        module_rank = self._module_ranks[module_lane, row // share_size]
+        return module_rank, row, self._language_ranks[lane, cp, tp], cp, local * microbatch.rows + sequence
 
     # --- moving (device) ---
 
-    def post_rows(self, route: Route, rows: torch.Tensor | None) -> Arrival:
-        """Start sending this rank's share of `rows` and receiving what falls on its tokens.
+    def post_to_language(self, route: Route, rows: torch.Tensor | None) -> Arrival:
+        """Start sending this rank's share of its module lane's rows, and receiving its share of those of its tokens.
 
         Args:
             route: this rank's route.
-            rows: output [rows, H] of this rank's encoder lane; None where it has none.
+            rows: output [rows, H] of an encoder, or gradient of a decoder's states; None where the lane has none.
 
         Returns:
-            On its way, the one tensor [n, H] of received rows in the order of `route.positions`; none where n is 0.
+            On its way, what `receive_in_language` takes.
         """
-        return self._post(self.rows, route.sends, rows, route.receives)
+        return self._post(self.to_language, route.module, rows, route.language, self.language_tp_group)
 
-    def post_gradients(self, route: Route, gradients: torch.Tensor | None) -> Arrival:
-        """Start returning the gradients of received rows and collecting those of this rank's own output.
+    def receive_in_language(self, route: Route, arrival: Arrival) -> torch.Tensor:
+        """Wait for what falls on this rank's tokens; collective over the tensor parallel ranks where it has rows.
+
+        Returns:
+            Rows [n, H] in the order of `route.positions`.
+        """
+        return self._receive(route.language, arrival, self.language_tp_group)
+
+    def post_to_module(self, route: Route, rows: torch.Tensor | None) -> Arrival:
+        """Start sending this rank's share of the rows of its tokens, and receiving its share of its module lane's.
 
         Args:
-            route: the route that the rows took.
-            gradients: gradients [n, H] of the received rows; None where there were none.
+            route: this rank's route.
+            rows: gradients [n, H] of an encoder's rows, or states for a decoder, in the order of `route.positions`;
+                None where there are none.
 
         Returns:
-            On its way, what `output_gradient` takes.
+            On its way, what `receive_in_module` takes.
         """
-        return self._post(self.gradients, route.gradient_sends, gradients, route.gradient_receives)
+        return self._post(self.to_module, route.language, rows, route.module, self.module_tp_group)
 
-    def output_gradient(self, route: Route, arrival: Arrival) -> torch.Tensor:
-        """Wait for the returned gradients and put them in order.
+    def receive_in_module(self, route: Route, arrival: Arrival) -> torch.Tensor:
+        """Wait for the rows of this rank's module lane; collective over its tensor parallel ranks where it has rows.
 
         Returns:
-            Gradient [rows, H] of the encoder lane's output, equal on its tensor parallel ranks.
+            Rows [rows, H] in the order of the lane's items.
         """
-        share = torch.empty(route.share, self.hidden_size, dtype=self.dtype, device=self.device)
-        for gradients in arrival.wait():
-            share.index_copy_(0, self.platform.put(route.gradient_receives.index), gradients)
-        group = self.encoder_tp_group
-        if group is None or group.size() == 1:
-            return share
-        whole = share.new_empty(route.share * group.size(), self.hidden_size)
-        dist.all_gather_into_tensor(whole, share, group=group)  # each rank got back the share that it had shipped
-        return whole[: route.rows]
+        return self._receive(route.module, arrival, self.module_tp_group)
 
     def drain(self) -> None:
         """Let go of everything that this rank has sent, when it has left."""
-        self.rows.drain()
-        self.gradients.drain()
+        self.to_language.drain()
+        self.to_module.drain()
 
-    def _post(self, mailbox: Mailbox, leaving: Parcels, rows: torch.Tensor | None, arriving: Parcels) -> Arrival:
-        """One batch of sends and receives; what goes from this rank to itself is copied at once."""
-        sends, receives, buffers = [], {}, []
-        if arriving.counts:
-            buffers.append(torch.empty(len(arriving.index), self.hidden_size, dtype=self.dtype, device=self.device))
-            receives = dict(arriving.slices(buffers[0]))
-        if leaving.counts:
-            assert rows is not None, "a route sends rows that this rank did not compute"
-            assert rows.dtype == self.dtype, f"{self.encoder} rows are {rows.dtype}, the bridge {self.dtype}"
-            for peer, index in leaving.slices(self.platform.put(leaving.index)):
-                if peer == self.rank:
-                    torch.index_select(rows.detach(), 0, index, out=receives.pop(peer))
-                else:
-                    sends.append((peer, rows.detach().index_select(0, index)))
-        return Arrival(buffers, mailbox.post(sends, list(receives.items())).works)
+    def _post(
+        self,
+        mailbox: Mailbox,
+        leaving: Share,
+        rows: torch.Tensor | None,
+        arriving: Share,
+        group: dist.ProcessGroup | None,
+    ) -> Arrival:
+        """One batch of sends and receives; what goes from this rank to itself is copied at once.
+
+        Returns:
+            Room for all rows that `group` completes, and what each parcel fills: a part of it, or a buffer for rows
+            that do not lie together there.
+        """
+        whole = self._empty(arriving.size * (1 if group is None else group.size()))
+        parts = {p.peer: whole[p.rows] if isinstance(p.rows, slice) else self._empty(p.count) for p in arriving.parcels}
+        buffers, sends = [whole, *parts.values()], []
+        for parcel in leaving.parcels:
+            assert rows is not None, "a route sends rows that this rank does not have"
+            assert rows.dtype == self.dtype, f"rows of {self.name} are {rows.dtype}, the bridge {self.dtype}"
+            taken = self._taken(rows.detach(), parcel)
+            if parcel.peer == self.rank:
+                parts.pop(parcel.peer).copy_(taken)
+            else:
+                sends.append((parcel.peer, taken))
+        return Arrival(buffers, mailbox.post(sends, list(parts.items())).works)
+
+    def _receive(self, share: Share, arrival: Arrival, group: dist.ProcessGroup | None) -> torch.Tensor:
+        """All rows of an end, of which this rank's share arrives."""
+        whole, *parts = arrival.wait()
+        for parcel, part in zip(share.parcels, parts, strict=True):
+            if isinstance(parcel.rows, torch.Tensor):
+                whole.index_copy_(0, self.platform.put(parcel.rows), part)
+        if share.rows and group is not None and group.size() > 1:
+            own = whole[group.rank() * share.size : (group.rank() + 1) * share.size]
+            dist.all_gather_into_tensor(whole, own, group=group)
+        return whole[: share.rows]
+
+    def _taken(self, rows: torch.Tensor, parcel: Parcel) -> torch.Tensor:
+        """A parcel's rows, copied only where they do not lie together."""
+        if isinstance(parcel.rows, slice):
+            return rows[parcel.rows].contiguous()
+        return rows.index_select(0, self.platform.put(parcel.rows))
+
+    def _empty(self, rows: int) -> torch.Tensor:
+        return torch.empty(rows, self.hidden_size, dtype=self.dtype, device=self.device)
+
+
+def _share_size(rows: int, tp_size: int) -> int:
+    """How many of `rows` each tensor parallel rank answers for; the last may have fewer."""
+    return -(-rows // tp_size)
+
+
+def _shared_out(cp: torch.Tensor, tp_size: int) -> torch.Tensor:
+    """The tensor parallel rank that answers for each of the rows that lie on the context parallel ranks `cp` [n]."""
+    tp = torch.empty_like(cp)
+    for cp_rank in cp.unique().tolist():
+        held = cp == cp_rank
+        number = torch.arange(int(held.sum()))
+        tp[held] = number // _share_size(len(number), tp_size)
+    return tp
 
 
 def _total(slots: Sequence[MediaSlot]) -> int:
-    """Rows of all items of an encoder lane in one round."""
+    """Rows of all items of a module's lane in one round."""
     return slots[-1].encoder_offset + slots[-1].rows if slots else 0
 
 

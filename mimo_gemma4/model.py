@@ -156,7 +156,7 @@ class MimoModel:
         )
 
     def _bridge(self, name: str) -> Bridge:
-        groups = self.groups.modules.get(name)
+        module_groups, language_groups = self.groups.modules.get(name), self.groups.modules.get("language")
         forward_group, backward_group = self.groups.bridge_forward[name], self.groups.bridge_backward[name]
         assert forward_group is not None and backward_group is not None
         return Bridge(
@@ -165,7 +165,8 @@ class MimoModel:
             self.rank,
             forward_group=forward_group,
             backward_group=backward_group,
-            encoder_tp_group=None if groups is None else groups.tp,
+            module_tp_group=None if module_groups is None else module_groups.tp,
+            language_tp_group=None if language_groups is None else language_groups.tp,
             hidden_size=self.text.hidden_size,
             dtype=self.dtype,
             platform=self.platform,

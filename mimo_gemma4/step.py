@@ -247,25 +247,27 @@ class _Execution:
 
     def _post_rows(self, key: Key) -> None:
         route = self._route(key)
-        rows = self._leaving(key)[0] if route.rows else None
-        self.moving["rows", *key] = self.model.bridges[key[0]].post_rows(route, rows)
+        rows = self._leaving(key)[0] if route.module.rows else None
+        self.moving["rows", *key] = self.model.bridges[key[0]].post_to_language(route, rows)
 
     _send_rows = _expect_rows = _post_rows
 
     def _receive_rows(self, key: Key) -> None:
-        for rows in self.moving.pop(("rows", *key)).wait():
+        arrival = self.moving.pop(("rows", *key))
+        rows = self.model.bridges[key[0]].receive_in_language(self.routes[key], arrival)
+        if len(rows):
             self.received[key] = rows.requires_grad_(key[0] in self.trained_from)
 
     def _post_row_gradients(self, key: Key) -> None:
         rows = self.received.pop(key, None)
         gradients = None if rows is None else rows.grad
-        self.moving["row_gradients", *key] = self.model.bridges[key[0]].post_gradients(self.routes[key], gradients)
+        self.moving["row_gradients", *key] = self.model.bridges[key[0]].post_to_module(self.routes[key], gradients)
 
     _send_row_gradients = _expect_row_gradients = _post_row_gradients
 
     def _receive_row_gradients(self, key: Key) -> None:
         arrival = self.moving.pop(("row_gradients", *key))
-        self.gradients[key] = [self.model.bridges[key[0]].output_gradient(self.routes[key], arrival)]
+        self.gradients[key] = [self.model.bridges[key[0]].receive_in_module(self.routes[key], arrival)]
 
     # --- between language and decoders ---
 
@@ -282,24 +284,27 @@ class _Execution:
 
     def _post_states(self, key: Key) -> None:
         bridge = self.model.bridges[key[0]]
-        self.moving["states", *key] = bridge.post_gradients(self._route(key), self.given.pop(key, None))
+        self.moving["states", *key] = bridge.post_to_module(self._route(key), self.given.pop(key, None))
 
     _send_states = _expect_states = _post_states
 
     def _receive_states(self, key: Key) -> None:
-        states = self.model.bridges[key[0]].output_gradient(self._route(key), self.moving.pop(("states", *key)))
+        arrival = self.moving.pop(("states", *key))
+        states = self.model.bridges[key[0]].receive_in_module(self.routes[key], arrival)
         self.states[key] = states.requires_grad_(key[0] in self.trained_from)
 
     def _post_state_gradients(self, key: Key) -> None:
         (gradients,) = self.gradients.pop(key, [None])
-        self.moving["state_gradients", *key] = self.model.bridges[key[0]].post_rows(self._route(key), gradients)
+        self.moving["state_gradients", *key] = self.model.bridges[key[0]].post_to_language(self.routes[key], gradients)
 
     _send_state_gradients = _expect_state_gradients = _post_state_gradients
 
     def _receive_state_gradients(self, key: Key) -> None:
-        # The loss needs none; what was given follows in the layout's order, as decoders have their turn.
-        gradients = self.gradients.setdefault((LANGUAGE, key[1]), [None])
-        gradients += self.moving.pop(("state_gradients", *key)).wait()
+        arrival = self.moving.pop(("state_gradients", *key))
+        returned = self.model.bridges[key[0]].receive_in_language(self.routes[key], arrival)
+        if len(returned):
+            # The loss needs none; what was given follows in the layout's order, as decoders have their turn.
+            self.gradients.setdefault((LANGUAGE, key[1]), [None]).append(returned)
 
     # --- what a pass works on ---
 

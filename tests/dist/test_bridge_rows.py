@@ -1,4 +1,8 @@
-"""Bridge: every row reaches exactly the ranks that hold its token, and its gradient comes back exactly once."""
+"""Bridge: every row reaches exactly the ranks that hold its token, and its gradient comes back exactly once.
+
+Each row crosses between the two grids once in either direction, to and from one of the ranks that hold its token;
+tensor parallel ranks that hold the same tokens answer for equal parts of them, which one all-gather joins.
+"""
 
 import random
 
@@ -6,6 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from benchmarks.traffic import Message, Traffic
 from mimo_gemma4.bridge import Bridge
 from mimo_gemma4.data.manifest import MediaSlot, Microbatch, SampleSlot, StepManifest
 from mimo_gemma4.layout import ModuleLayout, build_layout
@@ -24,6 +29,9 @@ CASES = [
     (2, 2, 2, 2, 1, True, False),
     (2, 1, 2, 1, 2, False, True),
     (1, 1, 2, 2, 1, False, False),
+    (1, 1, 4, 2, 1, False, False),
+    (2, 1, 4, 2, 2, False, True),
+    (3, 1, 3, 3, 1, False, False),
     (2, 1, 4, 2, 1, True, False),
     (3, 1, 4, 2, 2, True, True),
     (2, 2, 4, 2, 1, False, False),
@@ -97,7 +105,8 @@ def bridge_rank(rank: int, case: tuple, seeds: list[int]) -> None:
         rank,
         forward_group=groups.bridge_forward["vision"],
         backward_group=groups.bridge_backward["vision"],
-        encoder_tp_group=groups.modules["vision"].tp if rank in vision else None,
+        module_tp_group=groups.modules["vision"].tp if rank in vision else None,
+        language_tp_group=groups.modules["language"].tp if rank in language else None,
         hidden_size=WIDTH,
         dtype=torch.float32,
         platform=platform,
@@ -113,36 +122,60 @@ def bridge_rank(rank: int, case: tuple, seeds: list[int]) -> None:
 
 
 def check_round(bridge: Bridge, manifest: StepManifest, round_: int, rank: int, sp: int) -> None:
-    vision, language = bridge.source, bridge.target
-    rows, expected_gradient = None, None
+    vision, language = bridge.module, bridge.language
+    rows, returns = None, torch.empty(0)
     if rank in vision:
         slots = manifest.encoded("vision", round_, vision.coordinate(rank).dp)
-        values = [row_value(slot, i) for slot in slots for i in range(slot.rows)]
-        if values:
-            rows = torch.tensor(values, device=bridge.device)[:, None].expand(-1, WIDTH).contiguous()
-            expected_gradient = torch.tensor([gradient_value(s, i) for s in slots for i in range(s.rows)])
-    route = bridge.route(manifest, round_)
-    received = next(iter(bridge.post_rows(route, rows).wait()), None)
-    gradients = None
+        if slots:
+            rows = as_rows([row_value(slot, i) for slot in slots for i in range(slot.rows)], bridge)
+            returns = torch.tensor([gradient_value(slot, i) for slot in slots for i in range(slot.rows)])
+    expected, gradient_at = {}, {}
     if rank in language:
-        at = language.coordinate(rank)
-        expected, gradient_at = oracle(manifest, round_, language, at, sp)
-        assert sorted(route.positions.tolist()) == sorted(expected)
-        if expected:
-            assert torch.equal(received[:, 0].cpu(), torch.tensor([expected[p] for p in route.positions.tolist()]))
-            values = torch.tensor([gradient_at[p] for p in route.positions.tolist()], device=bridge.device)
-            gradients = values[:, None].expand(-1, WIDTH)
-        else:
-            assert received is None
+        expected, gradient_at = oracle(manifest, round_, language, language.coordinate(rank), sp)
+    route = bridge.route(manifest, round_)
+    positions = route.positions.tolist()
+    assert sorted(positions) == sorted(expected)
+    with Traffic() as there:
+        received = bridge.receive_in_language(route, bridge.post_to_language(route, rows))
+    check_rows(received, torch.tensor([expected[position] for position in positions]))
+    gradients = as_rows([gradient_at[position] for position in positions], bridge) if positions else None
+    with Traffic() as back:
+        returned = bridge.receive_in_module(route, bridge.post_to_module(route, gradients))
+    check_rows(returned, returns)
+    if rank in language:
+        sharers = language.tp // sp
+        check_crossings(there.messages, back.messages, len(expected), sharers, language.coordinate(rank).tp % sharers)
     else:
-        assert received is None
-    arrival = bridge.post_gradients(route, gradients)
-    if expected_gradient is None:
-        assert not arrival.tensors
-    else:  # exact: each gradient is moved and added to nothing
-        returned = bridge.output_gradient(route, arrival)
-        assert torch.equal(returned[:, 0].cpu(), expected_gradient)
-        assert torch.equal(returned, returned[:, :1].expand_as(returned))
+        check_crossings(back.messages, there.messages, len(returns), vision.tp, vision.coordinate(rank).tp)
+
+
+def as_rows(values: list[float], bridge: Bridge) -> torch.Tensor:
+    return torch.tensor(values, device=bridge.device)[:, None].repeat(1, WIDTH)
+
+
+def check_rows(rows: torch.Tensor, values: torch.Tensor) -> None:
+    """Exact: each row is moved and added to nothing."""
+    assert torch.equal(rows.cpu(), values[:, None].expand(-1, WIDTH))
+
+
+def check_crossings(arriving: list[Message], leaving: list[Message], rows: int, sharers: int, place: int) -> None:
+    """Of `rows` rows that a rank needs its own part alone comes from the other grid, and as much goes back.
+
+    Args:
+        arriving: what the rank did while the rows arrived, …
+        leaving: … and while their counterparts left.
+        rows: how many it needs.
+        sharers: how many tensor parallel ranks need the same ones.
+        place: of the rank among them.
+    """
+    size = -(-rows // sharers)
+    part = max(0, min(size, rows - place * size))
+    received, gathers = ([m for m in arriving if (m.operation == "recv_") is crosses] for crosses in (True, False))
+    assert sum(message.shape[0] for message in received) == sum(message.shape[0] for message in leaving) == part
+    assert all(message.operation == "send" for message in leaving)
+    assert [(message.operation, message.shape) for message in gathers] == [
+        ("_allgather_base_", (size * sharers, WIDTH))
+    ] * (rows > 0 and sharers > 1)
 
 
 def oracle(manifest: StepManifest, round_: int, language, at, sp: int) -> tuple[dict, dict]:  # noqa: ANN001
@@ -179,13 +212,13 @@ def test_lost_and_doubled_gradients_are_caught() -> None:
 
 
 def mutated_rank(rank: int, mutation: str) -> None:
-    original = Bridge.post_gradients
+    original = Bridge.post_to_module
 
-    def post_gradients(self: Bridge, route, gradients):  # noqa: ANN001, ANN202
+    def post_to_module(self: Bridge, route, gradients):  # noqa: ANN001, ANN202
         if gradients is not None and dist.get_rank() == 3 and len(gradients) > 1:
             gradients = gradients.clone()
             gradients[0] *= 0 if mutation == "drop" else 2
         return original(self, route, gradients)
 
-    Bridge.post_gradients = post_gradients
+    Bridge.post_to_module = post_to_module
     bridge_rank(rank, (2, 1, 2, 1, 1, False, False), [0, 1, 2])

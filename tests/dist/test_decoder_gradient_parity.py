@@ -105,7 +105,7 @@ def test_gradients_of_all_modules_are_those_of_one_process(world: int, colours: 
 def test_one_wrong_gradient_of_a_hidden_state_is_caught(factor: float, colours: Prepared) -> None:
     case = Case(pixels=1, rows=3)
     results = run_ranks(  # the decoder's rank returns gradients
-        case.world, step_with_wrong_row, colours.folder, case.overrides, "post_rows", factor
+        case.world, step_with_wrong_row, colours.folder, case.overrides, "post_to_language", factor
     )
     found = deviation(case, results, colours.reference)
     assert found is not None and "times its tolerance" in found

@@ -56,13 +56,13 @@ class Steps:
 
 def two_steps(rank: int, folder: Path, overrides: list[str]) -> Steps:
     returned: list[int] = []
-    post_gradients = Bridge.post_gradients
+    post = Bridge.post_to_module
 
     def counted(self: Bridge, route, gradients):  # noqa: ANN001, ANN202
-        returned.append(len(route.gradient_sends.index))
-        return post_gradients(self, route, gradients)
+        returned.append(sum(parcel.count for parcel in route.language.parcels))
+        return post(self, route, gradients)
 
-    Bridge.post_gradients = counted
+    Bridge.post_to_module = counted
     config = load_config([f"config={folder}/run.yaml", *overrides])
     trainer = build_trainer(lay_foundation(config))
     bindings = [

@@ -137,6 +137,6 @@ def delayed_step(rank: int, folder: Path, overrides: list[str]) -> tuple[tuple[d
 def test_one_wrong_row_gradient_is_caught(mutation: str, images: Prepared) -> None:
     case = Case(vision=2, dp=3, rows=3)
     factor = 0.0 if mutation == "dropped" else 2.0
-    results = run_ranks(case.world, step_with_wrong_row, images.folder, case.overrides, "post_gradients", factor)
+    results = run_ranks(case.world, step_with_wrong_row, images.folder, case.overrides, "post_to_module", factor)
     ratio, _ = worst_gradient(results, images.reference)
     assert ratio > 1.0
