@@ -42,6 +42,7 @@ CASES = [
     Case(pixels=2, pp=2, rows=1),
     Case(pixels=1, pixels_tp=2, pp=2, tp=2, sp=True, rows=2),
     Case(pixels=2, dp=2, colocated=True),
+    Case(pixels=4, dp=2, tp=2, rows=1, colocated=True),
     Case(pixels=1, pixels_tp=2, pp=2, rows=2, colocated=True),
     Case(pixels=1, pp=2, rows=1, ranks=((1,), (0, 1), (0,))),
     Case(pixels=2, pp=2, rows=1, ranks=((0,), (0, 1), (1, 2))),

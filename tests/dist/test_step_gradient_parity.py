@@ -47,6 +47,8 @@ QUICK = [
     Case(vision_tp=2, vision_pp=2, tp=2, sp=True),
     Case(colocated=True, vision_pp=2, dp=2, pp=2, rows=1),
     Case(vision_tp=2, dp=3, ranks=((0, 1), (1, 2, 3)), rows=1),
+    Case(vision=2, tp=2, dp=2, ranks=((1, 2), (0, 1, 2, 3)), rows=1),
+    Case(colocated=True, vision_tp=2, tp=2, cp=2, rows=1),
 ]
 COMPLETE = [
     Case(vision, vision_tp, dp=dp, tp=tp, cp=cp, sp=sp, rows=rows, packing=packing)

@@ -2,11 +2,12 @@
 
 All operations of torch.distributed are noted on every rank of a third training step. Between an encoder rank and a
 language rank there is one message a round, as long as the rows that the manifest puts there, and one back; each rank
-starts its messages of a round and direction in one batch. Nothing is broadcast, nobody waits at a barrier, and the only
+starts its messages of a round and direction in one batch. Tensor parallel ranks that hold the same tokens are sent
+equal parts of the rows, and one all-gather a round joins them. Nothing is broadcast, nobody waits at a barrier, and the only
 integers are the numbers of rows that experts get.
 """
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -73,27 +74,32 @@ def step_of(case: Case, folder: Path) -> tuple[Layout, list[Step]]:
     return build_layout(config.layout, case.world), run_ranks(case.world, third_step, folder, case.overrides)
 
 
-def owners(layout: Layout, microbatch: Microbatch) -> list[list[int]]:
-    """For each position of a microbatch, the first stage's ranks that hold it."""
+def holders(layout: Layout, microbatch: Microbatch) -> list[tuple[int, int]]:
+    """For each position of a microbatch, the CP rank that holds it, and the TP rank if one alone does (else 0)."""
     language = layout.language
-    held: list[list[int]] = [[] for _ in range(microbatch.seq_length)]
+    held = [(0, 0)] * microbatch.seq_length
     for cp in range(language.cp):
         index = cp_token_index(microbatch.seq_length, language.cp, cp, microbatch.segment_starts, microbatch.cp_layout)
-        for tp in range(language.tp):
-            part = index.chunk(language.tp)[tp] if language.sequence_parallel else index
+        for tp, part in enumerate(index.chunk(language.tp if language.sequence_parallel else 1)):
             for position in part.tolist():
-                held[position].append(language.rank_at(tp=tp, cp=cp, dp=microbatch.lane))
+                held[position] = cp, tp
     return held
 
 
 def planned_rows(layout: Layout, manifest: StepManifest) -> Counter[tuple[int, int, int]]:
-    """(round, encoder rank, language rank) → rows that the media need there, encoder TP being 1."""
-    rows: Counter[tuple[int, int, int]] = Counter()
+    """(round, encoder rank, language rank) → rows that travel between them, encoder TP being 1."""
+    language = layout.language
+    sources: dict[tuple[int, int, int, int], list[int]] = defaultdict(list)
     for slot in manifest.media:
         source = layout.grids["vision"].rank_at(dp=slot.encoder_lane)
-        held = owners(layout, manifest.microbatch(slot.lane, slot.microbatch))
+        held = holders(layout, manifest.microbatch(slot.lane, slot.microbatch))
         for position in range(slot.start, slot.start + slot.rows):
-            rows.update((slot.microbatch, source, target) for target in held[position])
+            sources[slot.microbatch, slot.lane, *held[position]].append(source)
+    rows: Counter[tuple[int, int, int]] = Counter()
+    for (round_, lane, cp, tp), of_rows in sources.items():
+        size = len(of_rows) if language.sequence_parallel else -(-len(of_rows) // language.tp)
+        for number, source in enumerate(of_rows):
+            rows[round_, source, language.rank_at(tp=tp + number // size, cp=cp, dp=lane)] += 1
     return rows
 
 
@@ -125,6 +131,21 @@ def check_kinds(steps: list[Step]) -> None:
     assert Counter(rank for rank, _ in on(steps, "default_pg")) == dict.fromkeys(range(len(steps)), 1)
 
 
+def check_gathers(layout: Layout, steps: list[Step], planned: Counter[tuple[int, int, int]]) -> None:
+    """Each language rank joins each round's rows once, besides what its layers gather."""
+    language = layout.language
+    for rank in language.ranks:
+        at, expected = language.coordinate(rank), Counter[int]()
+        peers = [language.rank_at(tp=tp, cp=at.cp, dp=at.dp) for tp in range(language.tp)]
+        for round_ in range(steps[rank].manifest.rounds):
+            parts = [sum(planned[round_, source, peer] for source in layout.grids["vision"].ranks) for peer in peers]
+            expected[max(parts) * language.tp] += any(parts)
+        gathers = [message for member, message in on(steps, "language.tp") if member == rank]
+        found = Counter(message.shape[0] for message in gathers if message.operation == "_allgather_base_")
+        assert expected.total() > 0
+        assert all(found[rows] == count for rows, count in expected.items() if count), f"{expected} in {found}"
+
+
 def test_rows_and_stages(tmp_path: Path) -> None:
     write_run(tmp_path)
     layout, steps = step_of(STAGES, tmp_path)
@@ -146,10 +167,8 @@ def test_row_counts_of_experts_are_the_only_integers(tmp_path: Path) -> None:
     check_kinds(steps)
     manifest = steps[0].manifest
     planned = planned_rows(layout, manifest)
-    assert arrived(layout, steps, "forward") == lengths(planned)
-    # Tensor parallel ranks hold the same tokens here: of two copies of a row one returns the gradient.
-    returned = arrived(layout, steps, "backward")
-    assert 2 * sum(rows * count for (_, _, rows), count in returned.items()) == planned.total()
+    assert arrived(layout, steps, "forward") == arrived(layout, steps, "backward") == lengths(planned)
+    check_gathers(layout, steps, planned)
     layers = 6
     for rank, step in enumerate(steps):
         integers = [message for message in step.messages if not message.dtype.is_floating_point]
