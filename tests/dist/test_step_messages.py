@@ -3,8 +3,8 @@
 All operations of torch.distributed are noted on every rank of a third training step. Between an encoder rank and a
 language rank there is one message a round, as long as the rows that the manifest puts there, and one back; each rank
 starts its messages of a round and direction in one batch. Tensor parallel ranks that hold the same tokens are sent
-equal parts of the rows, and one all-gather a round joins them. Nothing is broadcast, nobody waits at a barrier, and the only
-integers are the numbers of rows that experts get.
+equal parts of the rows, and one all-gather a round joins them. Nothing is broadcast, nobody waits at a barrier, and the
+only integers are the numbers of rows that experts get.
 """
 
 from collections import Counter, defaultdict
