@@ -4,8 +4,8 @@
 
 A round takes an encoder's rows to the language ranks that hold their tokens and the rows' gradients back, in bf16. Both
 ways take turns; a turn is several rounds, one after the other, between two barriers. Before that their results are
-compared. Bytes are counted by interception: those that reach a rank, of all messages of a round. On a CPU (`--tiny`)
-sizes are tiny and times mean nothing.
+compared. Bytes are counted by interception: those that reach a rank, of all messages of a round, and those among them
+that come from the other grid, which may be on another host. On a CPU (`--tiny`) sizes are tiny and times mean nothing.
 """
 
 import argparse
@@ -113,7 +113,8 @@ class Edge:
             self.rank,
             forward_group=forward_group,
             backward_group=backward_group,
-            encoder_tp_group=self.groups.modules["vision"].tp if self.sends else None,
+            module_tp_group=self.groups.modules["vision"].tp if self.sends else None,
+            language_tp_group=self.groups.modules["language"].tp if self.receives else None,
             hidden_size=rows.shape[1],
             dtype=DTYPE,
             platform=self.platform,
@@ -122,14 +123,14 @@ class Edge:
         returning = gradient[route.positions.to(gradient.device)]
 
         def forward() -> torch.Tensor | None:
-            arrived = bridge.post_rows(route, rows if self.sends else None).wait()
-            return arrived[0] if arrived else None
+            arrived = bridge.receive_in_language(route, bridge.post_to_language(route, rows if self.sends else None))
+            return arrived if self.receives else None
 
         def backward() -> torch.Tensor | None:
-            arrival = bridge.post_gradients(route, returning if self.receives else None)
-            returned = bridge.output_gradient(route, arrival) if self.sends else None
+            arrival = bridge.post_to_module(route, returning if self.receives else None)
+            returned = bridge.receive_in_module(route, arrival)
             bridge.drain()
-            return returned
+            return returned if self.sends else None
 
         return Way(forward, backward), returning / 2
 
@@ -163,8 +164,10 @@ def microseconds(way: Way, device: torch.device) -> float:
     return 1e6 * (time.perf_counter() - begin) / ROUNDS
 
 
-def measured(ways: dict[str, Way], device: torch.device) -> dict[str, tuple[float, float, float]]:
-    """By way: microseconds of a round on the slowest rank; megabytes that reach the busiest rank, and all ranks."""
+def measured(ways: dict[str, Way], device: torch.device) -> dict[str, tuple[float, float, float, float]]:
+    """By way: microseconds of a round on the slowest rank; megabytes that reach the busiest rank and all ranks, and of
+    the latter those that come from the other grid.
+    """
     times: dict[str, list[float]] = {name: [] for name in ways}
     for turn in range(WARM_UP + TIMED):
         for name, way in ways.items():
@@ -175,11 +178,12 @@ def measured(ways: dict[str, Way], device: torch.device) -> dict[str, tuple[floa
     for name, way in ways.items():
         with Traffic() as traffic:
             way.round()
-        mine = torch.tensor([median(times[name]), traffic.received / 1e6], device=device)
+        crossing = sum(message.received for message in traffic.messages if message.operation == "recv_")
+        mine = torch.tensor([median(times[name]), traffic.received / 1e6, crossing / 1e6], device=device)
         slowest, total = mine.clone(), mine.clone()
         dist.all_reduce(slowest, op=dist.ReduceOp.MAX, group=dist.group.WORLD)
         dist.all_reduce(total, group=dist.group.WORLD)
-        found[name] = (slowest[0].item(), slowest[1].item(), total[1].item())
+        found[name] = (slowest[0].item(), slowest[1].item(), total[1].item(), total[2].item())
     return found
 
 
@@ -196,10 +200,11 @@ def main() -> None:
         edge = Edge(platform, encoder_tp, language_tp, sequence_parallel)
         for rows, images, width in TINY if options.tiny else SIZES:
             found = measured(edge.ways(rows, images, width), platform.device)
-            (ours, most, total), (theirs, their_most, their_total) = found["bridge"], found["leaders"]
+            (ours, *megabytes), (theirs, *their_megabytes) = found["bridge"], found["leaders"]
             grids = f"{encoder_tp} -> TP {language_tp}{' SP' if sequence_parallel else ''}"
             cells = [grids, f"{rows * images} x {width}", f"{ours:.0f}", f"{theirs:.0f}", f"{theirs / ours:.2f}"]
-            table.append([*cells, *(f"{size:.3g}" for size in (most, their_most, total, their_total))])
+            pairs = zip(megabytes, their_megabytes, strict=True)
+            table.append([*cells, *(f"{size:.3g}" for pair in pairs for size in pair)])
         edge.groups.destroy()
     if platform.rank == 0:
         print(f"{dist.get_world_size()} ranks, bf16, rows there and gradients back; the slowest rank's median time")
@@ -212,6 +217,8 @@ def main() -> None:
             "MB a rank",
             "(leaders)",
             "MB in all",
+            "(leaders)",
+            "MB crossing",
             "(leaders)",
         ]
         for row in [columns, *table]:

@@ -141,11 +141,10 @@ class Bridge:
     def _module_share(self, manifest: StepManifest, round_: int, at: Coordinate) -> Share:
         """This rank's share of its module lane's rows."""
         slots = manifest.encoded(self.name, round_, at.dp)
-        lanes = [self._rows(manifest, round_, lane) for lane in sorted({slot.lane for slot in slots})]
+        lanes = [self._rows(manifest, round_, lane, at.dp) for lane in sorted({slot.lane for slot in slots})]
         module_rank, row, language_rank, _, _ = map(torch.cat, zip(*lanes, strict=True))
         mine = module_rank == self.rank
-        rows = _total(slots)
-        return Share.of(rows, _share_size(rows, self.module.tp), language_rank[mine], row[mine])
+        return Share.of(_total(slots), _share_size(_total(slots), self.module.tp), language_rank[mine], row[mine])
 
     def _language_share(self, manifest: StepManifest, round_: int, at: Coordinate) -> tuple[Share, torch.Tensor]:
         """This rank's share of the rows that fall on its tokens, and the flat positions [n] of all of them."""
@@ -157,33 +156,37 @@ class Bridge:
         size = rows if sequence_parallel else _share_size(rows, self.language.tp)
         return Share.of(rows, size, module_rank[mine], mine.nonzero().flatten()), position[needed]
 
-    def _rows(self, manifest: StepManifest, round_: int, lane: int) -> tuple[torch.Tensor, ...]:
-        """All rows of a language lane in a round, item after item; at least one.
+    def _rows(
+        self, manifest: StepManifest, round_: int, lane: int, module_lane: int | None = None
+    ) -> tuple[torch.Tensor, ...]:
+        """Rows of a language lane in a round, item after item: of one lane of the module, or of all.
 
         Returns:
             Five host tensors [n]: the module's rank that answers for the row, the row's number in that rank's lane, the
             language rank that answers for it, its context parallel rank, and its flat position on that.
         """
-        items = []
-        for slot in manifest.awaited(self.name, round_, lane):
-            of_lane = _total(manifest.encoded(self.name, round_, slot.encoder_lane))
-            share = _share_size(of_lane, self.module.tp)
-            items.append((slot.rows, slot.encoder_lane, share, slot.encoder_offset, slot.start, slot.row))
-        table = torch.tensor(items)
-        counts = table[:, 0]
-        _, module_lane, share_size, row, token, sequence = table.repeat_interleave(counts, dim=0).unbind(1)
-        inside = torch.arange(len(row)) - (counts.cumsum(0) - counts).repeat_interleave(counts)
-        row, token = row + inside, token + inside
+        slots = manifest.awaited(self.name, round_, lane)
         microbatch, language = manifest.microbatch(lane, round_), self.language
-        cp_of, local_of = _owners(microbatch.seq_length, language.cp, microbatch.segment_starts, microbatch.cp_layout)
-        cp, local = cp_of[token], local_of[token]
+        columns = [(slot.rows, slot.encoder_lane, slot.encoder_offset, slot.start, slot.row) for slot in slots]
+        counts, source, offset, start, sequence = torch.tensor(columns).unbind(1)
+        source_rows = torch.tensor([_total(manifest.encoded(self.name, round_, slot.encoder_lane)) for slot in slots])
+        chosen = torch.arange(len(slots)) if module_lane is None else (source == module_lane).nonzero().flatten()
+        item = chosen.repeat_interleave(counts[chosen])
+        first = counts[chosen].cumsum(0) - counts[chosen]
+        inside = torch.arange(len(item)) - first.repeat_interleave(counts[chosen])
+        row, token = offset[item] + inside, start[item] + inside
+        places = _places(microbatch.seq_length, language.cp, microbatch.segment_starts, microbatch.cp_layout)
+        cp, local = places.cp[token], places.local[token]
         if language.sequence_parallel:
             length = microbatch.seq_length // (language.cp * language.tp)
             tp, local = local // length, local % length
-        else:
-            tp = _shared_out(cp, language.tp)
-        module_rank = self._module_ranks[module_lane, row // share_size]
-        return module_rank, row, self._language_ranks[lane, cp, tp], cp, local * microbatch.rows + sequence
+        else:  # equal runs of all that falls on a context parallel rank's tokens, which may be parts of items
+            of_item = places.before[start + counts] - places.before[start]
+            size = _share_size(of_item.sum(0), language.tp)
+            earlier = of_item.cumsum(0) - of_item - places.before[start]
+            tp = (earlier[item, cp] + places.before[token, cp]) // size[cp]
+        module_rank = self._module_ranks[source[item], row // _share_size(source_rows, self.module.tp)[item]]
+        return module_rank, row, self._language_ranks[lane, cp, tp], cp, local * microbatch.rows + sequence[item]
 
     # --- moving (device) ---
 
@@ -281,19 +284,9 @@ class Bridge:
         return torch.empty(rows, self.hidden_size, dtype=self.dtype, device=self.device)
 
 
-def _share_size(rows: int, tp_size: int) -> int:
+def _share_size[Count: (int, torch.Tensor)](rows: Count, tp_size: int) -> Count:
     """How many of `rows` each tensor parallel rank answers for; the last may have fewer."""
     return -(-rows // tp_size)
-
-
-def _shared_out(cp: torch.Tensor, tp_size: int) -> torch.Tensor:
-    """The tensor parallel rank that answers for each of the rows that lie on the context parallel ranks `cp` [n]."""
-    tp = torch.empty_like(cp)
-    for cp_rank in cp.unique().tolist():
-        held = cp == cp_rank
-        number = torch.arange(int(held.sum()))
-        tp[held] = number // _share_size(len(number), tp_size)
-    return tp
 
 
 def _total(slots: Sequence[MediaSlot]) -> int:
@@ -301,14 +294,26 @@ def _total(slots: Sequence[MediaSlot]) -> int:
     return slots[-1].encoder_offset + slots[-1].rows if slots else 0
 
 
-@lru_cache(maxsize=64)
-def _owners(
-    seq_len: int, cp_size: int, starts: tuple[int, ...] | None, layout: CpLayout
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """For each global position, the CP rank that holds it and its place in that rank's local order: two [S]."""
-    cp_of, local_of = torch.empty(seq_len, dtype=torch.long), torch.empty(seq_len, dtype=torch.long)
-    for cp_rank in range(cp_size):
-        index = cp_token_index(seq_len, cp_size, cp_rank, starts, layout)
-        cp_of[index] = cp_rank
-        local_of[index] = torch.arange(len(index))
-    return cp_of, local_of
+@dataclass(frozen=True)
+class _Places:
+    """Where the positions of a sequence of S tokens are, on the host."""
+
+    cp: torch.Tensor
+    """The context parallel rank [S] that holds each."""
+    local: torch.Tensor
+    """Its place [S] in that rank's order."""
+    before: torch.Tensor
+    """How many before each, and in all, each rank holds [S + 1, cp]."""
+
+
+@lru_cache(maxsize=16)
+def _places(seq_len: int, cp_size: int, starts: tuple[int, ...] | None, layout: CpLayout) -> _Places:
+    """The places of a sequence's positions, cut over `cp_size` ranks."""
+    cp, local = torch.empty(seq_len, dtype=torch.long), torch.empty(seq_len, dtype=torch.long)
+    before = torch.zeros(seq_len + 1, cp_size, dtype=torch.int32)
+    for rank in range(cp_size):
+        index = cp_token_index(seq_len, cp_size, rank, starts, layout)
+        cp[index] = rank
+        local[index] = torch.arange(len(index))
+        before[index + 1, rank] = 1
+    return _Places(cp, local, before.cumsum(0, dtype=torch.int32))

@@ -50,8 +50,7 @@ class World:
     """(module, round) → pairs (module's rank, language rank) that an encoder's rows, or the gradients of what a decoder
     was given, travel between."""
     owners: dict[tuple[str, int], list[Message]] = field(default_factory=dict)
-    """The same for what language ranks send, gradients of rows and states: a part of those pairs, the other way round,
-    as replicas send nothing."""
+    """The same for what language ranks send, gradients of rows and states: at most those pairs, the other way round."""
 
     def plans(self) -> list[list[Action]]:
         return [

@@ -29,6 +29,7 @@ CASES = [
     (2, 2, 2, 2, 1, True, False),
     (2, 1, 2, 1, 2, False, True),
     (1, 1, 2, 2, 1, False, False),
+    (2, 1, 2, 2, 1, False, False),
     (1, 1, 4, 2, 1, False, False),
     (2, 1, 4, 2, 2, False, True),
     (3, 1, 3, 3, 1, False, False),
