@@ -8,6 +8,7 @@ from collections.abc import Callable
 from functools import cache
 
 import torch
+from torch._dynamo import config as dynamo
 from torch.fx.experimental import _config as symbolic_shapes
 from torch.nn.attention.flex_attention import BlockMask, FlexKernelOptions, flex_attention
 
@@ -15,6 +16,9 @@ from mimo_gemma4.language.attention_context import VisibleKeys
 
 BLOCK = 128
 """Queries, and keys, per block of the sparsity structure; kernels cut it into tiles."""
+PROGRAMS = 64
+"""Most programs that a kernel is compiled to. One sequence or several, one key head or several, one block of queries or
+keys or several, with gradients and without: each combination that occurs is a program, whatever the lengths."""
 
 
 class FlexPlan:
@@ -127,4 +131,6 @@ def _kernel(bytes_per_head: int) -> Kernel:
 
 @cache
 def _compiled(kernel: Kernel) -> Kernel:
+    # Dynamo would run what it meets beyond its limit of 8 uncompiled, with all scores in memory.
+    dynamo.recompile_limit = max(PROGRAMS, dynamo.recompile_limit)
     return torch.compile(kernel, dynamic=True)
