@@ -4,119 +4,17 @@ Not even if every rank waits until what it hands over has moved (`blocking`), wh
 """
 
 import random
-from dataclasses import replace
 
 import pytest
 
 from mimo_gemma4.config import LayoutConfig, ModuleLayout
-from mimo_gemma4.data.manifest import MediaSlot, Microbatch, SampleSlot, StepManifest
+from mimo_gemma4.data.manifest import Microbatch, StepManifest
 from mimo_gemma4.layout import LANGUAGE, build_layout
 from mimo_gemma4.schedule import Action, pipeline_depth
-from tests.schedule_lower_bound import lower_bound
 from tests.schedule_simulator import Deadlock, Disorder, Message, World, complete, simulate
+from tests.schedule_worlds import make_manifest, make_world, pipeline, with_decoder
 
 LAYOUTS = 10_000
-DECODERS = ("pixels", "codes")
-
-
-def make_world(choose: random.Random) -> World:
-    """A random layout of up to three encoders, two decoders and eight stages, and a step with gaps of all kinds."""
-    encoders = ("vision", "audio", "video")[: choose.choice([0, 1, 1, 2, 3])]
-    pp = choose.choice([1, 1, 1, 2, 2, 2, 3, 4, 8])
-    tp, cp, dp = ((1, 1, 1), (2, 1, 1), (1, 2, 1), (1, 1, 2), (1, 1, 3))[choose.randrange(5 if pp < 4 else 1)]
-    ranks = tp * cp * dp * pp
-    reads = {name: choose.choice(encoders) for name in DECODERS if encoders and choose.random() < 0.3}
-    modules, module_ranks = {}, {}
-    placement = choose.choice(["disjoint", "colocated", "mixed"])
-    for name in (*encoders, *reads):
-        module_tp, module_pp = choose.choice([1, 1, 1, 2, 4]), 1 if name in reads else choose.choice([1, 1, 2, 3])
-        if placement == "colocated":
-            if ranks % (module_tp * module_pp):
-                module_tp = module_pp = 1
-            modules[name] = ModuleLayout(tp=module_tp, pp=module_pp, reads=reads.get(name))
-        else:
-            module_ranks[name] = choose.randint(1, 3) * module_tp * module_pp
-            modules[name] = ModuleLayout(module_ranks[name], tp=module_tp, pp=module_pp, reads=reads.get(name))
-    modules[LANGUAGE] = ModuleLayout(None if placement == "colocated" else ranks, tp=tp, cp=cp, pp=pp)
-    world_size = ranks + sum(module_ranks.values())
-    if placement == "mixed":
-        world_size = overlap(modules, choose)
-    layout = build_layout(LayoutConfig(modules, placement=placement), world_size)
-    rounds = choose.choice([0, 1, 1, 2, 2, 3, 4, 7])
-    world = World(
-        layout,
-        make_manifest(choose, rounds, dp, {name: layout.grids[name].dp for name in (*encoders, *reads)}),
-        {name: choose.randrange(modules[name].pp) for name in (*encoders, *reads) if choose.random() < 0.7},
-        {name: choose.randint(1, 3) for name in encoders},
-        train=choose.random() < 0.8,
-        experts=choose.random() < 0.3,
-    )
-    world.observed = not world.train and choose.random() < 0.5
-    for name in (*encoders, *reads):
-        connect(world, name, choose)
-    return world
-
-
-def overlap(modules: dict[str, ModuleLayout], choose: random.Random) -> int:
-    """Give every module a random list of ranks instead of their number; returns the number of ranks in use."""
-    pool = range(max(module.ranks for module in modules.values()) + choose.randint(0, 3))
-    lists = {name: choose.sample(pool, module.ranks) for name, module in modules.items()}
-    number = {rank: position for position, rank in enumerate(sorted(set().union(*lists.values())))}
-    for name, ranks in lists.items():
-        modules[name].ranks = sorted(number[rank] for rank in ranks)
-    return len(number)
-
-
-def make_manifest(
-    choose: random.Random, rounds: int, lanes: int, encoder_lanes: dict[str, int], gaps: float = 0.2
-) -> StepManifest:
-    """Every lane's microbatches, some of them empty, with media for some of the encoders' lanes."""
-    microbatches, media = [], []
-    for lane in range(lanes):
-        for number in range(rounds):
-            rows = 0 if choose.random() < gaps else 1
-            sample = SampleSlot(0, 0, lane, number, 0, 0, 8, 8)
-            microbatches.append(Microbatch(lane, number, rows, 8 * rows, (sample,) * rows))
-            for name, count in encoder_lanes.items():
-                for encoder_lane in range(count if rows else 0):
-                    if choose.random() < 1.0 - gaps:
-                        media.append(MediaSlot(name, 0, 0, 0, 2, lane, number, 0, 0, encoder_lane, 0))
-    return StepManifest(0, rounds, tuple(microbatches), tuple(media))
-
-
-def connect(world: World, name: str, choose: random.Random) -> None:
-    """Choose which ranks of each media item's two lanes exchange its rows, and which of them its gradients."""
-    source, target, stage = world.layout.grids[name], world.layout.language, world.layout.language_stage(name)
-    for slot in world.manifest.media:
-        if slot.modality != name:
-            continue
-        pairs = [
-            (
-                source.rank_at(tp=source_tp, dp=slot.encoder_lane, pp=source.pp - 1),
-                target.rank_at(tp=tp, cp=cp, dp=slot.lane, pp=stage),
-            )
-            for source_tp in range(source.tp)
-            for tp in range(target.tp)
-            for cp in range(target.cp)
-        ]
-        pairs = [pair for pair in pairs if pair[0] != pair[1] and choose.random() < 0.8]
-        rows = world.rows.setdefault((name, slot.microbatch), [])
-        owners = world.owners.setdefault((name, slot.microbatch), [])
-        rows += [pair for pair in pairs if pair not in rows]
-        owners += [(t, s) for s, t in pairs if choose.random() < 0.7 and (t, s) not in owners]
-
-
-def pipeline(stages: int, rounds: int, **encoders: int) -> World:
-    """One lane of `stages` ranks behind encoders of a rank each, which may run ahead so far; every round has media."""
-    modules = {name: ModuleLayout(1) for name in encoders} | {LANGUAGE: ModuleLayout(stages, pp=stages)}
-    layout = build_layout(modules, stages + len(encoders))
-    manifest = make_manifest(random.Random(0), rounds, 1, dict.fromkeys(encoders, 1), gaps=0.0)
-    world = World(layout, manifest, dict.fromkeys(encoders, 0), encoders)
-    for name in encoders:
-        pair = layout.grids[name].ranks[0], layout.language.ranks[0]
-        for number in range(rounds):
-            world.rows[name, number], world.owners[name, number] = [pair], [pair[::-1]]
-    return world
 
 
 def test_no_layout_deadlocks_and_all_work_is_done_once_within_its_memory():
@@ -141,47 +39,6 @@ def test_no_layout_deadlocks_and_all_work_is_done_once_within_its_memory():
                 elif world.returns(name, rank):
                     behind = world.layout.grids[name].pp - 1 - stage
                     assert most <= behind + depth - 1 + world.run_ahead[name]
-
-
-@pytest.mark.parametrize("stages", range(1, 9))
-@pytest.mark.parametrize("rounds", [1, 2, 3, 7, 8, 20])
-@pytest.mark.parametrize("backward", [1.0, 2.0])
-def test_bubble_is_that_of_1f1b(stages: int, rounds: int, backward: float):
-    world = pipeline(stages, rounds)
-    timeline = simulate(world, world.plans(), lambda action, rank: backward if action.kind == "backward" else 1.0)
-    work = rounds * (1.0 + backward)
-    assert timeline.busy == [work] * stages
-    assert 1 - work / timeline.seconds == pytest.approx((stages - 1) / (rounds + stages - 1))
-
-
-def near_lower_bound(layouts: int, stage_speeds: tuple[float, float], encoder_seconds: tuple[float, float]) -> float:
-    """The largest ratio of a simulated step to its lower bound, over layouts of parts with random speeds.
-
-    A language stage's forward pass takes about a second, and a backward pass two to three times a forward pass.
-    """
-    choose, worst = random.Random(3), 1.0
-    for _ in range(layouts):
-        encoders = {name: choose.randint(2, 4) for name in choose.sample(["vision", "audio"], choose.randint(0, 2))}
-        world = pipeline(choose.randint(1, 8), choose.randint(1, 30), **encoders)
-        seconds = [choose.uniform(*encoder_seconds) for _ in encoders]
-        seconds += [choose.uniform(*stage_speeds) for _ in range(world.layout.language.pp)]
-        back = choose.uniform(2.0, 3.0)
-
-        def cost(action: Action, rank: int, seconds: list[float] = seconds, back: float = back) -> float:
-            return seconds[rank] * (back if action.kind.endswith("backward") else 1.0)
-
-        ratio = simulate(world, world.plans(), cost).seconds / lower_bound(world, cost)
-        assert ratio >= 1.0 - 1e-9  # it is a bound
-        worst = max(worst, ratio)
-    return worst
-
-
-def test_balanced_stages_behind_fast_encoders_are_within_5_percent_of_the_lower_bound():
-    assert near_lower_bound(120, (0.95, 1.05), (0.05, 0.9)) <= 1.05
-
-
-def test_unbalanced_parts_stay_within_20_percent_of_it():
-    assert 1.05 < near_lower_bound(120, (0.8, 1.25), (0.05, 2.0)) <= 1.2
 
 
 @pytest.mark.parametrize("run_ahead", [1, 2, 3, 9])
@@ -210,23 +67,6 @@ def test_stages_of_an_encoder_before_the_first_that_trains_have_no_backward_pass
         assert ("expect_gradient" in kinds[stage]) == (first <= stage < 2)
         assert ("send_gradient" in kinds[stage]) == (stage > first)
         assert ("receive_row_gradients" in kinds[stage]) == (stage == 2)
-
-
-def with_decoder(world: World, own_rank: bool) -> World:
-    """`world`, and a decoder of a rank, its own or that of the last stage, which reads every round's media."""
-    grid, rounds = world.layout.language, world.manifest.rounds
-    rank = world.layout.world_size if own_rank else grid.ranks[-1]
-    decoder = replace(world.layout.grids["vision"], name="pixels", ranks=(rank,), reads="vision")
-    layout = replace(
-        world.layout, grids=world.layout.grids | {"pixels": decoder}, world_size=world.layout.world_size + own_rank
-    )
-    media = tuple(replace(slot, modality="pixels") for slot in world.manifest.media)
-    manifest = replace(world.manifest, media=world.manifest.media + media)
-    pairs = [(rank, grid.ranks[-1])] if own_rank else []
-    rows = world.rows | {("pixels", number): pairs for number in range(rounds)}
-    owners = world.owners | {("pixels", number): [pair[::-1] for pair in pairs] for number in range(rounds)}
-    trained_from = world.trained_from | {"pixels": 0}
-    return replace(world, layout=layout, manifest=manifest, trained_from=trained_from, rows=rows, owners=owners)
 
 
 def decoding_cost(action: Action, rank: int) -> float:
@@ -276,25 +116,6 @@ def test_a_lane_that_is_empty_moves_nothing_and_still_takes_its_passes():
     for plan in world.plans():
         assert {action.kind for action in plan if action.round == 1} == {"forward", "backward"}
     simulate(world, world.plans())
-
-
-@pytest.mark.parametrize("stages", [2, 4, 8])
-def test_colocated_encoders_fill_the_bubble(stages: int):
-    """Encoders that work on every stage's rank, as long as the stage does, and take what they can of its idle time."""
-    rounds, seconds = 16, {"forward": 1.0, "encode": 1.0, "backward": 2.0, "encoder_backward": 2.0}
-    modules = {"vision": ModuleLayout(), LANGUAGE: ModuleLayout(pp=stages)}
-    layout = build_layout(LayoutConfig(modules, placement="colocated"), stages)
-    manifest = make_manifest(random.Random(0), rounds, 1, {"vision": stages}, gaps=0.0)
-    world = World(layout, manifest, {"vision": 0}, {"vision": 2})
-    for number in range(rounds):
-        world.rows["vision", number] = [(rank, 0) for rank in range(1, stages)]
-        world.owners["vision", number] = [(0, rank) for rank in range(1, stages)]
-    timeline = simulate(world, world.plans(), lambda action, rank: seconds[action.kind])
-    bubble, work = 3.0 * (stages - 1), 6.0 * rounds
-    assert timeline.busy == [work] * stages
-    # Encoders before and after the pipeline would leave all of the bubble.
-    assert timeline.seconds - work <= bubble / 2
-    assert stages > 2 or timeline.seconds == work
 
 
 def swap(plan: list[Action], one: Action, other: Action) -> None:

@@ -1,0 +1,112 @@
+"""Ranks idle no longer than they must."""
+
+import random
+from collections.abc import Sequence
+
+import pytest
+
+from mimo_gemma4.config import LayoutConfig, ModuleLayout
+from mimo_gemma4.layout import LANGUAGE, build_layout
+from tests.schedule_lower_bound import duration, lower_bound, orders
+from tests.schedule_simulator import Cost, World, simulate
+from tests.schedule_worlds import make_manifest, pipeline, with_decoder
+
+
+@pytest.mark.parametrize("stages", range(1, 9))
+@pytest.mark.parametrize("rounds", [1, 2, 3, 7, 8, 20])
+@pytest.mark.parametrize("backward", [1.0, 2.0])
+def test_bubble_is_that_of_1f1b(stages: int, rounds: int, backward: float):
+    world = pipeline(stages, rounds)
+    timeline = simulate(world, world.plans(), lambda action, rank: backward if action.kind == "backward" else 1.0)
+    work = rounds * (1.0 + backward)
+    assert timeline.busy == [work] * stages
+    assert 1 - work / timeline.seconds == pytest.approx((stages - 1) / (rounds + stages - 1))
+
+
+def cost_of(seconds: list[float], backward: float) -> Cost:
+    """What passes cost: `seconds` by rank, and `backward` times as many for backward passes."""
+    return lambda action, rank: seconds[rank] * (backward if action.kind.endswith("backward") else 1.0)
+
+
+def random_step(
+    choose: random.Random,
+    stages: int,
+    rounds: int,
+    encoders: Sequence[str],
+    encoder_stages: int = 1,
+    decoder: bool = False,
+) -> tuple[World, Cost]:
+    """A lane behind `encoders`, some of them frozen, perhaps with a decoder on its own rank, and what its passes cost.
+
+    A forward pass of a stage takes 0.8 to 1.25 s, of encoders and decoders up to twice as much or next to nothing; a
+    backward pass takes two to three times a forward pass.
+    """
+    world = pipeline(stages, rounds, encoder_stages, **{name: choose.randint(2, 4) for name in encoders})
+    world.trained_from = {name: 0 for name in encoders if choose.random() < 0.8}
+    if decoder:
+        world = with_decoder(world, own_rank=True)
+    seconds = [0.0] * world.layout.world_size
+    for name, grid in world.layout.grids.items():
+        usual = 1.0 if name == LANGUAGE else choose.uniform(0.05, 1.6)
+        for rank in grid.ranks:
+            seconds[rank] = usual * choose.uniform(0.8, 1.25)
+    return world, cost_of(seconds, choose.uniform(2.0, 3.0))
+
+
+@pytest.mark.parametrize(
+    ("encoder_stages", "decoder", "rounds", "most"),
+    [(1, False, (1, 30), 1.02), (3, False, (1, 30), 1.06), (1, True, (8, 30), 1.05), (1, True, (1, 7), 1.12)],
+    ids=["encoders on a rank", "encoders of three stages", "a decoder", "a decoder for a few rounds"],
+)
+def test_uneven_parts_take_little_more_than_the_lower_bound(
+    encoder_stages: int, decoder: bool, rounds: tuple[int, int], most: float
+):
+    choose = random.Random(3)
+    for _ in range(60):
+        encoders = ["vision", "audio"][: choose.randint(decoder, 2)]
+        stages, microbatches = choose.randint(1, 8), choose.randint(*rounds)
+        world, cost = random_step(choose, stages, microbatches, encoders, encoder_stages, decoder)
+        least = lower_bound(world, cost)
+        assert least * (1.0 - 1e-9) <= simulate(world, world.plans(), cost).seconds <= most * least
+
+
+@pytest.mark.parametrize("stages", [1, 2])
+@pytest.mark.parametrize("decoder", [False, True])
+@pytest.mark.parametrize("rounds", [2, 3])
+def test_no_order_is_faster_than_the_lower_bound(stages: int, rounds: int, decoder: bool):
+    choose = random.Random(0)
+    for _ in range(4):
+        world, cost = random_step(choose, stages, rounds, ["vision"], decoder=decoder)
+        least, fastest = lower_bound(world, cost), min(duration(world, order, cost) for order in orders(world))
+        assert least * (1.0 - 1e-9) <= fastest <= 1.02 * least
+
+
+def test_no_order_suits_all_encoders_that_may_run_ahead_by_one():
+    """One that takes a twentieth of a stage, and one that takes as long: an order loses a seventh on either."""
+    world = pipeline(2, 4, vision=1)
+    costs = [cost_of([encoder, 1.0, 1.0], 2.0) for encoder in (0.05, 1.0)]
+    times = [[duration(world, order, cost) for cost in costs] for order in orders(world)]
+    fastest = [min(column) for column in zip(*times, strict=True)]
+    losses = [max(time / best for time, best in zip(row, fastest, strict=True)) for row in times]
+    assert min(losses) == pytest.approx(8 / 7)
+    ours = [simulate(world, world.plans(), cost).seconds for cost in costs]
+    assert ours == pytest.approx([fastest[0], 8 / 7 * fastest[1]])
+
+
+@pytest.mark.parametrize("stages", [2, 4, 8])
+def test_colocated_encoders_fill_the_bubble(stages: int):
+    """Encoders that work on every stage's rank, as long as the stage does, and take what they can of its idle time."""
+    rounds, seconds = 16, {"forward": 1.0, "encode": 1.0, "backward": 2.0, "encoder_backward": 2.0}
+    modules = {"vision": ModuleLayout(), LANGUAGE: ModuleLayout(pp=stages)}
+    layout = build_layout(LayoutConfig(modules, placement="colocated"), stages)
+    manifest = make_manifest(random.Random(0), rounds, 1, {"vision": stages}, gaps=0.0)
+    world = World(layout, manifest, {"vision": 0}, {"vision": 2})
+    for number in range(rounds):
+        world.rows["vision", number] = [(rank, 0) for rank in range(1, stages)]
+        world.owners["vision", number] = [(0, rank) for rank in range(1, stages)]
+    timeline = simulate(world, world.plans(), lambda action, rank: seconds[action.kind])
+    bubble, work = 3.0 * (stages - 1), 6.0 * rounds
+    assert timeline.busy == [work] * stages
+    # Encoders before and after the pipeline would leave all of the bubble.
+    assert timeline.seconds - work <= bubble / 2
+    assert stages > 2 or timeline.seconds == work
