@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from mimo_gemma4.data import digits, digits_and_tones
+from mimo_gemma4.errors import DataError
 
 TRAIN_SHARDS = 4
 
@@ -24,12 +25,18 @@ _MARKER = ".complete"
 def ensure_shards(quickstart: str, folder: str | Path) -> tuple[list[Path], list[Path]]:
     """Train and validation shards in `folder`, written on first use (by one process; the others wait for it).
 
-    The shards appear all at once: an interrupted run leaves none, and a finished one is never written again.
+    The shards appear all at once: an interrupted run leaves none, and a finished one is never written again. Raises
+    `DataError` where a file of such a name is there already, which may be somebody's own.
     """
     folder = Path(folder)
     train = [folder / f"train-{number:06d}.tar" for number in range(TRAIN_SHARDS)]
     valid = [folder / "valid-000000.tar"]
     if not (folder / _MARKER).exists():
+        if taken := [str(path) for path in (*train, *valid) if path.exists()]:
+            raise DataError(
+                f"data.quickstart would write over {', '.join(taken)}: set data.quickstart=null to train on shards of "
+                "your own, or name another folder in data.train.shards"
+            )
         folder.mkdir(parents=True, exist_ok=True)
         partial = Path(tempfile.mkdtemp(dir=folder, prefix=".partial-"))
         try:

@@ -7,6 +7,7 @@ from mimo_gemma4.data import digits
 from mimo_gemma4.data.digits import SIDE, split_scans
 from mimo_gemma4.data.quickstart import ensure_shards
 from mimo_gemma4.data.sample import text_of
+from mimo_gemma4.errors import DataError
 from tests.shard_maker import TileProcessor, open_dataset
 
 
@@ -62,3 +63,11 @@ def test_shards_are_written_once_and_leave_nothing_partial(shards):
     assert ensure_shards("digits", train[0].parent) == shards
     assert [path.stat().st_mtime_ns for path in (*train, *valid)] == before
     assert not list(train[0].parent.glob(".partial*"))
+
+
+def test_shards_that_were_there_before_are_not_written_over(tmp_path):
+    own = tmp_path / "train-000002.tar"
+    own.write_text("mine")
+    with pytest.raises(DataError, match=f"data.quickstart would write over {own}: set data.quickstart=null"):
+        ensure_shards("digits", tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == [own.name] and own.read_text() == "mine"
