@@ -148,9 +148,8 @@ def validate(config: Config, origin: Origin) -> None:
     for key, shards in (("data.train", config.data.train), ("data.valid", config.data.valid)):
         if shards is not None:
             _check_shards(key, shards, origin)
-    if config.data.quickstart is not None and config.data.train.shards is None:
-        where = origin("data.quickstart")
-        raise ConfigError(f"`data.quickstart` writes the files of `data.train.shards`, which is missing ({where})")
+    if config.data.quickstart is not None:
+        _check_quickstart(config.data.train.shards, origin)
     _check_ranges(config, origin)
     _check_profile(config, origin)
 
@@ -166,6 +165,9 @@ def _check_role(name: str, layout: ModuleLayout, module: ModuleConfig, origin: O
         for option in ("hf_path", "processor", "lora"):
             if getattr(module, option) is not None:
                 raise ConfigError(f"`{key}.{option}` is not for decoders ({origin(f'{key}.{option}')})")
+    if (layout.reads is not None or name == "language") and module.run_ahead != defaults.run_ahead:
+        raise ConfigError(f"`{key}.run_ahead` is for encoders ({origin(f'{key}.run_ahead')})")
+    if layout.reads is not None:
         return
     for option in ("decoder", "decoder_options", "loss_weight"):
         if getattr(module, option) != getattr(defaults, option):
@@ -195,6 +197,20 @@ def _check_shards(key: str, shards: ShardsConfig, origin: Origin) -> None:
         if not source.weight > 0:
             weight = f"{key}.{name}.weight"
             raise ConfigError(f"`{weight}` must be greater than 0, not {source.weight} ({origin(weight)})")
+
+
+def _check_quickstart(shards: str | list[str] | None, origin: Origin) -> None:
+    """Raise where `data.train.shards` does not name the files that `data.quickstart` writes."""
+    if shards is None:
+        where = origin("data.quickstart")
+        raise ConfigError(f"`data.quickstart` writes the files of `data.train.shards`, which is missing ({where})")
+    if isinstance(shards, str) and "://" not in shards and Path(shards).name.startswith("train-"):
+        return
+    raise ConfigError(
+        "`data.quickstart` writes train-000000.tar … into the folder of `data.train.shards`, so that takes a path such "
+        f"as data/digits/train-{{000000..000003}}.tar, not {shards!r}; for shards of your own set `data.quickstart` to "
+        f"null ({origin('data.train.shards')})"
+    )
 
 
 def _check_ranges(config: Config, origin: Origin) -> None:

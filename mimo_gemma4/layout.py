@@ -136,6 +136,9 @@ def _check_sizes(name: str, module: ModuleLayout) -> None:
     for key in ("tp", "cp", "pp", "ep"):
         if getattr(module, key) < 1:
             raise LayoutError(f"`layout.{name}.{key}` is {getattr(module, key)}: it must be 1 or more")
+    for key in ("sequence_parallel", "part_shared_key_values"):
+        if name != LANGUAGE and getattr(module, key):
+            raise LayoutError(f"`layout.{name}.{key}` is true: only the language model has it, leave it out")
     if module.reads is not None and module.pp > 1:
         raise LayoutError(
             f"`layout.{name}.pp` is {module.pp}: a decoder in pipeline stages is not available yet, set it to 1 "
@@ -236,7 +239,7 @@ def _check_world(sizes: Mapping[str, int], world_size: int, common: int = 0) -> 
         return
     terms = " + ".join(f"{name} {size}" for name, size in sizes.items()) + (f" - {common} shared" if common else "")
     spare = world_size - total
-    difference = f"{spare} would hold no module" if spare > 0 else f"{-spare} are missing"
+    difference = f"{spare} would hold no module" if spare > 0 else f"{-spare} more would be needed"
     keys = ", ".join(f"`layout.{name}.ranks`" for name in sizes)
     raise LayoutError(
         f"`layout` asks for {total} ranks ({terms}) but {world_size} were started: {difference}. Change {keys}, "
@@ -264,8 +267,8 @@ def _grid(name: str, module: ModuleLayout, ranks: tuple[int, ...]) -> ModuleGrid
         sizes = f"{lower} or {lower + model_parallel}" if lower else f"{model_parallel}"
         raise LayoutError(
             f"`layout.{name}` has {len(ranks)} ranks, which tp {module.tp} * cp {module.cp} * pp {module.pp} = "
-            f"{model_parallel} does not divide: set `layout.{name}.ranks` to {sizes}, or change `layout.{name}.tp` or "
-            f"`layout.{name}.cp`"
+            f"{model_parallel} does not divide: set `layout.{name}.ranks` to {sizes}, or change `layout.{name}.tp`, "
+            f"`layout.{name}.cp` or `layout.{name}.pp`"
         )
     dp = len(ranks) // model_parallel
     if dp * module.cp % module.ep:

@@ -41,7 +41,9 @@ def build[T](cls: type[T], tree: Mapping[str, Any], origin: Origin, prefix: str 
     names = [entry.name for entry in named]
     for key, value in unknown.items():
         if rest is None or not isinstance(value, Mapping):
-            raise ConfigError(f"unknown key `{prefix}{key}` ({origin(prefix + key)}){did_you_mean(key, names)}")
+            other = "" if rest is None else f" (a <{rest.metadata['inline']}> there takes a mapping)"
+            hint = did_you_mean(key, names)
+            raise ConfigError(f"unknown key `{prefix}{key}`{other} ({origin(prefix + key)}){hint}")
     if rest is not None:
         values[rest.name] = {
             key: _convert(get_args(hints[rest.name])[1], value, origin, prefix + key) for key, value in unknown.items()

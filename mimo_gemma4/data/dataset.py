@@ -288,7 +288,9 @@ class ShardDataset:
         if empty:
             start = sum(self._counts[: empty[0]])
             some = self._shards[start : start + self._counts[empty[0]]][:3]
-            raise DataError(f"{', '.join(some)} hold no usable sample")
+            left_out = [sample for sample in (*self.unusable, *self.too_long) if sample.shard in some]
+            first = f"; the first left out: {left_out[0]}" if left_out else ""
+            raise DataError(f"{', '.join(some)} hold no usable sample{first}")
 
 
 def _sources(given: str | Path | Sequence[str | Path] | Sequence[Source]) -> list[Source]:

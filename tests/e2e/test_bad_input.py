@@ -85,7 +85,11 @@ def test_good_data_trains_on_every_answer(tmp_path: Path) -> None:
             CheckpointError,
             ["checkpoint.resume: {folder}/none cannot be loaded: there is no such folder"],
         ),
-        ("data.seq_length=20", DataError, ["train.tar hold no usable sample"]),
+        (
+            "data.seq_length=20",
+            DataError,
+            ["train.tar hold no usable sample; the first left out", "more than data.seq_length=20"],
+        ),
         ("modules.vision.freeze=['*.towr.*']", ConfigError, ["modules.vision.freeze: no parameter matches '*.towr.*'"]),
         ("optim.lr=1.0e+30", NumericsError, ["step 2", "optim.lr"]),
     ],

@@ -58,6 +58,8 @@ def base(tmp_path: Path) -> Path:
         ),
         ("modules.vision.loss_weight=2", ["`modules.vision.loss_weight` is for decoders"]),
         ("layout.pixels={ranks: 1, reads: vision}", ["`modules.pixels.decoder` is missing", "`layout.pixels.reads`"]),
+        ("modules.language.run_ahead=3", ["`modules.language.run_ahead` is for encoders"]),
+        ("layout.vision=null", ["unknown key `layout.vision` (a <module> there takes a mapping)"]),
         ("model.precision=fp8", ["`model.precision` fp8", "not available yet"]),
         ("profile.steps=20..22", ["`profile.steps` '20..22' is no range like 20-22"]),
         ("profile.steps=22-20", ["`profile.steps` '22-20' names no step"]),
@@ -94,6 +96,10 @@ def test_a_wrong_argument_is_named(base: Path, argument: str, parts: list[str]):
         (
             "layout: {language: {ranks: 1}}\ndata: {quickstart: digits, train: {web: {shards: b}}}",
             ["`data.quickstart` writes the files of `data.train.shards`, which is missing"],
+        ),
+        (
+            "layout: {language: {ranks: 1}}\ndata: {quickstart: digits, train: {shards: ['mine/train-000000.tar']}}",
+            ["`data.quickstart` writes train-000000.tar", "data/digits/train-", "not ['mine/train-000000.tar']"],
         ),
         ("layout: {vision: {ranks: 1}}\ndata: {train: {shards: a}}", ["`layout` lacks `language`", "vision"]),
         ("layout: {}\ndata: {train: {shards: a}}", ["`layout` names no module"]),

@@ -21,7 +21,7 @@ VISION = {"vision": ModuleLayout(2)}
             [
                 "6 ranks (vision 2 + language 4)",
                 "4 were started",
-                "2 are missing",
+                "2 more would be needed",
                 "torchrun --nproc-per-node 6 train_mimo.py config=",
             ],
         ),
@@ -52,7 +52,7 @@ VISION = {"vision": ModuleLayout(2)}
         ),
         ({"language": ModuleLayout(3, tp=2, cp=2)}, 3, "disjoint", ["3 ranks", "cp 2", "to 4"]),
         ({"language": ModuleLayout(2, tp=0)}, 2, "disjoint", ["`layout.language.tp` is 0"]),
-        ({"language": ModuleLayout(5, pp=3)}, 5, "disjoint", ["5 ranks", "pp 3", "3 or 6"]),
+        ({"language": ModuleLayout(5, pp=3)}, 5, "disjoint", ["5 ranks", "pp 3", "3 or 6", "`layout.language.pp`"]),
         (
             {"vision": ModuleLayout(3, pp=2), "language": ModuleLayout(1)},
             4,
@@ -70,6 +70,18 @@ VISION = {"vision": ModuleLayout(2)}
             4,
             "disjoint",
             ["`layout.vision.ep` is 2", "no experts"],
+        ),
+        (
+            {"vision": ModuleLayout(2, tp=2, sequence_parallel=True), "language": ModuleLayout(2)},
+            4,
+            "disjoint",
+            ["`layout.vision.sequence_parallel` is true", "only the language model"],
+        ),
+        (
+            {"vision": ModuleLayout(2, pp=2, part_shared_key_values=True), "language": ModuleLayout(2)},
+            4,
+            "disjoint",
+            ["`layout.vision.part_shared_key_values` is true", "only the language model"],
         ),
         (
             VISION | {"language": ModuleLayout(1), "pixels": ModuleLayout(1, reads="audio")},
@@ -111,7 +123,7 @@ VISION = {"vision": ModuleLayout(2)}
             {"vision": ModuleLayout(2), "language": ModuleLayout([0, 1])},
             2,
             "mixed",
-            ["4 ranks", "2 were started", "2 are missing"],
+            ["4 ranks", "2 were started", "2 more would be needed"],
         ),
         ({"vision": ModuleLayout([0]), "language": ModuleLayout()}, 2, "mixed", ["`layout.language.ranks` is missing"]),
         (
