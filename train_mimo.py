@@ -6,11 +6,9 @@ Run with:  torchrun --nproc-per-node 4 train_mimo.py config=quickstart.yaml [key
 """
 
 import logging
-import os
 import sys
-from pathlib import Path
 
-from mimo_gemma4.errors import MimoError
+from mimo_gemma4.errors import MimoError, tell
 
 
 def main(arguments: list[str]) -> int:
@@ -19,35 +17,31 @@ def main(arguments: list[str]) -> int:
     try:
         train(arguments)
     except MimoError as error:
-        # Every rank of a host raises alike: said once. A file may be missing on one host alone, so every host speaks.
-        if os.environ.get("LOCAL_RANK", "0") == "0":
-            print(f"\n{type(error).__name__}: {error}\n", file=sys.stderr, flush=True)
+        tell(error)
         return 1
     return 0
 
 
 def train(arguments: list[str]) -> None:
     """Configuration, foundation, trainer; then fit."""
-    from mimo_gemma4.config import load_config, print_config, save_config
+    from mimo_gemma4.config import load_config, print_config
 
     config = load_config(arguments)
     # Heavy imports after the configuration is known to be right.
-    from mimo_gemma4.build import build_trainer
+    from mimo_gemma4.build import build_trainer, keep_config
     from mimo_gemma4.foundation import lay_foundation
     from mimo_gemma4.layout import layout_table
     from mimo_gemma4.platform import destroy_distributed
     from mimo_gemma4.report import write_report
 
     foundation = lay_foundation(config)
-    platform = foundation.platform
-    if platform.rank == 0:
-        Path(config.run.dir).mkdir(parents=True, exist_ok=True)
+    keep_config(foundation)
+    if foundation.platform.rank == 0:
         print_config(config)
-        save_config(config, Path(config.run.dir) / "config.yaml")
         print(layout_table(foundation.layout), flush=True)
     trainer = build_trainer(foundation)
     trainer.fit()
-    if platform.rank == 0:
+    if foundation.platform.rank == 0:
         write_report(trainer)
     foundation.groups.destroy()
     destroy_distributed()

@@ -8,7 +8,7 @@ import torch.distributed as dist
 
 from encoders.registry import build_processors
 from mimo_gemma4 import model_files
-from mimo_gemma4.config import ShardsConfig
+from mimo_gemma4.config import ShardsConfig, save_config
 from mimo_gemma4.cp_cost import AttentionCosts, cheaper_layout
 from mimo_gemma4.data.chat import ConversationEncoder
 from mimo_gemma4.data.dataset import ShardDataset, Source
@@ -17,7 +17,7 @@ from mimo_gemma4.data.planner import DecoderTargets, StepPlanner
 from mimo_gemma4.data.quickstart import ensure_shards
 from mimo_gemma4.data.tokenizer import load_tokenizer, media_tokens
 from mimo_gemma4.decoders.registry import build_target_processors
-from mimo_gemma4.errors import DataError
+from mimo_gemma4.errors import ConfigError, DataError
 from mimo_gemma4.evaluate import Evaluator
 from mimo_gemma4.flops import text_flops
 from mimo_gemma4.foundation import Foundation
@@ -56,6 +56,22 @@ def build_trainer(foundation: Foundation) -> Trainer:
     if valid_data is not None:
         evaluator = Evaluator(config, model, build_loader(foundation, valid_data, train=False))
     return Trainer(config, model, optimizers, build_loader(foundation, train_data, train=True), evaluator, finished)
+
+
+def keep_config(foundation: Foundation) -> None:
+    """Make the run's directory and keep the configuration in it. Raises `ConfigError`. Collective."""
+    directory = Path(foundation.config.run.dir)
+
+    def keep() -> None:
+        if foundation.platform.rank != 0:
+            return
+        try:
+            directory.mkdir(parents=True, exist_ok=True)
+            save_config(foundation.config, directory / "config.yaml")
+        except OSError as error:
+            raise ConfigError(f"`run.dir` {directory} cannot be written: {error}") from error
+
+    together(foundation.groups.host, keep)
 
 
 def keep_model(foundation: Foundation) -> None:

@@ -70,15 +70,16 @@ def save(
     final = folder / f"step_{step:08d}"
     partial = final.with_name(final.name + ".tmp")
     first = host.rank() == 0
-    _everywhere(host, lambda: _fresh_folder(partial) if first else None)
-    reports = _everywhere(host, lambda: _write_rank(partial, host.rank(), modules))
+    failed = f"{final} cannot be written: "
+    _everywhere(host, lambda: _fresh_folder(partial) if first else None, failed)
+    reports = _everywhere(host, lambda: _write_rank(partial, host.rank(), modules), failed)
     marker = {
         "step": step,
         "trainer": dict(trainer_state),
         "update_counts": {name: count for report in reports for name, count in report["update_counts"].items()},
         "files": {report["file"]: {key: report[key] for key in ("bytes", "sha256")} for report in reports},
     }
-    _everywhere(host, lambda: _publish(partial, final, marker, keep) if first else None)
+    _everywhere(host, lambda: _publish(partial, final, marker, keep) if first else None, failed)
     return final
 
 
@@ -307,8 +308,11 @@ def _restore_random_state(path: Path) -> None:
             torch.cuda.set_rng_state(handle.get_tensor("random.cuda"))
 
 
-def _everywhere[Result](host: dist.ProcessGroup, task: Callable[[], Result]) -> list[Result]:
-    """Results of `task` on all ranks, in order; where it fails on any rank, one `CheckpointError` on all of them."""
+def _everywhere[Result](host: dist.ProcessGroup, task: Callable[[], Result], failed: str = "") -> list[Result]:
+    """Results of `task` on all ranks, in order; where it fails on any rank, one `CheckpointError` on all of them.
+
+    Its message is `failed` and what each of these ranks has to say.
+    """
     try:
         mine: tuple[Any, str | None] = (task(), None)
     except CheckpointError as error:
@@ -319,7 +323,7 @@ def _everywhere[Result](host: dist.ProcessGroup, task: Callable[[], Result]) -> 
     dist.all_gather_object(everyone, mine, group=host)
     failures = sorted({failure for _, failure in everyone if failure is not None})
     if failures:
-        raise CheckpointError("; ".join(failures))
+        raise CheckpointError(failed + "; ".join(failures))
     return [result for result, _ in everyone]
 
 

@@ -16,6 +16,7 @@ from mimo_gemma4.data.manifest import StepManifest
 from mimo_gemma4.errors import DataError, NumericsError
 from mimo_gemma4.evaluate import Evaluator
 from mimo_gemma4.flops import peak_flops
+from mimo_gemma4.health import together
 from mimo_gemma4.metrics import MetricsLog, mean_losses
 from mimo_gemma4.model import MimoModel
 from mimo_gemma4.optim import ModuleOptimizer, learning_rate
@@ -69,7 +70,9 @@ class Trainer:
         self.runner = StepRunner(model, self.tracer.span)
         self.agreement = StepAgreement(model.layout, config.optim.clip_grad, model.platform.device)
         self.meter = UsageMeter(model, loader.planner.dataset)
-        self.log = MetricsLog(config, finished_steps + 1) if model.rank == 0 else None
+        self.log = together(
+            model.groups.host, lambda: MetricsLog(config, finished_steps + 1) if model.rank == 0 else None
+        )
         self._tell_bad(None, [*loader.dataset.unusable, *loader.dataset.too_long])
         if evaluator is not None:
             held_out = evaluator.loader.dataset

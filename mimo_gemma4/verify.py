@@ -8,7 +8,6 @@ peer: its error is the noise of that precision) and by the configured layout, an
 
 import argparse
 import gc
-import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -20,7 +19,7 @@ from torch import nn
 
 from mimo_gemma4.build import build_model
 from mimo_gemma4.config import load_config
-from mimo_gemma4.errors import ConfigError, MimoError
+from mimo_gemma4.errors import ConfigError, MimoError, tell
 from mimo_gemma4.foundation import Foundation, lay_foundation
 from mimo_gemma4.health import together
 from mimo_gemma4.model import PRECISIONS
@@ -50,8 +49,7 @@ def main(arguments: list[str]) -> int:
     try:
         return hf_parity(options, rest)
     except MimoError as error:
-        if os.environ.get("LOCAL_RANK", "0") == "0":
-            print(f"\n{type(error).__name__}: {error}\n", file=sys.stderr, flush=True)
+        tell(error)
         return 1
 
 
