@@ -49,7 +49,8 @@ def build_trainer(foundation: Foundation) -> Trainer:
         fill_adapters(foundation, model)
         fill_decoders(foundation, model)
     optimizers = {
-        name: ModuleOptimizer(module, groups.modules[name], config.optim) for name, module in model.modules.items()
+        name: ModuleOptimizer(module, groups.modules[name], config.module_optim(name))
+        for name, module in model.modules.items()
     }
     finished = 0 if start is None else restore(foundation, start, optimizers)
     evaluator = None

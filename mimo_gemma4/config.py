@@ -243,8 +243,8 @@ def _check_ranges(config: Config, origin: Origin) -> None:
         if module.lora is not None:
             positive |= {f"modules.{name}.lora.rank": module.lora.rank, f"modules.{name}.lora.alpha": module.lora.alpha}
     positive |= {f"modules.{name}.run_ahead": module.run_ahead for name, module in config.modules.items()}
-    not_negative.update({f"modules.{name}.lr": module.lr for name, module in config.modules.items()})
-    not_negative.update({f"modules.{name}.loss_weight": module.loss_weight for name, module in config.modules.items()})
+    for key in ("lr", "min_lr", "warmup_steps", "weight_decay", "loss_weight"):
+        not_negative |= {f"modules.{name}.{key}": getattr(module, key) for name, module in config.modules.items()}
     for key, value in positive.items():
         if value is not None and not value > 0:
             raise ConfigError(f"`{key}` must be greater than 0, not {value} ({origin(key)})")

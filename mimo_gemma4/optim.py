@@ -64,7 +64,7 @@ class ModuleOptimizer:
                 whose gradient is the sum over what tensor parallel ranks compute carries `tp_gradient_partial = True`;
                 one of which pipeline stages hold copies carries the name of their group as `stage_group`.
             groups: the module's process groups; `tp`, `pp`, `embd`, `dp`, `dp_cp` and, for experts, `ep` and `expt_dp`.
-            config: AdamW's constants. The learning rate is given at each step.
+            config: AdamW's constants (`Config.module_optim`). The learning rate is given at each step.
         """
         self.module = module
         self.groups = groups
@@ -212,27 +212,25 @@ class ModuleOptimizer:
         return summed
 
 
-def learning_rate(config: OptimConfig, step: int, steps: int, peak: float | None = None) -> float:
+def learning_rate(config: OptimConfig, step: int, steps: int) -> float:
     """Learning rate of optimizer step `step` (the first is 1) out of `steps`: a pure function of its arguments.
 
-    It rises linearly to the peak over `config.warmup_steps`, then follows `config.schedule` down to `config.min_lr`,
-    reached at the last step (cosine: Loshchilov and Hutter 2017, without restarts).
+    It rises linearly to `config.lr` over `config.warmup_steps`, then follows `config.schedule` down to `config.min_lr`,
+    reached at the last step (cosine: Loshchilov and Hutter 2017, without restarts). A peak below the floor is kept.
 
     Args:
-        config: the run's `optim` options.
+        config: the module's options (`Config.module_optim`).
         step: number of the step.
         steps: `train.steps`.
-        peak: the module's own peak (`modules.<name>.lr`); null: `config.lr`.
     """
-    peak = config.lr if peak is None else peak
     if step <= config.warmup_steps:
-        return peak * step / config.warmup_steps
+        return config.lr * step / config.warmup_steps
     if config.schedule == "constant":
-        return peak
+        return config.lr
     progress = min(1.0, (step - config.warmup_steps) / max(1, steps - config.warmup_steps))
     remaining = 1.0 - progress if config.schedule == "linear" else 0.5 * (1.0 + math.cos(math.pi * progress))
-    floor = min(config.min_lr, peak)
-    return floor + (peak - floor) * remaining
+    floor = min(config.min_lr, config.lr)
+    return floor + (config.lr - floor) * remaining
 
 
 def owned_bindings(bindings: Sequence[Binding], groups: ProcessGroupCollection) -> list[Binding]:

@@ -1,7 +1,7 @@
 """Every option of a training run, with its default and its meaning; `config.py` reads and checks them."""
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from mimo_gemma4.structured import inline
@@ -189,6 +189,14 @@ class ModuleConfig:
     """Low-rank adapters (LoRA) on the module's linears; null: none."""
     lr: float | None = None
     """Highest learning rate of this module; null: `optim.lr`."""
+    min_lr: float | None = None
+    """Learning rate that its `cosine` or `linear` schedule ends at; null: `optim.min_lr`."""
+    schedule: Literal["constant", "linear", "cosine"] | None = None
+    """Course of its learning rate after the warm-up; null: `optim.schedule`."""
+    warmup_steps: int | None = None
+    """Steps over which its learning rate rises linearly from 0; null: `optim.warmup_steps`."""
+    weight_decay: float | None = None
+    """Decoupled weight decay of its matrices; null: `optim.weight_decay`."""
     hf_path: str | None = None
     """Hugging Face directory that this encoder comes from instead of `model.hf_path`, that of SigLIP for example: its
     `config.json`, or the section `<module>_config` in it, selects and sizes the encoder; its weights fill the tower.
@@ -297,6 +305,12 @@ class Config:
     def module(self, name: str) -> ModuleConfig:
         """How module `name` of the layout is trained."""
         return self.modules.get(name, ModuleConfig())
+
+    def module_optim(self, name: str) -> OptimConfig:
+        """`optim` as it is for module `name`, with what that sets itself."""
+        module = self.module(name)
+        own = {key: getattr(module, key) for key in ("lr", "min_lr", "schedule", "warmup_steps", "weight_decay")}
+        return replace(self.optim, **{key: value for key, value in own.items() if value is not None})
 
     @property
     def lora_scales(self) -> dict[str, float]:

@@ -17,6 +17,7 @@ from mimo_gemma4.errors import DataError, NumericsError
 from mimo_gemma4.evaluate import Evaluator
 from mimo_gemma4.flops import peak_flops
 from mimo_gemma4.health import together
+from mimo_gemma4.layout import LANGUAGE
 from mimo_gemma4.metrics import MetricsLog, mean_losses
 from mimo_gemma4.model import MimoModel
 from mimo_gemma4.optim import ModuleOptimizer, learning_rate
@@ -45,7 +46,8 @@ class _Pending:
 
     step: int
     report: StepReport
-    lr: float
+    rates: Mapping[str, float]
+    """Learning rate of every module of the layout."""
     measured: _Measured
     previous: _Measured | None
     """The step whose usage travelled with this one's results: the one before; None where there is none."""
@@ -128,7 +130,7 @@ class Trainer:
                 optimizer.apply(agreement, rates[name])
         self.step = step
         self._measured = _Measured(data.manifest, start, now(device))
-        self._pending = _Pending(step, StepReport(agreement), rates["language"], self._measured, measured)
+        self._pending = _Pending(step, StepReport(agreement), rates, self._measured, measured)
         return agreement
 
     def agree(self, totals: StepTotals, data: StepData, previous: StepManifest | None = None) -> Agreement:
@@ -186,8 +188,7 @@ class Trainer:
         return self.step == self.config.train.steps or (every is not None and self.step % every == 0)
 
     def _learning_rate(self, module: str, step: int) -> float:
-        peak = self.config.module(module).lr
-        return learning_rate(self.config.optim, step, self.config.train.steps, peak)
+        return learning_rate(self.config.module_optim(module), step, self.config.train.steps)
 
     def _tell_pending(self) -> None:
         """Read, check and record the last step's results, once."""
@@ -232,12 +233,14 @@ class Trainer:
     def _record(self, pending: _Pending, result: Mapping[str, Any]) -> dict[str, Any]:
         seconds, modules = pending.measured.seconds, {}
         for row, grid in enumerate(self.model.layout.grids.values()):
+            lr = pending.rates[grid.name]
             if pending.previous is None:
-                modules[grid.name] = dict.fromkeys(("mfu", "busy", "wait", "memory_gib"))
+                modules[grid.name] = {"lr": lr} | dict.fromkeys(("mfu", "busy", "wait", "memory_gib"))
                 continue
             busy, wait, flops = (value / pending.previous.seconds for value in result["usage"][row])
             ranks = len(grid.ranks)
             modules[grid.name] = {
+                "lr": lr,
                 "mfu": flops / (self._peak * ranks) if self._peak else None,
                 "busy": busy / ranks,
                 "wait": wait / ranks,
@@ -248,7 +251,7 @@ class Trainer:
             "loss": result["loss"],
             "losses": self._decoder_losses(pending.measured.manifest, result["decoder_losses"]),
             "grad_norm": result["grad_norm"],
-            "lr": pending.lr,
+            "lr": pending.rates[LANGUAGE],
             "tokens": int(result["tokens"]),
             "loss_tokens": int(result["loss_tokens"]),
             "tokens_per_second": result["tokens"] / seconds,

@@ -152,6 +152,12 @@ def test_exceptions_train_what_patterns_would_freeze(run_folder: Path) -> None:
     assert changed and all(".language_model.layers.5." in name and name.endswith("norm.weight") for name in changed)
 
 
+def test_each_module_goes_by_its_own_learning_rate(run_folder: Path) -> None:
+    [steps] = run_ranks(1, two_steps, run_folder, [*ONE_RANK, "modules.language.lr=0"], timeout=60)
+    assert steps.changed and not any(map(in_language, steps.changed))
+    assert any(map(in_language, steps.held)), "it trains, at no speed"
+
+
 @pytest.mark.parametrize(
     ("layout", "ranks"), [(TENSOR_PARALLEL, 4), (CONTEXT_PARALLEL, 3), (PIPELINE, 3)], ids=["tp 2 sp", "cp 2", "pp 2"]
 )

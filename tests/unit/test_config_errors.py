@@ -52,6 +52,8 @@ def base(tmp_path: Path) -> Path:
         ("optim.beta2=1.0", ["`optim.beta2` must be in [0, 1)", "1.0"]),
         ("optim.lr=.nan", ["`optim.lr`", "nan"]),
         ("modules.vision.lr=-1", ["`modules.vision.lr` must not be negative"]),
+        ("modules.vision.warmup_steps=-1", ["`modules.vision.warmup_steps` must not be negative"]),
+        ("modules.vision.schedule=cosin", ["`modules.vision.schedule` must be constant | linear | cosine | null"]),
         (
             "modules.vision.decoder=pixel_regression",
             ["`modules.vision.decoder` is for decoders", "`layout.vision.reads`"],
