@@ -115,6 +115,18 @@ def pipeline(stages: int, rounds: int, encoder_stages: int = 1, **encoders: int)
     return world
 
 
+def colocated(stages: int, rounds: int, run_ahead: int) -> World:
+    """One lane of `stages` ranks, each of which also holds all of an encoder with an item in every round."""
+    modules = {"vision": ModuleLayout(), LANGUAGE: ModuleLayout(pp=stages)}
+    layout = build_layout(LayoutConfig(modules, placement="colocated"), stages)
+    manifest = make_manifest(random.Random(0), rounds, 1, {"vision": stages}, gaps=0.0)
+    world = World(layout, manifest, {"vision": 0}, {"vision": run_ahead})
+    for number in range(rounds):
+        world.rows["vision", number] = [(rank, 0) for rank in range(1, stages)]
+        world.owners["vision", number] = [(0, rank) for rank in range(1, stages)]
+    return world
+
+
 def with_decoder(world: World, own_rank: bool) -> World:
     """`world`, and a decoder of a rank, its own or that of the last stage, which reads every round's media."""
     grid, rounds = world.layout.language, world.manifest.rounds

@@ -2,14 +2,15 @@
 
 import random
 from collections.abc import Sequence
+from statistics import median
 
 import pytest
 
-from mimo_gemma4.config import LayoutConfig, ModuleLayout
-from mimo_gemma4.layout import LANGUAGE, build_layout
+from mimo_gemma4.layout import LANGUAGE
+from mimo_gemma4.schedule import Action
 from tests.schedule_lower_bound import duration, lower_bound, orders
 from tests.schedule_simulator import Cost, World, simulate
-from tests.schedule_worlds import make_manifest, pipeline, with_decoder
+from tests.schedule_worlds import colocated, pipeline, with_decoder
 
 
 @pytest.mark.parametrize("stages", range(1, 9))
@@ -106,16 +107,26 @@ def test_no_order_suits_all(world: World, one: list[float], other: list[float], 
 def test_colocated_encoders_fill_the_bubble(stages: int):
     """Encoders that work on every stage's rank, as long as the stage does, and take what they can of its idle time."""
     rounds, seconds = 16, {"forward": 1.0, "encode": 1.0, "backward": 2.0, "encoder_backward": 2.0}
-    modules = {"vision": ModuleLayout(), LANGUAGE: ModuleLayout(pp=stages)}
-    layout = build_layout(LayoutConfig(modules, placement="colocated"), stages)
-    manifest = make_manifest(random.Random(0), rounds, 1, {"vision": stages}, gaps=0.0)
-    world = World(layout, manifest, {"vision": 0}, {"vision": 2})
-    for number in range(rounds):
-        world.rows["vision", number] = [(rank, 0) for rank in range(1, stages)]
-        world.owners["vision", number] = [(0, rank) for rank in range(1, stages)]
+    world = colocated(stages, rounds, run_ahead=2)
     timeline = simulate(world, world.plans(), lambda action, rank: seconds[action.kind])
     bubble, work = 3.0 * (stages - 1), 6.0 * rounds
     assert timeline.busy == [work] * stages
     # Encoders before and after the pipeline would leave all of the bubble.
     assert timeline.seconds - work <= bubble / 2
     assert stages > 2 or timeline.seconds == work
+
+
+def test_colocated_encoders_take_little_more_than_the_lower_bound():
+    choose, ratios = random.Random(8), []
+    for _ in range(60):
+        world = colocated(choose.randint(1, 8), choose.randint(1, 30), choose.randint(2, 4))
+        stages = [choose.uniform(0.8, 1.25) for _ in range(world.layout.world_size)]
+        encoder, backward = choose.uniform(0.05, 1.6), choose.uniform(2.0, 3.0)
+        language_cost, encoder_cost = cost_of(stages, backward), cost_of([encoder] * len(stages), backward)
+
+        def cost(action: Action, rank: int, language: Cost = language_cost, vision: Cost = encoder_cost) -> float:
+            return (language if action.module == LANGUAGE else vision)(action, rank)
+
+        ratios.append(simulate(world, world.plans(), cost).seconds / lower_bound(world, cost))
+    assert min(ratios) >= 1.0 - 1e-9
+    assert median(ratios) <= 1.05 and max(ratios) <= 1.2
