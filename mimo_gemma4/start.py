@@ -140,9 +140,10 @@ def restore(foundation: Foundation, start: Start, optimizers: dict[str, ModuleOp
         absent = [name for name in foundation.layout.decoders if name in optimizers and name not in held]
         fresh |= {binding.name for name in absent for binding in optimizers[name].bindings}
     state = checkpoint.load(path, optimizers, host=host, weights_only=start.weights_only, keep=fresh)
-    step = int(state["step"])
+    step, steps = int(state["step"]), foundation.config.train.steps
     if foundation.platform.rank == 0:
-        print(f"resumed from {path} after {step} steps" if step else f"weights of {path}", flush=True)
+        done = f"; train.steps={steps} leaves nothing to do" if step >= steps else ""
+        print(f"resumed from {path} after {step} steps{done}" if step else f"weights of {path}", flush=True)
     return step
 
 
