@@ -3,11 +3,11 @@
 Only global rank 0 makes a `MetricsLog`; it takes plain dicts. A step's record is
 `{step, loss, losses: {<decoder>: mean}, grad_norm, lr, tokens, loss_tokens, tokens_per_second, step_seconds,
 bad_samples: {<fault>: count}, imbalance: {<name>: {before, after}},
-modules: {<name>: {lr, mfu, busy, wait, memory_gib}}}`:
-loss in nats per loss token, a decoder's per row and without its weight, grad_norm before clipping, lr of the language
-module and of each, busy and wait as shares of the step, mfu as a share of the peak; what is not known is None.
-bad_samples counts those that others took the places of in this step; imbalance is the cost of a module's costliest lane
-over the mean of its lanes, before and after balancing. An evaluation's record is
+modules: {<name>: {lr, grad_norm, mfu, busy, wait, memory_gib}}}`:
+loss in nats per loss token, a decoder's per row and without its weight; grad_norm before clipping, over all modules and
+of each; lr of the language module and of each; busy and wait as shares of the step, mfu as a share of the peak; what is
+not known is None. bad_samples counts those that others took the places of in this step; imbalance is the cost of a
+module's costliest lane over the mean of its lanes, before and after balancing. An evaluation's record is
 `{step, loss, losses, accuracy, items, per_modality}`.
 """
 

@@ -233,14 +233,13 @@ class Trainer:
     def _record(self, pending: _Pending, result: Mapping[str, Any]) -> dict[str, Any]:
         seconds, modules = pending.measured.seconds, {}
         for row, grid in enumerate(self.model.layout.grids.values()):
-            lr = pending.rates[grid.name]
+            told = {"lr": pending.rates[grid.name], "grad_norm": result["module_grad_norm"][row]}
             if pending.previous is None:
-                modules[grid.name] = {"lr": lr} | dict.fromkeys(("mfu", "busy", "wait", "memory_gib"))
+                modules[grid.name] = told | dict.fromkeys(("mfu", "busy", "wait", "memory_gib"))
                 continue
             busy, wait, flops = (value / pending.previous.seconds for value in result["usage"][row])
             ranks = len(grid.ranks)
-            modules[grid.name] = {
-                "lr": lr,
+            modules[grid.name] = told | {
                 "mfu": flops / (self._peak * ranks) if self._peak else None,
                 "busy": busy / ranks,
                 "wait": wait / ranks,

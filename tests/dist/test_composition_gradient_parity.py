@@ -14,6 +14,7 @@ from tests.vlm_reference import SAMPLES, SOUNDS_AND_IMAGES
 
 WITHOUT_CLIPPING = dict(use_clipped_linears=False, standardize=True)
 LARGE = partial(write_run, vision=WITHOUT_CLIPPING, **VARIANTS["31b"])
+EIGHT_LAYERS = [*["sliding_attention"] * 3, "full_attention"] * 2
 MODELS = {
     "E2B": partial(write_run, **VARIANTS["e2b"]),
     "E4B": partial(write_run, **VARIANTS["e4b"]),
@@ -21,6 +22,7 @@ MODELS = {
     "26B-A4B": partial(write_run, vision=WITHOUT_CLIPPING, **VARIANTS["26b_a4b"]),
     "E4B with sounds": partial(write_run, media=SOUNDS_AND_IMAGES, audio=True, **VARIANTS["e4b"]),
     "31B, images in one sample": partial(LARGE, media=[("image",) * (3 * (n == 5)) for n in range(SAMPLES)]),
+    "31B of eight layers": partial(LARGE, num_hidden_layers=8, layer_types=EIGHT_LAYERS),
     "E2B, text alone": partial(write_run, media=[()] * SAMPLES, **VARIANTS["e2b"]),
 }
 QUICK = {
@@ -36,6 +38,7 @@ QUICK = {
         Case(vision=2, audio=1, audio_tp=2, colocated=True, dp=2, tp=2, sp=True, rows=1),
     ],
     "31B, images in one sample": [Case(dp=3, rows=1)],
+    "31B of eight layers": [Case(colocated=True, pp=8, rows=1, packing=True)],
     "E2B, text alone": [Case(vision_pp=2, dp=2, pp=2, rows=1)],
 }
 COMPLETE = {
@@ -121,6 +124,7 @@ COMPLETE = {
         Case(colocated=True, dp=4, pp=2, rows=1),
         Case(vision_pp=2, dp=4, rows=1),
     ],
+    "31B of eight layers": [Case(pp=7, rows=1), Case(colocated=True, vision_tp=2, vision_pp=2, pp=8, rows=7)],
     "E2B, text alone": [
         Case(vision=3, dp=2, rows=1),
         Case(tp=2, cp=2, sp=True, packing=True, frozen=("vision",)),

@@ -3,22 +3,14 @@
 `step_parity` has the tolerance. Every file of ranks is forked once per number of ranks and runs all its rows.
 """
 
-import random
-import time
-from pathlib import Path
-from typing import Any
-
 import pytest
 
-from mimo_gemma4.schedule import Action
-from mimo_gemma4.step import StepRunner, _Execution
 from tests.dist.harness import run_ranks
 from tests.dist.step_parity import (
     Case,
     Prepared,
     check,
     prepare,
-    step_on_rank,
     step_with_wrong_row,
     worst_gradient,
     write_run,
@@ -105,34 +97,6 @@ def test_quick_cover(world: int, images: Prepared) -> None:
 def test_complete_table(world: int, images: Prepared) -> None:
     table = COMPLETE + STAGES + ENCODER_STAGES
     check(((case, images) for case in table if case.world == world), timeout=3500)
-
-
-def test_ranks_do_what_was_planned_and_agree_however_late_they_are(images: Prepared) -> None:
-    case = Case(vision=1, pp=3, dp=2, part=True, rows=1)
-    results = run_ranks(case.world, delayed_step, images.folder, case.overrides)
-    for (_, _), done, planned in results:
-        assert done == planned and len(done) > 10
-    ratio, name = worst_gradient([result for result, _, _ in results], images.reference)
-    assert ratio <= 1.0, f"{name} deviates by {ratio:.2f} times its tolerance"
-
-
-def delayed_step(rank: int, folder: Path, overrides: list[str]) -> tuple[tuple[dict, list], list[Action], list[Action]]:
-    """The step on a rank that dawdles, the actions that it did, and those that were planned for it."""
-    done: list[Action] = []
-    planned: list[Action] = []
-    perform, plan, choose = _Execution.perform, StepRunner.plan, random.Random(rank)
-
-    def late(self: _Execution, action: Action) -> None:
-        time.sleep(choose.choice([0.0, 0.0, 0.01, 0.05]))
-        perform(self, action)
-        done.append(action)
-
-    def noted(self: StepRunner, *arguments: Any, **options: Any) -> list[Action]:
-        planned.extend(plan(self, *arguments, **options))
-        return list(planned)
-
-    _Execution.perform, StepRunner.plan = late, noted
-    return step_on_rank(rank, folder, overrides), done, planned
 
 
 @pytest.mark.parametrize("mutation", ["dropped", "counted twice"])

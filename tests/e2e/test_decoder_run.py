@@ -1,6 +1,7 @@
 """A run with a decoder tells its loss, evaluates, resumes on any layout, and exports Gemma 4 without it."""
 
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ from tests.vlm_reference import write_shards
 WITHOUT = {"vision": {"ranks": 1}, "language": {"ranks": 1}}
 APART = WITHOUT | {"pixels": {"ranks": 1, "reads": "vision"}}
 TOGETHER = {"vision": {}, "language": {}, "pixels": {"tp": 2, "reads": "vision"}, "placement": "colocated"}
-PIXELS = {"pixels": {"decoder": "pixel_regression", "loss_weight": 0.5}}
+PIXELS = {"pixels": {"decoder": "pixel_regression", "loss_weight": 0.5, "schedule": "linear"}}
 STEP_2 = "checkpoints/step_00000002"
 
 
@@ -47,6 +48,17 @@ def test_a_resumed_run_is_bit_for_bit_the_same(runs: Path) -> None:
     assert [record["step"] for record in straight] == [1, 2, 3, 4]
     assert len({record["losses"]["pixels"] for record in straight}) == 4
     assert step_records(runs / "resumed" / "run") == straight[2:]
+
+
+def test_every_module_tells_its_learning_rate_and_gradient_norm(runs: Path) -> None:
+    lines = (runs / "straight" / "run" / "metrics.jsonl").read_text().splitlines()
+    modules = [record["modules"] for record in map(json.loads, lines)]
+    assert [step["pixels"]["lr"] for step in modules] == pytest.approx([7.5e-4, 5e-4, 2.5e-4, 0.0])
+    assert {step[name]["lr"] for step in modules for name in WITHOUT} == {1e-3}
+    norms = [[step[name]["grad_norm"] for name in APART] for step in modules]
+    assert all(norm > 0 for step in norms for norm in step)
+    whole = [record["grad_norm"] for record in step_records(runs / "straight" / "run")]
+    assert [math.hypot(*step) for step in norms] == pytest.approx(whole)
 
 
 def test_on_shared_ranks_it_goes_on_alike(runs: Path) -> None:

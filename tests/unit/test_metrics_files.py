@@ -35,7 +35,9 @@ def make_record(step: int, **changes: Any) -> dict[str, Any]:
         "loss_tokens": 40,
         "tokens_per_second": 400.0,
         "step_seconds": 0.25,
-        "modules": {"vision": {"lr": 1e-4, "mfu": None, "busy": 0.25, "wait": 0.5, "memory_gib": 1.5}},
+        "modules": {
+            "vision": {"lr": 1e-4, "grad_norm": 0.5, "mfu": None, "busy": 0.25, "wait": 0.5, "memory_gib": 1.5}
+        },
     }
     return record | changes
 
