@@ -54,7 +54,9 @@ def run_ranks(
 def in_turn(rank: int, function: Callable[..., Any], calls: Sequence[tuple]) -> list[Any]:
     """Results of `function(rank, *arguments)` for each of `calls`: ranks need not be started for every one."""
     results = []
-    for arguments in calls:
+    for number, arguments in enumerate(calls, 1):
+        if rank == 0:  # a test that hangs shows where
+            print(f"{number} of {len(calls)}: {function.__name__}{arguments}", flush=True)
         try:
             results.append(function(rank, *arguments))
         except BaseException as error:
