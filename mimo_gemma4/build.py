@@ -15,7 +15,7 @@ from mimo_gemma4.data.dataset import ShardDataset, Source
 from mimo_gemma4.data.loader import StepLoader
 from mimo_gemma4.data.planner import DecoderTargets, StepPlanner
 from mimo_gemma4.data.quickstart import ensure_shards
-from mimo_gemma4.data.tokenizer import load_tokenizer, media_tokens
+from mimo_gemma4.data.tokenizer import byte_media_tokens, load_tokenizer, media_tokens
 from mimo_gemma4.decoders.registry import build_target_processors
 from mimo_gemma4.errors import ConfigError, DataError
 from mimo_gemma4.evaluate import Evaluator
@@ -88,10 +88,18 @@ def keep_model(foundation: Foundation) -> None:
 
 
 def build_conversation_encoder(foundation: Foundation) -> ConversationEncoder:
-    """Tokenizer, chat template and the media processors of the encoders in the layout."""
+    """Tokenizer, chat template and the media processors of the encoders in the layout.
+
+    Raises `ConfigError` where the media tokens of a preset are not those of the tokenizer that presets have.
+    """
+    model, tokens = foundation.config.model, media_tokens(foundation.hf_config)
     processors = [p for name in foundation.layout.encoders for p in build_processors(name, foundation.hf_config)]
-    tokenizer = load_tokenizer(foundation.config.model.hf_path)
-    return ConversationEncoder(tokenizer, processors, media_tokens(foundation.hf_config))
+    if model.hf_path is None and processors and not tokens.items() <= byte_media_tokens().items():
+        raise ConfigError(
+            f"`model.preset` {model.preset} has the media tokens of its own tokenizer, which a preset does not have: "
+            "set `model.hf_path` to a directory of that model, or train on text alone"
+        )
+    return ConversationEncoder(load_tokenizer(model.hf_path), processors, tokens)
 
 
 def prepare_shards(foundation: Foundation) -> None:

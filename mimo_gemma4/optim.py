@@ -126,11 +126,11 @@ class ModuleOptimizer:
         return torch.stack(torch._foreach_norm(gradients, 2.0, torch.float64)).square().sum()
 
     @torch.no_grad()
-    def apply(self, agreement: Agreement, learning_rate: float, skip_nonfinite: bool = True) -> None:
+    def apply(self, agreement: Agreement, learning_rate: float) -> None:
         """One AdamW step with gradients divided by `agreement.divisor`, then the new weights to all dp_cp ranks.
 
-        With `skip_nonfinite` a step whose gradients are not finite anywhere leaves weights, moments and the step count
-        as they are, on every rank of every module alike; the decision is made on the device.
+        A step whose gradients are not finite anywhere leaves weights, moments and the step count as they are, on every
+        rank of every module alike; the decision is made on the device.
         """
         if self.ddp is None:
             return
@@ -140,7 +140,7 @@ class ModuleOptimizer:
                 group["lr"] = learning_rate
             # torch's contract between gradient scaler and fused optimizer: divide by the one, skip where the other is 1
             adamw.grad_scale = agreement.divisor.float()
-            adamw.found_inf = agreement.nonfinite.float() if skip_nonfinite else None
+            adamw.found_inf = agreement.nonfinite.float()
             optimizer.prepare_grads()
             optimizer.step_with_ready_grads()
         self.ddp.start_param_sync()

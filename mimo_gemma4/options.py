@@ -26,7 +26,8 @@ class ModelConfig:
     """Which model is trained, and in what arithmetic."""
 
     preset: str = "gemma4_e4b"
-    """One of `configs/model/*.yaml`: an architecture with random weights and a byte tokenizer. `hf_path` wins."""
+    """One of `configs/model/*.yaml`: an architecture with random weights and a byte tokenizer, in which `gemma4_tiny`
+    alone has tokens for media. `hf_path` wins."""
     hf_path: str | None = None
     """Hugging Face Gemma 4 directory (`config.json`, `*.safetensors`, tokenizer) whose weights training starts from.
     The weights may be absent where `checkpoint.resume` or `checkpoint.init_from` gives them."""

@@ -80,6 +80,7 @@ def test_good_data_trains_on_every_answer(tmp_path: Path) -> None:
         ("layout.language.tp=3", LayoutError, ["`layout.language` has 1 ranks", "tp 3"]),
         ("model.hf_path={folder}/none", ConfigError, ["`model.hf_path`", "{folder}/none has no config.json"]),
         ("model.preset=gemma4_tinny", ConfigError, ["`model.preset`", "did you mean `gemma4_tiny`?"]),
+        ("model.preset=gemma4_e2b", ConfigError, ["`model.preset` gemma4_e2b has the media tokens", "`model.hf_path`"]),
         (
             "checkpoint.resume={folder}/none",
             CheckpointError,
