@@ -94,7 +94,8 @@ def build_conversation_encoder(foundation: Foundation) -> ConversationEncoder:
     """
     model, tokens = foundation.config.model, media_tokens(foundation.hf_config)
     processors = [p for name in foundation.layout.encoders for p in build_processors(name, foundation.hf_config)]
-    if model.hf_path is None and processors and not tokens.items() <= byte_media_tokens().items():
+    known, types = byte_media_tokens(), [processor.content_type for processor in processors]
+    if model.hf_path is None and any(tokens.get(kind) != known.get(kind) for kind in types):
         raise ConfigError(
             f"`model.preset` {model.preset} has the media tokens of its own tokenizer, which a preset does not have: "
             "set `model.hf_path` to a directory of that model, or train on text alone"
