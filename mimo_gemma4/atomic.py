@@ -1,4 +1,4 @@
-"""Folders that exist whole or not at all."""
+"""Files and folders that exist whole or not at all."""
 
 import os
 import shutil
@@ -8,6 +8,13 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from mimo_gemma4.errors import CheckpointError
+
+
+def replace_file(path: Path, content: bytes | str) -> None:
+    """Write a file of which readers see the old content or all of the new one; text is UTF-8."""
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_bytes(content.encode() if isinstance(content, str) else content)
+    os.replace(partial, path)
 
 
 @contextmanager

@@ -13,13 +13,13 @@ module's costliest lane over the mean of its lanes, before and after balancing. 
 
 import json
 import math
-import os
 import sys
 from collections.abc import Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, Protocol
 
+from mimo_gemma4.atomic import replace_file
 from mimo_gemma4.config import Config
 from mimo_gemma4.errors import ConfigError
 from mimo_gemma4.structured import dump
@@ -82,7 +82,7 @@ class BadSampleLines:
         self.path = directory / "bad_samples.jsonl"
         kept = [record for record in read_records(self.path) if (record["step"] or first_step) < first_step]
         self.told = {(record["shard"], record["key"]) for record in kept}
-        _replace(self.path, "".join(json.dumps(record) + "\n" for record in kept))
+        replace_file(self.path, "".join(json.dumps(record) + "\n" for record in kept))
 
     def add(self, records: Sequence[Record]) -> None:
         """Append those that are not in the file yet."""
@@ -101,7 +101,7 @@ class JsonLines:
         self.directory = directory
         for name in ("metrics.jsonl", "evaluations.jsonl"):
             kept = [record for record in read_records(directory / name) if record["step"] < first_step]
-            _replace(directory / name, "".join(json.dumps(record) + "\n" for record in kept))
+            replace_file(directory / name, "".join(json.dumps(record) + "\n" for record in kept))
         self.steps = (directory / "metrics.jsonl").open("a", encoding="utf-8")
 
     def step(self, record: Record) -> None:
@@ -114,7 +114,7 @@ class JsonLines:
         text = json.dumps(_jsonable(record))
         with (self.directory / "evaluations.jsonl").open("a", encoding="utf-8") as history:
             history.write(text + "\n")
-        _replace(self.directory / "eval.json", text + "\n")
+        replace_file(self.directory / "eval.json", text + "\n")
 
     def close(self) -> None:
         """Close the file."""
@@ -306,13 +306,6 @@ def save_samples(
         title = answer if right else f"{answer} ({truth})"
         axes.set_title(title, color="green" if right else "red", fontsize=10, parse_math=False)
     figure.savefig(path, dpi=120)
-
-
-def _replace(path: Path, text: str) -> None:
-    """Write a file of which readers see the old content or all of the new one."""
-    partial = path.with_name(f"{path.name}.tmp")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)
 
 
 def _decoder_losses(record: Record) -> list[str]:

@@ -7,7 +7,6 @@ the step for what happens once a step. Times are microseconds after the trace's 
 
 import gzip
 import json
-import os
 import re
 import tempfile
 from collections.abc import Callable, Collection, Iterator
@@ -17,6 +16,7 @@ from typing import Any, NamedTuple
 
 from torch.profiler import ProfilerAction, ProfilerActivity, profile, record_function
 
+from mimo_gemma4.atomic import replace_file
 from mimo_gemma4.layout import Layout
 from mimo_gemma4.platform import Platform
 
@@ -146,7 +146,5 @@ def write_trace(trace: dict[str, Any], folder: Path, rank: int) -> None:
     other = path.with_name(f"{path.name}.gz")
     if len(content) >= COMPRESSED_FROM:
         path, other, content = other, path, gzip.compress(content, compresslevel=4)
-    partial = path.with_name(f"{path.name}.tmp")
-    partial.write_bytes(content)
-    os.replace(partial, path)
+    replace_file(path, content)
     other.unlink(missing_ok=True)

@@ -18,11 +18,12 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
+from mimo_gemma4.atomic import replace_file
 from mimo_gemma4.data.convert import samples
 from mimo_gemma4.data.convert.conversation import ConversationReader
 from mimo_gemma4.data.convert.report import Report
 from mimo_gemma4.data.convert.rows import Rows, cut_evenly
-from mimo_gemma4.data.convert.samples import Part, PartResult, write_whole
+from mimo_gemma4.data.convert.samples import Part, PartResult
 from mimo_gemma4.data.index import progress
 from mimo_gemma4.errors import DataError
 
@@ -62,7 +63,7 @@ class Conversion:
         results = [PartResult.from_json(part.result.read_text(encoding="utf-8")) for part in parts]
         shards = {"train": self._name_train(parts, results), "valid": self._join_valid(parts, results)}
         report = Report.of(plan, shards, results)
-        write_whole(self.output / _REPORT, report.to_json())
+        replace_file(self.output / _REPORT, report.to_json())
         shutil.rmtree(self._partial)
         return report
 
@@ -100,7 +101,7 @@ class Conversion:
         if any(self.output.glob("*.tar")):
             raise DataError(f"--out {self.output} already holds shards; choose a new folder")
         self._partial.mkdir(parents=True, exist_ok=True)
-        write_whole(path, json.dumps(plan))
+        replace_file(path, json.dumps(plan))
 
     def _require_same(self, plan: dict[str, Any], other: Any) -> None:
         different = [key for key in plan if other.get(key) != plan[key]]

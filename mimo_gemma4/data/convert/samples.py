@@ -13,6 +13,7 @@ from typing import Self
 
 from webdataset import TarWriter
 
+from mimo_gemma4.atomic import replace_file
 from mimo_gemma4.data.chat import ConversationEncoder
 from mimo_gemma4.data.convert.conversation import ConversationReader
 from mimo_gemma4.data.convert.media_files import load
@@ -107,7 +108,7 @@ class Part:
             else:
                 path.unlink()
         result = PartResult({split: samples[split] for split in SPLITS}, dict(media), dropped)
-        write_whole(self.result, result.to_json())
+        replace_file(self.result, result.to_json())
 
 
 def make_sample(name: str, row: Row | BadSampleError, reader: ConversationReader, folder: Path) -> dict[str, bytes]:
@@ -129,13 +130,6 @@ def make_sample(name: str, row: Row | BadSampleError, reader: ConversationReader
     except DataError as error:
         raise BadSampleError("chat", str(error)) from error
     return members
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Write a file so that it is whole wherever it exists."""
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)
 
 
 @cache
