@@ -52,14 +52,7 @@ def greedy_answers(
     labelled = (batch.labels != IGNORE).any(dim=1)  # a sample masked for corrupt media has no label and no answer
     last_prompt = (batch.labels != IGNORE).int().argmax(dim=1)  # [B]
     media = [_of_prompts(model, microbatch, part, last_prompt) for part in media]
-    columns = torch.arange(microbatch.seq_length)
-    open_batch = LanguageBatch(
-        input_ids=batch.input_ids.masked_fill(columns > last_prompt[:, None], 0),
-        labels=torch.full_like(batch.labels, IGNORE),
-        positions=columns.expand_as(batch.positions),
-        segments=torch.ones_like(batch.segments),
-        groups=batch.groups.masked_fill(columns > last_prompt[:, None], 0),
-    )
+    open_batch = _blanked_behind(last_prompt, batch)
     rows = torch.arange(microbatch.rows)
     done = ~labelled
     for offset in range(max_new_tokens):
@@ -84,6 +77,19 @@ def greedy_answers(
         for slot in microbatch.samples
         if labelled[slot.row]
     ]
+
+
+def _blanked_behind(last_prompt: torch.Tensor, batch: LanguageBatch) -> LanguageBatch:
+    """The prompts of a padded microbatch [B, S], whose rows end at `last_prompt` [B], with room for answers."""
+    columns = torch.arange(batch.input_ids.shape[1])
+    behind = columns > last_prompt[:, None]
+    return LanguageBatch(
+        input_ids=batch.input_ids.masked_fill(behind, 0),
+        labels=torch.full_like(batch.labels, IGNORE),
+        positions=columns.expand_as(batch.positions),
+        segments=torch.ones_like(batch.segments),
+        groups=batch.groups.masked_fill(behind, 0),
+    )
 
 
 def _serve_other_lanes(model: MimoModel, rounds: int) -> None:

@@ -90,11 +90,9 @@ class Gemma4LanguageModel(MegatronModule):
         self.plan_attention = attention_backend(backend, device)
         self.stage = stage = LanguageStage.whole(text.num_hidden_layers) if stage is None else stage
         self.embedding = self._embedding(groups)
-        self.per_layer_embedding = (
-            PerLayerEmbedding(text, config, groups.tp, device, stage.layers)
-            if text.hidden_size_per_layer_input
-            else None
-        )
+        self.per_layer_embedding = None
+        if text.hidden_size_per_layer_input:
+            self.per_layer_embedding = PerLayerEmbedding(text, config, groups.tp, device, stage.layers)
         every = text.layers
         held = [every[number] for number in stage.layers]
         self.layers = nn.ModuleList(DecoderLayer(text, layer, config, groups, device) for layer in held)
@@ -103,12 +101,11 @@ class Gemma4LanguageModel(MegatronModule):
         self.sources = {layer.key_value_source for layer in every if not layer.owns_key_values}
         """Layers whose keys and values others attend to too."""
         self.norm = self._final_norm(device)
-        of_attention = {layer.attention: layer for layer in held}
-        self.head_dims = {name: layer.head_dim for name, layer in of_attention.items()}
+        self.head_dims = {layer.attention: layer.head_dim for layer in held}
         # Plain attributes: a buffer would be rounded by a cast of the module.
         self.frequencies = {
-            name: inverse_frequencies(text.rope_parameters[name], layer.head_dim).to(device)
-            for name, layer in of_attention.items()
+            name: inverse_frequencies(text.rope_parameters[name], head_dim).to(device)
+            for name, head_dim in self.head_dims.items()
         }
 
     def _embedding(self, groups: ProcessGroupCollection) -> TokenEmbedding | None:
