@@ -238,7 +238,8 @@ def tensor_names(foundation: Foundation, model: MimoModel) -> dict[str, set[str]
 def first_trained_stages(foundation: Foundation, model: MimoModel) -> dict[str, int]:
     """Per encoder that trains, the first pipeline stage with a parameter that does. Collective over all ranks.
 
-    Decoders are in it, with their only stage, where the language model or an encoder trains.
+    Decoders are in it, with their only stage, where the language model or an encoder trains. Raises `ConfigError` where
+    there are steps to train for and nothing trains.
     """
     layout, host = foundation.layout, foundation.groups.host
     mine = {
@@ -248,6 +249,12 @@ def first_trained_stages(foundation: Foundation, model: MimoModel) -> dict[str, 
     }
     everyone: list[dict[str, int]] = [{}] * host.size()
     dist.all_gather_object(everyone, mine, group=host)
+    steps = foundation.config.train.steps
+    if steps and not any(everyone):
+        raise ConfigError(
+            f"everything is frozen, so `train.steps` {steps} would change nothing: free a part of a module by "
+            "`modules.<module>.freeze`, give one adapters by `modules.<module>.lora`, or set `train.steps` to 0"
+        )
     trained = {
         name: min(held[name] for held in everyone if name in held)
         for name in (*layout.encoders, LANGUAGE)

@@ -3,6 +3,7 @@
 `python -m mimo_gemma4.config` rewrites `docs/config.md`, the reference of all keys, from `options.py`.
 """
 
+import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -249,8 +250,8 @@ def _check_ranges(config: Config, origin: Origin) -> None:
         if value is not None and not value > 0:
             raise ConfigError(f"`{key}` must be greater than 0, not {value} ({origin(key)})")
     for key, value in not_negative.items():
-        if value is not None and not value >= 0:
-            raise ConfigError(f"`{key}` must not be negative, but is {value} ({origin(key)})")
+        if value is not None and not 0 <= value < math.inf:
+            raise ConfigError(f"`{key}` must not be negative or infinite, but is {value} ({origin(key)})")
     for key, value in {
         "optim.beta1": config.optim.beta1,
         "optim.beta2": config.optim.beta2,

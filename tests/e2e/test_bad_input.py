@@ -92,6 +92,11 @@ def test_good_data_trains_on_every_answer(tmp_path: Path) -> None:
             ["train.tar hold no usable sample; the first left out", "more than data.seq_length=20"],
         ),
         ("modules.vision.freeze=['*.towr.*']", ConfigError, ["modules.vision.freeze: no parameter matches '*.towr.*'"]),
+        (
+            "modules={{vision: {{freeze: true}}, language: {{freeze: true}}}}",
+            ConfigError,
+            ["everything is frozen, so `train.steps` 2 would change nothing", "`modules.<module>.freeze`"],
+        ),
         ("optim.lr=1.0e+30", NumericsError, ["step 2", "optim.lr"]),
     ],
 )

@@ -51,6 +51,7 @@ def base(tmp_path: Path) -> Path:
         ("optim.lr=-1", ["`optim.lr` must not be negative", "-1"]),
         ("optim.beta2=1.0", ["`optim.beta2` must be in [0, 1)", "1.0"]),
         ("optim.lr=.nan", ["`optim.lr`", "nan"]),
+        ("optim.lr=.inf", ["`optim.lr` must not be negative or infinite", "inf"]),
         ("modules.vision.lr=-1", ["`modules.vision.lr` must not be negative"]),
         ("modules.vision.warmup_steps=-1", ["`modules.vision.warmup_steps` must not be negative"]),
         ("modules.vision.schedule=cosin", ["`modules.vision.schedule` must be constant | linear | cosine | null"]),
