@@ -184,7 +184,8 @@ def _stage(layout: Layout, manifest: StepManifest, rank: int, train: bool, obser
     if observed:  # by all stages in one slot, for they may wait for one another
         yield from _each("observe", LANGUAGE, rounds, [forward_slot(number, stages - 1) for number in rounds])
     if train:
-        backward = [backward_slot(number, at.pp, pipeline_depth(layout)) for number in rounds]
+        depth = pipeline_depth(layout)
+        backward = [backward_slot(number, at.pp, depth) for number in rounds]
         yield from _each("backward", LANGUAGE, rounds, backward)
         yield from _moves("gradient", LANGUAGE, filled, backward, receives=not last, sends=not first)
 
@@ -238,8 +239,9 @@ def _edge(layout: Layout, manifest: StepManifest, rank: int, name: str, run_ahea
     grid, language, rounds = layout.grids[name], layout.language, range(manifest.rounds)
     encode, encoder_backward = _encoder_slots(layout, name, grid.pp - 1, manifest.rounds, run_ahead)
     forward = [forward_slot(number, 0) for number in rounds]
-    backward = [backward_slot(number, 0, pipeline_depth(layout)) for number in rounds]
-    sends, receives = rank in grid.stage_ranks(grid.pp - 1), rank in language.stage_ranks(0)
+    depth = pipeline_depth(layout)
+    backward = [backward_slot(number, 0, depth) for number in rounds]
+    sends, receives = (rank in ranks for ranks in layout.edge(name))
     encoded, awaited = set[int](), set[int]()
     if sends:
         encoded = {number for number in rounds if manifest.encoded(name, number, grid.coordinate(rank).dp)}
@@ -255,15 +257,15 @@ def _edge(layout: Layout, manifest: StepManifest, rank: int, name: str, run_ahea
 
 def _decoder(layout: Layout, manifest: StepManifest, rank: int, name: str, returns: bool) -> Slotted:
     """Slots and actions of a decoder, on its ranks and on those of the last language stage."""
-    grid, stage, rounds = layout.grids[name], layout.language.pp - 1, range(manifest.rounds)
-    at_stage, at_decoder = rank in layout.language.stage_ranks(stage), rank in grid
+    stage, rounds = layout.language_stage(name), range(manifest.rounds)
+    at_decoder, at_stage = (rank in ranks for ranks in layout.edge(name))
     gives: list[int] = []
     decodes: list[int] = []
     if at_stage:
         lane = layout.language.coordinate(rank).dp
         gives = [number for number in rounds if manifest.awaited(name, number, lane)]
     if at_decoder:
-        lane = grid.coordinate(rank).dp
+        lane = layout.grids[name].coordinate(rank).dp
         decodes = [number for number in rounds if manifest.encoded(name, number, lane)]
     either = sorted({*gives, *decodes})
     forward = [forward_slot(number, stage) for number in rounds]
@@ -271,6 +273,7 @@ def _decoder(layout: Layout, manifest: StepManifest, rank: int, name: str, retur
     yield from _each("receive_states", name, decodes, forward)
     yield from _each("decode", name, decodes, forward)
     if returns:
-        backward = [backward_slot(number, stage, pipeline_depth(layout)) for number in rounds]
+        depth = pipeline_depth(layout)
+        backward = [backward_slot(number, stage, depth) for number in rounds]
         yield from _each("send_state_gradients" if at_decoder else "expect_state_gradients", name, either, forward)
         yield from _each("receive_state_gradients", name, gives, backward)
