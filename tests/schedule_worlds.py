@@ -76,8 +76,12 @@ def make_manifest(
     return StepManifest(0, rounds, tuple(microbatches), tuple(media))
 
 
-def connect(world: World, name: str, choose: random.Random) -> None:
-    """Choose which ranks of each media item's two lanes exchange its rows, and which of them its gradients."""
+def connect(world: World, name: str, choose: random.Random | None = None) -> None:
+    """Have the ranks of each media item's two lanes exchange its rows, and their gradients: all, or some by chance."""
+
+    def chosen(share: float) -> bool:
+        return choose is None or choose.random() < share
+
     source, target, stage = world.layout.grids[name], world.layout.language, world.layout.language_stage(name)
     for slot in world.manifest.media:
         if slot.modality != name:
@@ -91,11 +95,11 @@ def connect(world: World, name: str, choose: random.Random) -> None:
             for tp in range(target.tp)
             for cp in range(target.cp)
         ]
-        pairs = [pair for pair in pairs if pair[0] != pair[1] and choose.random() < 0.8]
+        pairs = [pair for pair in pairs if pair[0] != pair[1] and chosen(0.8)]
         rows = world.rows.setdefault((name, slot.microbatch), [])
         owners = world.owners.setdefault((name, slot.microbatch), [])
         rows += [pair for pair in pairs if pair not in rows]
-        owners += [(t, s) for s, t in pairs if choose.random() < 0.7 and (t, s) not in owners]
+        owners += [(t, s) for s, t in pairs if chosen(0.7) and (t, s) not in owners]
 
 
 def pipeline(stages: int, rounds: int, encoder_stages: int = 1, **encoders: int) -> World:
@@ -109,9 +113,7 @@ def pipeline(stages: int, rounds: int, encoder_stages: int = 1, **encoders: int)
     manifest = make_manifest(random.Random(0), rounds, 1, dict.fromkeys(encoders, 1), gaps=0.0)
     world = World(layout, manifest, dict.fromkeys(encoders, 0), encoders)
     for name in encoders:
-        pair = layout.grids[name].ranks[-1], layout.language.ranks[0]
-        for number in range(rounds):
-            world.rows[name, number], world.owners[name, number] = [pair], [pair[::-1]]
+        connect(world, name)
     return world
 
 
@@ -121,24 +123,20 @@ def colocated(stages: int, rounds: int, run_ahead: int) -> World:
     layout = build_layout(LayoutConfig(modules, placement="colocated"), stages)
     manifest = make_manifest(random.Random(0), rounds, 1, {"vision": stages}, gaps=0.0)
     world = World(layout, manifest, {"vision": 0}, {"vision": run_ahead})
-    for number in range(rounds):
-        world.rows["vision", number] = [(rank, 0) for rank in range(1, stages)]
-        world.owners["vision", number] = [(0, rank) for rank in range(1, stages)]
+    connect(world, "vision")
     return world
 
 
 def with_decoder(world: World, own_rank: bool) -> World:
     """`world`, and a decoder of a rank, its own or that of the last stage, which reads every round's media."""
-    grid, rounds = world.layout.language, world.manifest.rounds
-    rank = world.layout.world_size if own_rank else grid.ranks[-1]
+    rank = world.layout.world_size if own_rank else world.layout.language.ranks[-1]
     decoder = replace(world.layout.grids["vision"], name="pixels", ranks=(rank,), pp=1, reads="vision")
     layout = replace(
         world.layout, grids=world.layout.grids | {"pixels": decoder}, world_size=world.layout.world_size + own_rank
     )
     media = tuple(replace(slot, modality="pixels") for slot in world.manifest.media)
     manifest = replace(world.manifest, media=world.manifest.media + media)
-    pairs = [(rank, grid.ranks[-1])] if own_rank else []
-    rows = world.rows | {("pixels", number): pairs for number in range(rounds)}
-    owners = world.owners | {("pixels", number): [pair[::-1] for pair in pairs] for number in range(rounds)}
-    trained_from = world.trained_from | {"pixels": 0}
-    return replace(world, layout=layout, manifest=manifest, trained_from=trained_from, rows=rows, owners=owners)
+    trained_from, rows, owners = world.trained_from | {"pixels": 0}, dict(world.rows), dict(world.owners)
+    world = replace(world, layout=layout, manifest=manifest, trained_from=trained_from, rows=rows, owners=owners)
+    connect(world, "pixels")
+    return world

@@ -27,6 +27,7 @@ from mimo_gemma4.presets import load_model_config
 from mimo_gemma4.process_groups import create_process_groups
 from mimo_gemma4.weights import Binding, BoundModule
 from tests.schedule_simulator import World, simulate
+from tests.schedule_worlds import connect
 
 META = torch.device("meta")
 MEMORY_LINE = re.compile(r"^#   (\w+)(?:, stage (\d))? +([\d.]+) +([\d.]+) +([\d.]+)$", re.MULTILINE)
@@ -162,8 +163,8 @@ def test_the_schedule_runs(name: str):
         {encoder: recipe.config.module(encoder).run_ahead for encoder in layout.encoders},
         experts=layout.language.ep > 1,
     )
-    for slot in manifest.media:
-        connect(world, slot)
+    for encoder in layout.encoders:
+        connect(world, encoder)
     timeline = simulate(world, world.plans())
     passes = 2 * rounds
     assert all(timeline.busy[rank] >= passes for rank in layout.language.ranks)
@@ -190,19 +191,3 @@ def illustrated_step(layout: Layout, rounds: int) -> StepManifest:
                 offsets[encoder, number, encoder_lane] = offset + 2
                 media.append(MediaSlot(encoder, item, item, 0, 2, lane, number, 0, 0, encoder_lane, offset))
     return StepManifest(0, rounds, tuple(microbatches), tuple(media))
-
-
-def connect(world: World, slot: MediaSlot) -> None:
-    """Each rank that encodes an item sends to each that holds its tokens, and gets something back."""
-    source, target = world.layout.grids[slot.modality], world.layout.language
-    lane = [rank for rank in target.stage_ranks(0) if target.coordinate(rank).dp == slot.lane]
-    pairs = [
-        (rank, receiver)
-        for rank in source.stage_ranks(source.pp - 1)
-        for receiver in lane
-        if source.coordinate(rank).dp == slot.encoder_lane and rank != receiver
-    ]
-    key = slot.modality, slot.microbatch
-    rows, owners = world.rows.setdefault(key, []), world.owners.setdefault(key, [])
-    rows += [pair for pair in pairs if pair not in rows]
-    owners += [pair[::-1] for pair in pairs if pair[::-1] not in owners]
