@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
+import torch
 import torch.distributed as dist
 
 from mimo_gemma4.config import Config
@@ -34,6 +35,7 @@ def lay_foundation(config: Config) -> Foundation:
     )
     layout = build_layout(config.layout, dist.get_world_size(), ranks_per_host())
     check_decoder_names(layout, hf_config)
+    torch.manual_seed(config.run.seed)  # on all devices; a checkpoint keeps the generators' states
     return Foundation(config, hf_config, layout, platform, create_process_groups(layout, platform))
 
 

@@ -14,7 +14,8 @@ class RunConfig:
     dir: str = "runs/{name}"
     """Folder of everything the run writes. `{name}` stands for the name of the configuration file."""
     seed: int = 1234
-    """Initial weights depend on it and on the name of the tensor; the order of the data on it and on the epoch."""
+    """Initial weights depend on it and on the name of the tensor, the order of the data on it and on the epoch, and
+    torch's random generators start from it on every rank."""
     deterministic: bool = False
     """Two runs on the same machine give the same bits. Slower on GPUs."""
     timeout_seconds: float = 600.0
