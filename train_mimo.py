@@ -28,11 +28,11 @@ def train(arguments: list[str]) -> None:
 
     config = load_config(arguments)
     # Heavy imports after the configuration is known to be right.
-    from mimo_gemma4.build import build_trainer, keep_config
-    from mimo_gemma4.foundation import lay_foundation
-    from mimo_gemma4.layout import layout_table
-    from mimo_gemma4.platform import destroy_distributed
-    from mimo_gemma4.report import write_report
+    from mimo_gemma4.distributed.layout import layout_table
+    from mimo_gemma4.distributed.platform import destroy_distributed
+    from mimo_gemma4.train.build import build_trainer, keep_config
+    from mimo_gemma4.train.report import write_report
+    from mimo_gemma4.train.setup import lay_foundation
 
     foundation = lay_foundation(config)
     keep_config(foundation)

@@ -19,12 +19,12 @@ import torch.distributed as dist
 from leader_broadcast import LeaderBridge
 from traffic import Traffic
 
-from mimo_gemma4.bridge import Bridge
 from mimo_gemma4.data.manifest import MediaSlot, Microbatch, SampleSlot, StepManifest
-from mimo_gemma4.layout import Layout, ModuleGrid
+from mimo_gemma4.distributed.layout import Layout, ModuleGrid
+from mimo_gemma4.distributed.platform import Platform, create_platform, destroy_distributed
+from mimo_gemma4.distributed.process_groups import create_process_groups
+from mimo_gemma4.model.bridge import Bridge
 from mimo_gemma4.partition import sequence_multiple
-from mimo_gemma4.platform import Platform, create_platform, destroy_distributed
-from mimo_gemma4.process_groups import create_process_groups
 
 WARM_UP, TIMED, ROUNDS = 3, 15, 4
 DTYPE = torch.bfloat16

@@ -19,14 +19,14 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from ring_attention import RingPlan
 from torch.profiler import ProfilerActivity, profile
 
+from mimo_gemma4.distributed.platform import Platform, create_platform, destroy_distributed
 from mimo_gemma4.language.attention_backend import AttentionBackend, attention_backend
 from mimo_gemma4.language.attention_context import AttentionContext, attention_context, mask_rules, visible_runs
 from mimo_gemma4.language.config import FULL, SLIDING, Gemma4TextConfig
 from mimo_gemma4.language.key_exchange import GatherExchange
 from mimo_gemma4.language.model import Gemma4LanguageModel
 from mimo_gemma4.partition import CpLayout, cp_token_index
-from mimo_gemma4.platform import Platform, create_platform, destroy_distributed
-from mimo_gemma4.weights import initialise
+from mimo_gemma4.weights.bindings import initialise
 
 WARM_UP, TIMED = 3, 10
 LAYERS = dict(num_hidden_layers=12, num_kv_shared_layers=6, layer_types=((SLIDING,) * 5 + (FULL,)) * 2)

@@ -23,14 +23,14 @@ import torch
 from transformers import AutoConfig, AutoModelForImageTextToText
 
 from mimo_gemma4.config import ModelConfig
+from mimo_gemma4.config.presets import load_model_config
 from mimo_gemma4.data.tokenizer import byte_tokenizer
-from mimo_gemma4.huggingface import HuggingFaceSource
-from mimo_gemma4.presets import load_model_config
-from mimo_gemma4.tensor_files import PIECE_BYTES, TensorEntry, split_into_files, write_tensor_file
+from mimo_gemma4.weights.huggingface import HuggingFaceSource
+from mimo_gemma4.weights.safetensors_rows import PIECE_BYTES, TensorEntry, split_into_files, write_tensor_file
 
 CONVERT = [sys.executable, "-m", "mimo_gemma4.convert"]
 SHIFTS = 10_000
-IMPORTS = [sys.executable, "-c", "import mimo_gemma4.conversion"]
+IMPORTS = [sys.executable, "-c", "import mimo_gemma4.convert.conversion"]
 
 
 def random_rows(entries: dict[str, TensorEntry], noise: torch.Tensor, name: str, start: int, stop: int) -> torch.Tensor:

@@ -8,7 +8,7 @@ whole to the ranks of its lane. The way back mirrors the way there.
 import torch
 import torch.distributed as dist
 
-from mimo_gemma4.layout import ModuleGrid
+from mimo_gemma4.distributed.layout import ModuleGrid
 
 
 class LeaderBridge:

@@ -23,13 +23,13 @@ import torch
 import webdataset
 from PIL import Image
 
-from encoders.gemma4_image import Gemma4ImageProcessor
 from mimo_gemma4.data.chat import ConversationEncoder
 from mimo_gemma4.data.dataset import ShardDataset
 from mimo_gemma4.data.loader import StepLoader
 from mimo_gemma4.data.planner import StepPlanner
 from mimo_gemma4.data.sample import parse_messages
 from mimo_gemma4.data.tokenizer import byte_tokenizer
+from mimo_gemma4.encoders.gemma4_image import Gemma4ImageProcessor
 from mimo_gemma4.media import MediaHeader, MediaTokens
 
 SAMPLES_PER_SHARD = 1000

@@ -25,17 +25,17 @@ from image_loads import LOADS, TINY_LOADS, Load, Operations, with_byte_tokens, w
 from random_checkpoint import shortened
 from step_timeline import Timeline, busy_seconds, exposed_seconds
 
-from mimo_gemma4.build import build_conversation_encoder, build_loader, build_modules, open_dataset
 from mimo_gemma4.config import Config, load_config
-from mimo_gemma4.foundation import Foundation
-from mimo_gemma4.layout import build_layout
-from mimo_gemma4.model import MimoModel
-from mimo_gemma4.optim import ModuleOptimizer
-from mimo_gemma4.platform import Platform, create_platform, destroy_distributed
-from mimo_gemma4.presets import load_model_config
-from mimo_gemma4.process_groups import create_process_groups
-from mimo_gemma4.trainer import Trainer
-from mimo_gemma4.weights import Constant, Normal
+from mimo_gemma4.config.presets import load_model_config
+from mimo_gemma4.distributed.layout import build_layout
+from mimo_gemma4.distributed.platform import Platform, create_platform, destroy_distributed
+from mimo_gemma4.distributed.process_groups import create_process_groups
+from mimo_gemma4.model.mimo_model import MimoModel
+from mimo_gemma4.optim.module_optimizer import ModuleOptimizer
+from mimo_gemma4.train.build import build_conversation_encoder, build_loader, build_modules, open_dataset
+from mimo_gemma4.train.setup import Foundation
+from mimo_gemma4.train.trainer import Trainer
+from mimo_gemma4.weights.bindings import Constant, Normal
 
 WARM_UP = 2
 PLACEMENTS = ("homogeneous", "colocated", "disjoint")

@@ -14,8 +14,8 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
 from mimo_gemma4.config import ModelConfig
+from mimo_gemma4.config.presets import load_model_config
 from mimo_gemma4.data.tokenizer import byte_tokenizer
-from mimo_gemma4.presets import load_model_config
 
 BRANCH_SCALE = 0.3
 """Weight of the norms behind residual branches."""

@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 
 from mimo_gemma4.data.manifest import StepManifest
-from mimo_gemma4.layout import Layout
+from mimo_gemma4.distributed.layout import Layout
 
 Mark = float | torch.cuda.Event
 

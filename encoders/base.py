@@ -13,9 +13,9 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
+from mimo_gemma4.distributed.stages import Stage
 from mimo_gemma4.media import MediaHeader, MediaProcessor
-from mimo_gemma4.stages import Stage
-from mimo_gemma4.weights import Binding
+from mimo_gemma4.weights.bindings import Binding
 
 
 class ConfiguredProcessor(MediaProcessor, Protocol):

@@ -21,16 +21,16 @@ from torch.distributed import ProcessGroup
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from encoders.base import StagedEncoder
-from encoders.gemma4_audio_attention import LocalAttention, embed_distances, visible_keys
-from encoders.gemma4_audio_config import Gemma4AudioConfig, half
-from encoders.gemma4_layers import ClippableLinear, RMSNorm, tower_config
-from encoders.gemma4_sound import HOP, Gemma4AudioProcessor
-from encoders.waveform import MAX_SAMPLES
+from mimo_gemma4.distributed.stages import Stage
+from mimo_gemma4.encoders.base import StagedEncoder
+from mimo_gemma4.encoders.gemma4_audio_attention import LocalAttention, embed_distances, visible_keys
+from mimo_gemma4.encoders.gemma4_audio_config import Gemma4AudioConfig, half
+from mimo_gemma4.encoders.gemma4_layers import ClippableLinear, RMSNorm, tower_config
+from mimo_gemma4.encoders.gemma4_sound import HOP, Gemma4AudioProcessor
+from mimo_gemma4.encoders.waveform import MAX_SAMPLES
 from mimo_gemma4.errors import LayoutError
 from mimo_gemma4.media import MediaHeader
-from mimo_gemma4.stages import Stage
-from mimo_gemma4.weights import ONES, Binding, Constant, Normal, bind_replicated, bind_sharded
+from mimo_gemma4.weights.bindings import ONES, Binding, Constant, Normal, bind_replicated, bind_sharded
 
 LAYER_NORM_EPS = 1e-6
 """Of the norms around attention and feed-forward, whatever `audio_config.rms_norm_eps` says of the others."""

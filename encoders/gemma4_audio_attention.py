@@ -14,9 +14,9 @@ from torch.distributed import ProcessGroup
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from encoders.gemma4_audio_config import Gemma4AudioConfig
-from encoders.gemma4_layers import ClippableLinear
-from mimo_gemma4.weights import Binding, Constant, Normal, bind_replicated, bind_sharded
+from mimo_gemma4.encoders.gemma4_audio_config import Gemma4AudioConfig
+from mimo_gemma4.encoders.gemma4_layers import ClippableLinear
+from mimo_gemma4.weights.bindings import Binding, Constant, Normal, bind_replicated, bind_sharded
 
 
 class LocalAttention(nn.Module):

@@ -14,8 +14,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from encoders.gemma4_vision_config import Gemma4VisionConfig
-from encoders.image_file import read_image
+from mimo_gemma4.encoders.gemma4_vision_config import Gemma4VisionConfig
+from mimo_gemma4.encoders.image_file import read_image
 from mimo_gemma4.errors import ConfigError
 from mimo_gemma4.media import MediaHeader
 

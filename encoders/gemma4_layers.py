@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from torch.nn import functional as F
 
-from mimo_gemma4.module_config import module_config
-from mimo_gemma4.weights import Binding, Normal, bind_replicated, bind_sharded
+from mimo_gemma4.distributed.megatron_config import module_config
+from mimo_gemma4.weights.bindings import Binding, Normal, bind_replicated, bind_sharded
 
 CLIP_BOUNDS = {
     "input_min": -float("inf"),

@@ -13,8 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from encoders.gemma4_audio_config import MEL_BANDS, Gemma4AudioConfig, half
-from encoders.waveform import MAX_SAMPLES, SAMPLE_RATE, read_waveform, resampled_length
+from mimo_gemma4.encoders.gemma4_audio_config import MEL_BANDS, Gemma4AudioConfig, half
+from mimo_gemma4.encoders.waveform import MAX_SAMPLES, SAMPLE_RATE, read_waveform, resampled_length
 from mimo_gemma4.media import MediaHeader
 
 WINDOW, HOP, FFT_SIZE = 320, 160, 512

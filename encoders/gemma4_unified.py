@@ -17,8 +17,9 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from torch.nn import functional as F
 
-from encoders.base import Encoder
-from encoders.gemma4_unified_media import (
+from mimo_gemma4.distributed.megatron_config import module_config
+from mimo_gemma4.encoders.base import Encoder
+from mimo_gemma4.encoders.gemma4_unified_media import (
     Gemma4UnifiedAudioConfig,
     Gemma4UnifiedAudioProcessor,
     Gemma4UnifiedFrameProcessor,
@@ -26,8 +27,7 @@ from encoders.gemma4_unified_media import (
     Gemma4UnifiedVisionConfig,
 )
 from mimo_gemma4.media import MediaHeader
-from mimo_gemma4.module_config import module_config
-from mimo_gemma4.weights import ONES, Binding, Constant, Normal, bind_replicated
+from mimo_gemma4.weights.bindings import ONES, Binding, Constant, Normal, bind_replicated
 
 
 class Gemma4UnifiedVisionEncoder(Encoder):

@@ -19,14 +19,14 @@ from torch.nn import functional as F
 from torch.nn.attention.varlen import varlen_attn
 from torch.utils.checkpoint import checkpoint
 
-from encoders.base import StagedEncoder
-from encoders.gemma4_image import Gemma4FrameProcessor, Gemma4ImageProcessor
-from encoders.gemma4_layers import ClippableLinear, RMSNorm, tower_config
-from encoders.gemma4_vision_config import Gemma4VisionConfig
+from mimo_gemma4.distributed.stages import Stage
+from mimo_gemma4.encoders.base import StagedEncoder
+from mimo_gemma4.encoders.gemma4_image import Gemma4FrameProcessor, Gemma4ImageProcessor
+from mimo_gemma4.encoders.gemma4_layers import ClippableLinear, RMSNorm, tower_config
+from mimo_gemma4.encoders.gemma4_vision_config import Gemma4VisionConfig
 from mimo_gemma4.errors import LayoutError
 from mimo_gemma4.media import MediaHeader
-from mimo_gemma4.stages import Stage
-from mimo_gemma4.weights import ONES, Binding, Constant, Normal, bind_replicated, branch_norm
+from mimo_gemma4.weights.bindings import ONES, Binding, Constant, Normal, bind_replicated, branch_norm
 
 
 class Gemma4VisionEncoder(StagedEncoder):

@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
 
-import encoders
-from encoders.base import Encoder, StagedEncoder
+from mimo_gemma4 import encoders
 from mimo_gemma4.discovery import classes_in
+from mimo_gemma4.distributed.stages import Stage, cut_evenly
+from mimo_gemma4.encoders.base import Encoder, StagedEncoder
 from mimo_gemma4.errors import ConfigError, LayoutError
 from mimo_gemma4.media import MediaProcessor
-from mimo_gemma4.stages import Stage, cut_evenly
 
 
 def registered_encoders() -> dict[tuple[str, str], type[Encoder]]:

@@ -15,12 +15,12 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoModel, SiglipVisionConfig
 
-from encoders.base import Encoder
-from encoders.image_file import read_image
+from mimo_gemma4.distributed.megatron_config import module_config
+from mimo_gemma4.encoders.base import Encoder
+from mimo_gemma4.encoders.image_file import read_image
 from mimo_gemma4.errors import LayoutError
 from mimo_gemma4.media import MediaHeader
-from mimo_gemma4.module_config import module_config
-from mimo_gemma4.weights import ONES, Binding, Constant, Normal, bind_replicated
+from mimo_gemma4.weights.bindings import ONES, Binding, Constant, Normal, bind_replicated
 
 
 @dataclass(frozen=True)

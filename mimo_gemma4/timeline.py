@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from mimo_gemma4.errors import ConfigError, DataError, MimoError
-from mimo_gemma4.profiling import FOLDER, SpanName
+from mimo_gemma4.train.profiling import FOLDER, SpanName
 
 WAITS = ("send", "receive", "expect", "load", "agree", "reduce")
 """First words of the actions that move something or wait for it; all others compute."""

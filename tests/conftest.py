@@ -11,8 +11,8 @@ import torch  # noqa: E402
 import transformers.models.gemma4.modeling_gemma4  # noqa: E402, F401
 import transformers.utils.chat_template_utils  # noqa: E402, F401
 
-import mimo_gemma4.build  # noqa: E402, F401
-from encoders.registry import registered_encoders  # noqa: E402
+import mimo_gemma4.train.build  # noqa: E402, F401
+from mimo_gemma4.encoders.registry import registered_encoders  # noqa: E402
 
 registered_encoders()
 

@@ -10,7 +10,7 @@ import json
 import sys
 from pathlib import Path
 
-from mimo_gemma4.convert import main
+from mimo_gemma4.convert.__main__ import main
 
 
 def resident(field: str) -> int:

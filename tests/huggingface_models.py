@@ -14,8 +14,8 @@ from transformers import (
 )
 
 from mimo_gemma4.config import ModelConfig
+from mimo_gemma4.config.presets import load_model_config
 from mimo_gemma4.data.tokenizer import byte_tokenizer
-from mimo_gemma4.presets import load_model_config
 
 TINY = load_model_config(ModelConfig(preset="gemma4_tiny"))
 DENSE = dict(hidden_size_per_layer_input=0, num_kv_shared_layers=0, use_double_wide_mlp=False) | dict(

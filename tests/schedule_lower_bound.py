@@ -7,8 +7,8 @@ from heapq import heappop, heappush
 from itertools import pairwise, product
 
 from mimo_gemma4.data.manifest import MediaSlot
-from mimo_gemma4.layout import LANGUAGE
-from mimo_gemma4.schedule import Action, pipeline_depth
+from mimo_gemma4.distributed.layout import LANGUAGE
+from mimo_gemma4.train.schedule import Action, pipeline_depth
 from tests.schedule_simulator import Cost, World, passes_of
 
 Pass = tuple[Action, int]

@@ -15,8 +15,8 @@ from functools import cached_property
 from itertools import product
 
 from mimo_gemma4.data.manifest import StepManifest
-from mimo_gemma4.layout import LANGUAGE, Coordinate, Layout
-from mimo_gemma4.schedule import Action, plan_step
+from mimo_gemma4.distributed.layout import LANGUAGE, Coordinate, Layout
+from mimo_gemma4.train.schedule import Action, plan_step
 
 Message = tuple[int, int]
 """Sender and receiver, as ranks."""

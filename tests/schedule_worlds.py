@@ -5,7 +5,7 @@ from dataclasses import replace
 
 from mimo_gemma4.config import LayoutConfig, ModuleLayout
 from mimo_gemma4.data.manifest import MediaSlot, Microbatch, SampleSlot, StepManifest
-from mimo_gemma4.layout import LANGUAGE, build_layout
+from mimo_gemma4.distributed.layout import LANGUAGE, build_layout
 from tests.schedule_simulator import World
 
 DECODERS = ("pixels", "codes")

@@ -1,4 +1,4 @@
-"""A transformers module's weights as a source of `mimo_gemma4.weights.load`."""
+"""A transformers module's weights as a source of `mimo_gemma4.weights.bindings.load`."""
 
 import torch
 from torch import nn

@@ -14,13 +14,13 @@ import torch.nn.functional as F
 import yaml
 from transformers import Gemma4Config, Gemma4ForConditionalGeneration
 
-from encoders.registry import build_processors
-from mimo_gemma4.config import REPOSITORY
 from mimo_gemma4.data.chat import ConversationEncoder
 from mimo_gemma4.data.dataset import ShardDataset
 from mimo_gemma4.data.planner import StepPlanner
 from mimo_gemma4.data.shards import read_range
 from mimo_gemma4.data.tokenizer import byte_tokenizer, media_tokens
+from mimo_gemma4.encoders.registry import build_processors
+from tests import REPOSITORY
 from tests.random_weights import vary_norms
 from tests.shard_maker import chat, jpeg, sound, write_shard
 

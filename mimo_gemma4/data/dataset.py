@@ -19,8 +19,8 @@ from mimo_gemma4.data.index import ShardIndex, progress
 from mimo_gemma4.data.sample import MEDIA_TYPES, Fault, parse_messages
 from mimo_gemma4.data.shards import Shard, expand_shards, read_range, require_distinct
 from mimo_gemma4.data.token_index import TokenIndex
+from mimo_gemma4.distributed.collective_errors import together
 from mimo_gemma4.errors import DataError
-from mimo_gemma4.health import together
 from mimo_gemma4.media import MediaHeader
 
 logger = logging.getLogger(__name__)

@@ -18,16 +18,16 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from encoders.registry import build_processors, registered_encoders
 from mimo_gemma4.config import ModelConfig
+from mimo_gemma4.config.presets import load_model_config
 from mimo_gemma4.data.chat import ConversationEncoder
 from mimo_gemma4.data.index import ShardIndex
 from mimo_gemma4.data.sample import MEDIA_TYPES, parse_messages
 from mimo_gemma4.data.shards import Shard, expand_shards, read_range
 from mimo_gemma4.data.token_index import TokenIndex
 from mimo_gemma4.data.tokenizer import byte_media_tokens, load_tokenizer, media_tokens
+from mimo_gemma4.encoders.registry import build_processors, registered_encoders
 from mimo_gemma4.errors import MimoError
-from mimo_gemma4.presets import load_model_config
 
 _PERCENTILES = (0, 10, 50, 90, 99, 100)
 _LONGEST_TEXT = 4000

@@ -24,8 +24,8 @@ from mimo_gemma4.data.manifest import MediaSlot, StepManifest
 from mimo_gemma4.data.planner import StepPlanner
 from mimo_gemma4.data.sample import media_fault
 from mimo_gemma4.data.shards import read_range
+from mimo_gemma4.distributed.collective_errors import highest, together
 from mimo_gemma4.errors import DataError
-from mimo_gemma4.health import highest, together
 
 logger = logging.getLogger(__name__)
 

@@ -14,7 +14,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
 from mimo_gemma4.media import ItemProcessor, MediaProcessor
-from mimo_gemma4.weights import DECODERS, Binding
+from mimo_gemma4.weights.bindings import DECODERS, Binding
 
 
 class TargetProcessor(ItemProcessor, Protocol):

@@ -14,10 +14,10 @@ from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParall
 from torch import Tensor
 
 from mimo_gemma4.decoders.base import Decoder
+from mimo_gemma4.distributed.megatron_config import module_config
 from mimo_gemma4.errors import ConfigError, LayoutError
 from mimo_gemma4.media import MediaHeader, MediaProcessor
-from mimo_gemma4.module_config import module_config
-from mimo_gemma4.weights import Binding, Constant, Normal, bind_replicated, bind_sharded
+from mimo_gemma4.weights.bindings import Binding, Constant, Normal, bind_replicated, bind_sharded
 
 CHANNELS = 3
 """Red, green and blue."""

@@ -7,11 +7,11 @@ import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
 
 from mimo_gemma4 import decoders
+from mimo_gemma4.config.structured import build, did_you_mean
 from mimo_gemma4.decoders.base import Decoder, TargetProcessor
 from mimo_gemma4.discovery import classes_in
 from mimo_gemma4.errors import ConfigError
 from mimo_gemma4.media import MediaProcessor
-from mimo_gemma4.structured import build, did_you_mean
 
 
 def registered_decoders() -> dict[str, type[Decoder]]:

@@ -21,7 +21,7 @@ from mimo_gemma4.language.norm import RMSNorm, normalise
 from mimo_gemma4.language.projection import project_first
 from mimo_gemma4.language.replicated import OneHeadLinear
 from mimo_gemma4.language.rotary import rotate
-from mimo_gemma4.weights import Binding, Constant, Normal, bind_replicated, bind_sharded
+from mimo_gemma4.weights.bindings import Binding, Constant, Normal, bind_replicated, bind_sharded
 
 Rotary = tuple[torch.Tensor, torch.Tensor]
 """Cosine and sine, each [S, B, 1, head_dim]."""

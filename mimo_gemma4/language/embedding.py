@@ -10,7 +10,7 @@ from megatron.core.tensor_parallel.mappings import (
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch.distributed import ProcessGroup
 
-from mimo_gemma4.weights import Binding, Normal, bind_sharded
+from mimo_gemma4.weights.bindings import Binding, Normal, bind_sharded
 
 
 class TokenEmbedding(VocabParallelEmbedding):

@@ -13,7 +13,7 @@ from mimo_gemma4.language.mlp import GatedMLP
 from mimo_gemma4.language.moe import MixtureOfExperts
 from mimo_gemma4.language.norm import RMSNorm
 from mimo_gemma4.language.per_layer import PerLayerInput
-from mimo_gemma4.weights import ONES, Binding, bind_replicated, branch_norm
+from mimo_gemma4.weights.bindings import ONES, Binding, bind_replicated, branch_norm
 
 
 class DecoderLayer(nn.Module):

@@ -7,7 +7,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import nn
 from torch.distributed import ProcessGroup
 
-from mimo_gemma4.weights import Binding, Normal, bind_sharded
+from mimo_gemma4.weights.bindings import Binding, Normal, bind_sharded
 
 
 class GatedMLP(nn.Module):

@@ -26,7 +26,7 @@ from mimo_gemma4.language.norm import RMSNorm
 from mimo_gemma4.language.per_layer import PerLayerEmbedding
 from mimo_gemma4.language.rotary import inverse_frequencies, rotary_tables
 from mimo_gemma4.language.stages import LanguageStage, StageTensors
-from mimo_gemma4.weights import ONES, Binding, bind_replicated, share_between_stages
+from mimo_gemma4.weights.bindings import ONES, Binding, bind_replicated, share_between_stages
 
 
 class Gemma4LanguageModel(MegatronModule):

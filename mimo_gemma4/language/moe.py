@@ -17,7 +17,7 @@ from mimo_gemma4.language.config import Gemma4TextConfig
 from mimo_gemma4.language.dispatch import Dispatch
 from mimo_gemma4.language.norm import RMSNorm, normalise
 from mimo_gemma4.language.replicated import replicated_parameter
-from mimo_gemma4.weights import ONES, Binding, Normal, bind_replicated, bind_sharded
+from mimo_gemma4.weights.bindings import ONES, Binding, Normal, bind_replicated, bind_sharded
 
 
 @dataclass(frozen=True)

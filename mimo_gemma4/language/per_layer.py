@@ -10,7 +10,15 @@ from mimo_gemma4.language.config import Gemma4TextConfig
 from mimo_gemma4.language.embedding import TokenEmbedding
 from mimo_gemma4.language.norm import RMSNorm
 from mimo_gemma4.language.replicated import ReplicatedLinear
-from mimo_gemma4.weights import ONES, Binding, Normal, bind_replicated, branch_norm, part_of, share_between_stages
+from mimo_gemma4.weights.bindings import (
+    ONES,
+    Binding,
+    Normal,
+    bind_replicated,
+    branch_norm,
+    part_of,
+    share_between_stages,
+)
 
 
 class PerLayerEmbedding(nn.Module):

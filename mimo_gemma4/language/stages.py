@@ -5,11 +5,11 @@ from dataclasses import dataclass, field
 
 import torch
 
+from mimo_gemma4.distributed.stages import Stage, cut_evenly
 from mimo_gemma4.errors import LayoutError
 from mimo_gemma4.flops import head_flops, layer_flops
 from mimo_gemma4.language.attention import KeyValues
 from mimo_gemma4.language.config import Gemma4TextConfig, LayerConfig
-from mimo_gemma4.stages import Stage, cut_evenly
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from safetensors import safe_open
 
-from mimo_gemma4.convert import main
+from mimo_gemma4.convert.__main__ import main
 from tests.dist.harness import run_ranks
 from tests.e2e.training_runs import step_records, train_on_rank, write_config
 from tests.vlm_reference import write_shards

@@ -10,10 +10,10 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import Gemma4ForConditionalGeneration
 
-from mimo_gemma4.checkpoint import read_marker
-from mimo_gemma4.convert import main
+from mimo_gemma4.checkpoint.save_load import read_marker
+from mimo_gemma4.convert.__main__ import main
 from mimo_gemma4.errors import ConfigError
-from mimo_gemma4.lora_files import CONFIG, TENSORS, TrainedAdapters, adapted_linears
+from mimo_gemma4.weights.lora_files import CONFIG, TENSORS, TrainedAdapters, adapted_linears
 from tests.checkpoint_reader import whole_tensors
 from tests.dist.harness import run_ranks
 from tests.e2e.training_runs import Outcome, step_records, train_on_rank, write_config

@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from mimo_gemma4.build import build_trainer
 from mimo_gemma4.config import load_config
 from mimo_gemma4.data import digits_and_tones
 from mimo_gemma4.data.quickstart import ensure_shards
-from mimo_gemma4.foundation import lay_foundation
-from mimo_gemma4.report import write_report
+from mimo_gemma4.train.build import build_trainer
+from mimo_gemma4.train.report import write_report
+from mimo_gemma4.train.setup import lay_foundation
 from tests.dist.harness import run_ranks
 from tests.e2e.training_runs import Outcome, train_on_rank
 

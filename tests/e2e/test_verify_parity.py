@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from mimo_gemma4 import verify
-from mimo_gemma4.verify import main
+from mimo_gemma4.verify import __main__ as verify
+from mimo_gemma4.verify.__main__ import main
 from tests.dist.harness import run_ranks
 from tests.vlm_reference import write_model, write_shards
 

@@ -6,13 +6,13 @@ pytest -m gpu
 import pytest
 import torch
 
-from tests.dist import test_bridge_rows as bridge
-from tests.dist import test_decoder_gradient_parity as decoders
-from tests.dist import test_expert_lanes as experts_lanes
 from tests.dist import test_partition_content as partition
-from tests.dist import test_step_gradient_parity as parity
 from tests.dist.harness import in_turn, run_ranks
-from tests.dist.step_parity import Case, Prepared, check
+from tests.dist.model import test_bridge as bridge
+from tests.dist.train import test_decoder_gradient_parity as decoders
+from tests.dist.train import test_expert_lanes as experts_lanes
+from tests.dist.train import test_step_gradient_parity as parity
+from tests.dist.train.step_parity import Case, Prepared, check
 
 pytestmark = pytest.mark.gpu
 GPUS = min(8, torch.cuda.device_count())

@@ -6,9 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from mimo_gemma4.config import REPOSITORY, load_config
+from mimo_gemma4.config import load_config
 from mimo_gemma4.data.convert.__main__ import command_parser as convert_parser
 from mimo_gemma4.data.inspect import command_parser as inspect_parser
+from tests import REPOSITORY
 
 DOCUMENTS = [REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").glob("*.md"))]
 

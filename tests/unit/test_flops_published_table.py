@@ -3,9 +3,9 @@
 import pytest
 
 from mimo_gemma4.config import ModelConfig
+from mimo_gemma4.config.presets import load_model_config
 from mimo_gemma4.flops import linear_parameters, peak_flops, text_flops
 from mimo_gemma4.language.config import Gemma4TextConfig
-from mimo_gemma4.presets import load_model_config
 
 E4B = Gemma4TextConfig.from_hf(
     {

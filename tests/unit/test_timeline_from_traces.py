@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 
+from mimo_gemma4.config import LayoutConfig, ModuleLayout
+from mimo_gemma4.distributed.layout import build_layout
+from mimo_gemma4.distributed.platform import Platform
 from mimo_gemma4.errors import ConfigError, DataError
-from mimo_gemma4.layout import build_layout
-from mimo_gemma4.options import LayoutConfig, ModuleLayout
-from mimo_gemma4.platform import Platform
-from mimo_gemma4.profiling import SpanName, Tracer, unrecorded, write_trace
 from mimo_gemma4.timeline import main, rank_steps, read_traces, select_step, table
+from mimo_gemma4.train.profiling import SpanName, Tracer, unrecorded, write_trace
 
 BASE = 1_790_857_026_000_000_000
 MS = 1000.0
@@ -116,7 +116,7 @@ def test_a_large_trace_is_compressed_and_takes_the_place_of_a_small_one(
 ):
     write_trace(trace(0, *HOST), tmp_path, 0)
     assert [path.name for path in tmp_path.iterdir()] == ["rank-0.json"]
-    monkeypatch.setattr("mimo_gemma4.profiling.COMPRESSED_FROM", 100)
+    monkeypatch.setattr("mimo_gemma4.train.profiling.COMPRESSED_FROM", 100)
     write_trace(trace(0, *HOST), tmp_path, 0)
     assert [path.name for path in tmp_path.iterdir()] == ["rank-0.json.gz"]
     assert list(rank_steps(read_traces(tmp_path)[0])) == [5, 6]

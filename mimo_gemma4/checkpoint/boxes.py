@@ -1,0 +1,50 @@
+"""Axis-aligned boxes of tensor indices: how a run of flattened elements, a binding and a stored slice meet."""
+
+import math
+
+from mimo_gemma4.weights.bindings import Index
+
+Box = Index
+"""One bounded, step-free slice per dimension."""
+
+
+def size(box: Box) -> int:
+    """Number of elements."""
+    return math.prod(cut.stop - cut.start for cut in box)
+
+
+def intersect(one: Box, other: Box) -> Box | None:
+    """What two boxes of the same tensor have in common; None where that is nothing."""
+    common = tuple(slice(max(a.start, b.start), min(a.stop, b.stop)) for a, b in zip(one, other, strict=True))
+    return None if any(cut.start >= cut.stop for cut in common) else common
+
+
+def translate(box: Box, source: Box, target: Box | None = None) -> Box:
+    """`box`, part of `source`, at the same place in `target`; without a target, relative to the start of `source`."""
+    shifts = [(0 if target is None else target[i].start) - cut.start for i, cut in enumerate(source)]
+    return tuple(slice(cut.start + shift, cut.stop + shift) for cut, shift in zip(box, shifts, strict=True))
+
+
+def rectangles(shape: tuple[int, ...], start: int, end: int) -> list[Box]:
+    """The elements `[start, end)` of a row-major tensor as boxes, at most 2 * dimensions - 1, in order.
+
+    A run begins in the middle of a row, goes over whole rows, and ends in the middle of one; the same holds inside
+    the first and the last row. Each box is contiguous in the flattened tensor.
+    """
+    if start >= end:
+        return []
+    if not shape:
+        return [()]
+    row = math.prod(shape[1:])
+    first, last = -(-start // row), end // row  # the whole rows
+
+    def within(number: int, lower: int, upper: int) -> list[Box]:
+        inner = rectangles(shape[1:], lower - number * row, upper - number * row)
+        return [(slice(number, number + 1), *box) for box in inner]
+
+    if first > last:
+        return within(last, start, end)
+    boxes = within(first - 1, start, first * row) if start < first * row else []
+    if first < last:
+        boxes.append((slice(first, last), *(slice(0, length) for length in shape[1:])))
+    return boxes + (within(last, last * row, end) if last * row < end else [])

@@ -1,0 +1,45 @@
+"""The options of a run: dataclasses, how they are read and checked, and the models they name."""
+
+from mimo_gemma4.config.loading import find_config, format_config, load_config, print_config, save_config
+from mimo_gemma4.config.options import (
+    CheckpointConfig,
+    Config,
+    DataConfig,
+    EvalConfig,
+    LayoutConfig,
+    LoggingConfig,
+    LoraConfig,
+    ModelConfig,
+    ModuleConfig,
+    ModuleLayout,
+    OptimConfig,
+    ProfileConfig,
+    RunConfig,
+    ShardsConfig,
+    SourceConfig,
+    TrainConfig,
+)
+
+__all__ = [
+    "CheckpointConfig",
+    "Config",
+    "DataConfig",
+    "EvalConfig",
+    "LayoutConfig",
+    "LoggingConfig",
+    "LoraConfig",
+    "ModelConfig",
+    "ModuleConfig",
+    "ModuleLayout",
+    "OptimConfig",
+    "ProfileConfig",
+    "RunConfig",
+    "ShardsConfig",
+    "SourceConfig",
+    "TrainConfig",
+    "find_config",
+    "format_config",
+    "load_config",
+    "print_config",
+    "save_config",
+]

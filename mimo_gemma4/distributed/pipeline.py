@@ -1,0 +1,85 @@
+"""Moves tensors between neighbouring pipeline stages; both ends know every shape, so nothing is announced."""
+
+from collections.abc import Sequence
+
+import torch
+import torch.distributed as dist
+
+from mimo_gemma4.distributed.layout import ModuleGrid
+from mimo_gemma4.distributed.p2p import Arrival, Mailbox
+
+Shapes = Sequence[tuple[int, ...]]
+
+
+class Channel:
+    """One direction of a pipeline: batches of tensors from `source` to this rank and from this rank to `target`."""
+
+    def __init__(
+        self,
+        group: dist.ProcessGroup,
+        source: int | None,
+        target: int | None,
+        dtype: torch.dtype,
+        device: torch.device,
+    ):
+        """Keep both ends.
+
+        Args:
+            group: the pipeline's ranks; nothing else may be under way on it while tensors travel.
+            source: global rank that sends here, None at the beginning.
+            target: global rank that this rank sends to, None at the end.
+            dtype: of all tensors.
+            device: where they live.
+        """
+        self.mailbox, self.source, self.target, self.dtype, self.device = Mailbox(group), source, target, dtype, device
+
+    def send(self, tensors: Sequence[torch.Tensor]) -> None:
+        """Start sending; the tensors are kept until they have left."""
+        assert self.target is not None
+        self.mailbox.post([(self.target, tensor.detach().contiguous()) for tensor in tensors], [])
+
+    def expect(self, shapes: Shapes) -> Arrival:
+        """Make room for what the source sends next, and start receiving it."""
+        assert self.source is not None
+        buffers = [torch.empty(shape, dtype=self.dtype, device=self.device) for shape in shapes]
+        return self.mailbox.post([], [(self.source, buffer) for buffer in buffers])
+
+    def drain(self) -> None:
+        """Wait until everything has left."""
+        self.mailbox.drain()
+
+
+class Pipeline:
+    """The two directions between a stage and its neighbours of the same lane."""
+
+    def __init__(
+        self,
+        grid: ModuleGrid,
+        rank: int,
+        forward_group: dist.ProcessGroup,
+        backward_group: dist.ProcessGroup,
+        dtype: torch.dtype,
+        device: torch.device,
+    ):
+        """Find this rank's neighbours.
+
+        Args:
+            grid: the module's grid.
+            rank: this process's global rank.
+            forward_group: ranks of this pipeline; carries activations.
+            backward_group: the same ranks; carries gradients.
+            dtype: of what travels.
+            device: where it lives.
+        """
+        at = grid.coordinate(rank)
+        before, after = (
+            grid.rank_at(tp=at.tp, cp=at.cp, dp=at.dp, pp=pp) if 0 <= pp < grid.pp else None
+            for pp in (at.pp - 1, at.pp + 1)
+        )
+        self.forward = Channel(forward_group, before, after, dtype, device)
+        self.backward = Channel(backward_group, after, before, dtype, device)
+
+    def drain(self) -> None:
+        """Wait until everything has left."""
+        self.forward.drain()
+        self.backward.drain()

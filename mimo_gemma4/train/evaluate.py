@@ -1,0 +1,107 @@
+"""Evaluation on held-out samples: mean token loss and, where asked for, exact match of greedy answers."""
+
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch.distributed as dist
+
+from mimo_gemma4.config import Config
+from mimo_gemma4.data.collate import LanguageBatch
+from mimo_gemma4.data.loader import StepLoader
+from mimo_gemma4.data.manifest import Microbatch
+from mimo_gemma4.model.mimo_model import Media, MimoModel
+from mimo_gemma4.optim.step_reduction import StepAgreement, StepReport
+from mimo_gemma4.train.greedy_answers import Answer, greedy_answers
+from mimo_gemma4.train.metrics import mean_losses
+from mimo_gemma4.train.step import StepRunner
+
+
+@dataclass(frozen=True)
+class Reading:
+    """One evaluated sample: its number in the dataset index, the generated and the true answer."""
+
+    index: int
+    predicted: str
+    true: str
+
+
+class Evaluator:
+    """Evaluates the model of all ranks; `run` is collective over all of them."""
+
+    def __init__(self, config: Config, model: MimoModel, loader: StepLoader):
+        """`loader` plans the held-out samples once, in order, padded."""
+        self.config, self.model, self.loader = config, model, loader
+        self.runner = StepRunner(model)
+        self.agreement = StepAgreement(model.layout, None, model.platform.device)
+        self.readings: list[Reading] = []
+        """On rank 0: the answers of the last run, in dataset order."""
+
+    def run(self, step: int) -> dict[str, Any] | None:
+        """Evaluate; rank 0 returns `{step, loss, losses, accuracy, items, per_modality}`, the others None."""
+        for module in self.model.modules.values():
+            module.eval()
+        loss, tokens, items = 0.0, 0.0, 0
+        decoders = self.model.layout.decoders
+        decoder_sums, decoder_rows = dict.fromkeys(decoders, 0.0), dict.fromkeys(decoders, 0)
+        answers: list[Answer] = []
+
+        def observe(batch: LanguageBatch, microbatch: Microbatch, media: Media) -> None:
+            answers.extend(self._answers(batch, microbatch, media))
+
+        generating = self.config.eval.max_new_tokens > 0
+        for number in range(self.loader.planner.steps or 0):
+            data = self.loader.load(number)
+            totals = self.runner.run(data, train=False, observe=observe if generating else None)
+            agreement = self.agreement.reduce(
+                {}, totals.loss_sum, totals.loss_tokens, totals.tokens, decoder_losses=totals.decoder_losses
+            )
+            report = StepReport(agreement).read()
+            loss += report["loss"] * report["loss_tokens"]
+            tokens += report["loss_tokens"]
+            items += len(data.manifest.samples)
+            for name, total in zip(decoders, report["decoder_losses"], strict=True):
+                decoder_sums[name] += total
+                decoder_rows[name] += data.manifest.rows_of(name)
+        for module in self.model.modules.values():
+            module.train()
+        self.readings = self._gather(answers)
+        if self.model.rank != 0:
+            return None
+        means = {"loss": loss / max(tokens, 1.0), "losses": mean_losses(decoder_sums, decoder_rows)}
+        return {"step": step, **means, **self._score(generating, items)}
+
+    def _answers(self, batch: LanguageBatch, microbatch: Microbatch, media: Media) -> Sequence[Answer]:
+        """Answers of a microbatch, kept on one rank of the lane."""
+        answers = greedy_answers(
+            self.model,
+            batch,
+            microbatch,
+            media,
+            max_new_tokens=self.config.eval.max_new_tokens,
+            stop_ids=self.loader.dataset.encoder.stop_ids,
+        )
+        groups = self.model.groups.modules["language"]
+        return answers if groups.tp.rank() == groups.cp.rank() == groups.pp.rank() == 0 else []
+
+    def _gather(self, answers: list[Answer]) -> list[Reading]:
+        everyone: list[list[Answer]] = [[] for _ in range(self.model.groups.host.size())]
+        dist.all_gather_object(everyone, answers, group=self.model.groups.host)
+        if self.model.rank != 0:
+            return []
+        decode = self.loader.dataset.encoder.decode
+        found = sorted((answer for part in everyone for answer in part), key=lambda answer: answer.index)
+        return [Reading(answer.index, decode(answer.predicted), decode(answer.true)) for answer in found]
+
+    def _score(self, generating: bool, items: int) -> dict[str, Any]:
+        dataset = self.loader.dataset
+        if not generating:
+            return {"accuracy": None, "items": items, "per_modality": {}}
+        hits: dict[str, list[bool]] = defaultdict(list)
+        for reading in self.readings:
+            kinds = sorted({item.modality for item in dataset.media(reading.index)}) or ["text"]
+            hits["+".join(kinds)].append(reading.predicted == reading.true)
+        every = [hit for part in hits.values() for hit in part]
+        per_modality = {kind: {"accuracy": sum(part) / len(part), "items": len(part)} for kind, part in hits.items()}
+        return {"accuracy": sum(every) / max(1, len(every)), "items": len(every), "per_modality": per_modality}

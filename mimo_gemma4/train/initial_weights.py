@@ -1,0 +1,174 @@
+"""Where the weights of a run come from: Hugging Face directories, a checkpoint, or random numbers."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+from mimo_gemma4.checkpoint import save_load as checkpoint
+from mimo_gemma4.config import LoraConfig
+from mimo_gemma4.distributed.collective_errors import together
+from mimo_gemma4.encoders.base import Encoder
+from mimo_gemma4.errors import ConfigError
+from mimo_gemma4.model.mimo_model import MimoModel
+from mimo_gemma4.optim.module_optimizer import ModuleOptimizer
+from mimo_gemma4.train.setup import Foundation
+from mimo_gemma4.weights.bindings import BoundModule, initialise, load
+from mimo_gemma4.weights.huggingface import HuggingFaceSource, check_tensors
+from mimo_gemma4.weights.lora import AdaptedModule
+from mimo_gemma4.weights.lora_files import AdapterSource, adapted_linears
+
+
+def fill_adapters(foundation: Foundation, model: MimoModel) -> None:
+    """First values of adapters, from `lora.path` or random. Collective."""
+
+    def load_all() -> None:
+        for name, module in model.modules.items():
+            lora = foundation.config.module(name).lora
+            if isinstance(module, AdaptedModule) and lora is not None:
+                load_adapters(name, module, lora, foundation.config.run.seed)
+
+    together(foundation.groups.host, load_all)
+
+
+def load_adapters(name: str, module: AdaptedModule, lora: LoraConfig, seed: int) -> None:
+    """First values of one module's adapters. Raises `ConfigError` or `CheckpointError`."""
+    bindings = module.adapter_bindings()
+    if lora.path is None:
+        initialise(bindings, seed)
+        return
+    source = AdapterSource(Path(lora.path), f"modules.{name}.lora", lora)
+    source.check_all_read(
+        (binding.name.removesuffix(".weight") for binding in module.base.bindings()),
+        adapted_linears(binding.name for binding in bindings),
+    )
+    load(bindings, source, f"modules.{name}.lora.path {lora.path}")
+
+
+def fill_decoders(foundation: Foundation, model: MimoModel) -> None:
+    """First values of decoders, which no Hugging Face directory holds: random."""
+    for decoder in model.decoders.values():
+        initialise(decoder.bindings(), foundation.config.run.seed)
+
+
+def fill(foundation: Foundation, model: MimoModel) -> None:
+    """First weights: from Hugging Face directories, of which a rank reads only what it holds, or random. Collective."""
+    bases = {
+        name: module.base if isinstance(module, AdaptedModule) else module
+        for name, module in model.modules.items()
+        if name not in model.decoders
+    }
+    fill_adapters(foundation, model)
+    fill_decoders(foundation, model)
+    modules = foundation.config.module
+    own = {name: path for name in foundation.layout.grids if (path := modules(name).hf_path) is not None}
+    fill_from_model(foundation, [module for name, module in bases.items() if name not in own])
+    for name, path in own.items():
+        fill_from_own(name, bases.get(name), path, foundation.config.run.seed, foundation.groups.host)
+
+
+def fill_from_model(foundation: Foundation, modules: list[BoundModule]) -> None:
+    """First weights of this rank's `modules` from `model.hf_path`, or random without one. Collective over all ranks."""
+    config, host = foundation.config, foundation.groups.host
+    bindings = [binding for module in modules for binding in module.bindings()]
+    if config.model.hf_path is None:
+        initialise(bindings, config.run.seed)
+        return
+    origin, path = f"model.hf_path {config.model.hf_path}", config.model.hf_path
+    source = together(host, lambda: HuggingFaceSource(path))
+    unused = {name for module in modules for name in module.unused_tensors()}
+    left = check_tensors(origin, source, bindings, unused, host)
+    together(host, lambda: load(bindings, source, origin))
+    if foundation.platform.rank == 0:
+        for part, count in left.items():
+            print(f"model.hf_path: {count} tensors of {part} are not in this layout and were not read", flush=True)
+
+
+def fill_from_own(name: str, module: BoundModule | None, path: str, seed: int, host: dist.ProcessGroup) -> None:
+    """First weights of a module from its own directory; None: this rank does not hold it. Collective over all ranks."""
+    origin = f"modules.{name}.hf_path {path}"
+    bindings = [] if module is None else module.bindings()
+    fresh: set[int] = set()
+    if isinstance(module, Encoder):  # a projector fits one language model: an encoder's directory has none
+        fresh = {id(parameter) for parameter in module.projector_parameters()}
+    initialise([binding for binding in bindings if id(binding.tensor) in fresh], seed)
+    bindings = [binding for binding in bindings if id(binding.tensor) not in fresh]
+    source = together(host, lambda: HuggingFaceSource(path))
+    check_tensors(origin, source, bindings, None, host)
+    together(host, lambda: load(bindings, source, origin))
+
+
+@dataclass(frozen=True)
+class Start:
+    """Where a run takes its weights from, if not from `model`."""
+
+    checkpoint: Path
+    weights_only: bool
+    """Leave the optimizer and the step count at their beginning."""
+
+
+def find_start(foundation: Foundation) -> Start | None:
+    """The checkpoint that `checkpoint.resume`, else `checkpoint.init_from`, asks for. Collective."""
+    host, options = foundation.groups.host, foundation.config.checkpoint
+    found = checkpoint.resolve(options.resume, Path(foundation.config.run.dir) / "checkpoints", host=host)
+    if found is not None:
+        return Start(found, weights_only=False)
+    if options.init_from is None:
+        return None
+    return Start(checkpoint.initial(options.init_from, host=host), weights_only=True)
+
+
+def restore(foundation: Foundation, start: Start, optimizers: dict[str, ModuleOptimizer]) -> int:
+    """Load a checkpoint; the number of steps that are finished. Collective.
+
+    Only weights: decoders that the checkpoint does not hold, and adapters on a module that has none in it, keep their
+    first values.
+    """
+    host, path = foundation.groups.host, start.checkpoint
+    recorded = recorded_adapters(foundation, path)
+    check_adapters(foundation, start, recorded)
+    modules = [
+        optimizer.module
+        for name, optimizer in optimizers.items()
+        if start.weights_only and name not in recorded and isinstance(optimizer.module, AdaptedModule)
+    ]
+    fresh = {binding.name for module in modules for binding in module.adapter_bindings()}
+    if start.weights_only:
+        held = recorded_state(path).get("decoders", [])
+        absent = [name for name in foundation.layout.decoders if name in optimizers and name not in held]
+        fresh |= {binding.name for name in absent for binding in optimizers[name].bindings}
+    state = checkpoint.load(path, optimizers, host=host, weights_only=start.weights_only, keep=fresh)
+    step, steps = int(state["step"]), foundation.config.train.steps
+    if foundation.platform.rank == 0:
+        done = f"; train.steps={steps} leaves nothing to do" if step >= steps else ""
+        print(f"resumed from {path} after {step} steps{done}" if step else f"weights of {path}", flush=True)
+    return step
+
+
+def recorded_adapters(foundation: Foundation, path: Path) -> dict[str, float]:
+    """The scale of a checkpoint's adapters on modules of the layout."""
+    recorded = recorded_state(path).get("lora", {})
+    return {name: scale for name, scale in recorded.items() if name in foundation.layout.grids}
+
+
+def recorded_state(path: Path) -> dict[str, Any]:
+    """The trainer state of a checkpoint; empty where it is damaged, which loading it reports."""
+    marker = checkpoint.read_marker(path)
+    return {} if isinstance(marker, str) else marker["trainer"]
+
+
+def check_adapters(foundation: Foundation, start: Start, recorded: Mapping[str, float]) -> None:
+    """Raise `ConfigError` where a checkpoint's adapters would be left out or count with another factor."""
+    expected, key = foundation.config.lora_scales, "checkpoint.resume"
+    names = set(recorded) | set(expected)
+    if start.weights_only:
+        names, key = set(recorded), "checkpoint.init_from"
+    for name in sorted(names):
+        if recorded.get(name) != expected.get(name):
+            raise ConfigError(
+                f"{key}: the adapters of {name} in {start.checkpoint} have the scale {recorded.get(name)}, but "
+                f"modules.{name}.lora asks for {expected.get(name)} (None: no adapters); use the rank and alpha they "
+                "were trained with, or export them merged and start from that"
+            )

@@ -1,0 +1,85 @@
+"""What a finished run leaves for people: loss.png, samples.png and a table of the evaluation. Rank 0 only."""
+
+import io
+import json
+from collections.abc import Callable
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from mimo_gemma4.data.dataset import ShardDataset
+from mimo_gemma4.data.shards import read_range
+from mimo_gemma4.encoders.gemma4_sound import log_mel
+from mimo_gemma4.encoders.waveform import read_waveform
+from mimo_gemma4.train.metrics import plot_loss, save_samples
+from mimo_gemma4.train.trainer import Trainer
+
+_HEIGHT, _WIDEST = 128, 512
+"""Pixels of a picture in samples.png."""
+
+
+def write_report(trainer: Trainer) -> None:
+    """Draw the loss curve and some answers into the run's folder, and print the evaluation."""
+    folder = Path(trainer.config.run.dir)
+    if (folder / "metrics.jsonl").stat().st_size:
+        plot_loss(folder / "metrics.jsonl", folder / "loss.png")
+    evaluator = trainer.evaluator
+    if evaluator is None or not (folder / "eval.json").is_file():
+        return
+    result = json.loads((folder / "eval.json").read_text(encoding="utf-8"))
+    pictured = ((reading, sample_picture(evaluator.loader.dataset, reading.index)) for reading in evaluator.readings)
+    shown = list(islice(((reading, image) for reading, image in pictured if image), trainer.config.eval.pictures))
+    if shown:
+        readings, images = zip(*shown, strict=True)
+        save_samples(images, [r.predicted for r in readings], [r.true for r in readings], folder / "samples.png")
+    print(evaluation_table(result), flush=True)
+    print(f"results: {folder} (metrics.jsonl, loss.png{', samples.png' if shown else ''}, checkpoints)", flush=True)
+
+
+def evaluation_table(result: dict) -> str:
+    """The record of an evaluation as lines for a terminal."""
+    lines = [f"held-out evaluation after step {result['step']}", f"  loss               {result['loss']:.4f}"]
+    if result["accuracy"] is not None:
+        lines.append(f"  exact match        {result['accuracy']:.1%} of {result['items']}")
+        for kind, part in result["per_modality"].items():
+            lines.append(f"    {kind:<16} {part['accuracy']:.1%} of {part['items']}")
+    return "\n".join(lines)
+
+
+def sample_picture(dataset: ShardDataset, index: int) -> Image.Image | None:
+    """First image and spectrogram of the first sound of sample `index`, side by side; None where it has neither."""
+    first: dict[str, Image.Image] = {}
+    for item in dataset.media(index):
+        if item.media_type in _DRAWN and item.media_type not in first:
+            data = read_range(item.shard, item.offset, item.size)
+            first[item.media_type] = _DRAWN[item.media_type](data)
+    if not first:
+        return None
+    parts = [_scaled(picture) for picture in first.values()]
+    joined = Image.new("RGB", (sum(part.width for part in parts), _HEIGHT))
+    left = 0
+    for part in parts:
+        joined.paste(part, (left, 0))
+        left += part.width
+    return joined
+
+
+def _scaled(picture: Image.Image) -> Image.Image:
+    width = round(picture.width * _HEIGHT / picture.height)
+    return picture.resize((max(1, min(_WIDEST, width)), _HEIGHT))
+
+
+def _image(data: bytes) -> Image.Image:
+    return Image.open(io.BytesIO(data)).convert("RGB")
+
+
+def _spectrogram(data: bytes) -> Image.Image:
+    """A sound as a square: its time from left to right, its mel bands from below, brighter where louder."""
+    bands = log_mel(read_waveform(data)).T[::-1]
+    grey = (bands - bands.min()) * (255 / max(1e-6, bands.max() - bands.min()))
+    return Image.fromarray(grey.astype(np.uint8)).resize((_HEIGHT, _HEIGHT)).convert("RGB")
+
+
+_DRAWN: dict[str, Callable[[bytes], Image.Image]] = {"image": _image, "audio": _spectrogram}

@@ -1,0 +1,261 @@
+"""The training loop: step, agree, update, tell; evaluate and save when due. The same code on every rank."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mimo_gemma4.checkpoint import save_load as checkpoint
+from mimo_gemma4.config import Config
+from mimo_gemma4.data.dataset import BadSample
+from mimo_gemma4.data.loader import StepData, StepLoader
+from mimo_gemma4.data.manifest import StepManifest
+from mimo_gemma4.distributed.collective_errors import together
+from mimo_gemma4.distributed.layout import LANGUAGE
+from mimo_gemma4.errors import DataError, NumericsError
+from mimo_gemma4.flops import peak_flops
+from mimo_gemma4.model.mimo_model import MimoModel
+from mimo_gemma4.optim.module_optimizer import ModuleOptimizer, learning_rate
+from mimo_gemma4.optim.step_reduction import Agreement, StepAgreement, StepReport, sample_hash
+from mimo_gemma4.train.evaluate import Evaluator
+from mimo_gemma4.train.metrics import MetricsLog, mean_losses
+from mimo_gemma4.train.profiling import FOLDER, TRAINER, Tracer
+from mimo_gemma4.train.step import StepRunner, StepTotals
+from mimo_gemma4.train.usage import Moment, UsageMeter, now, seconds_between
+
+
+@dataclass(frozen=True)
+class _Measured:
+    """What was planned for a step, and when it began and ended."""
+
+    manifest: StepManifest
+    start: Moment
+    end: Moment
+
+    @property
+    def seconds(self) -> float:
+        """How long the step took; the device must have finished it."""
+        return seconds_between(self.start, self.end)
+
+
+@dataclass(frozen=True)
+class _Pending:
+    """A finished step whose results are still on the device."""
+
+    step: int
+    report: StepReport
+    rates: Mapping[str, float]
+    """Learning rate of every module of the layout."""
+    measured: _Measured
+    previous: _Measured | None
+    """The step whose usage travelled with this one's results: the one before; None where there is none."""
+
+
+class Trainer:
+    """Trains the modules of this rank in step with all other ranks."""
+
+    def __init__(
+        self,
+        config: Config,
+        model: MimoModel,
+        optimizers: Mapping[str, ModuleOptimizer],
+        loader: StepLoader,
+        evaluator: Evaluator | None,
+        finished_steps: int = 0,
+    ):
+        """Take over built parts; training goes on after `finished_steps`."""
+        self.config, self.model, self.optimizers = config, model, dict(optimizers)
+        self.loader, self.evaluator, self.step = loader, evaluator, finished_steps
+        self.tracer = Tracer(config.profile.numbers, Path(config.run.dir) / FOLDER, model.layout, model.platform)
+        self.runner = StepRunner(model, self.tracer.span)
+        self.agreement = StepAgreement(model.layout, config.optim.clip_grad, model.platform.device)
+        self.meter = UsageMeter(model, loader.planner.dataset)
+        self.log = together(
+            model.groups.host, lambda: MetricsLog(config, finished_steps + 1) if model.rank == 0 else None
+        )
+        self._tell_bad(None, [*loader.dataset.unusable, *loader.dataset.too_long])
+        if evaluator is not None:
+            held_out = evaluator.loader.dataset
+            self._tell_bad(None, [*held_out.unusable, *held_out.too_long])
+        self._pending: _Pending | None = None
+        self._measured: _Measured | None = None
+        device = model.platform.device
+        self._peak = peak_flops(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
+
+    def fit(self) -> None:
+        """Run until `train.steps`; evaluate and save on the way and at the end."""
+        try:
+            while self.step < self.config.train.steps:
+                with self.tracer.step(self.step + 1):
+                    self.train_step()
+                if self._due(self.config.checkpoint.every):
+                    self.save()
+                if self._due(self.config.eval.every):
+                    self.evaluate()
+            self._tell_pending()
+        finally:
+            self.close()
+
+    def close(self) -> None:
+        """Stop reading ahead and close the records."""
+        self.loader.close()
+        if self.evaluator is not None:
+            self.evaluator.loader.close()
+        if self.log is not None:
+            self.log.close()
+
+    def train_step(self) -> Agreement:
+        """One optimizer step on every module of this rank."""
+        device = self.model.platform.device
+        start = now(device)
+        step, span = self.step + 1, self.tracer.span
+        with span(TRAINER, "load", step):
+            data = self.loader.load(self.step)
+        for optimizer in self.optimizers.values():
+            optimizer.zero_gradients()
+        totals = self.runner.run(data)
+        for name, optimizer in self.optimizers.items():
+            with span(name, "reduce_gradients", step):
+                optimizer.finish_gradients()
+        # What the device found in the last step is read now, while it works on this one, when it costs no wait.
+        self._tell_pending()
+        measured = self._measured
+        with span(TRAINER, "agree", step):
+            agreement = self.agree(totals, data, None if measured is None else measured.manifest)
+        rates = {name: self._learning_rate(name, step) for name in self.model.layout.grids}
+        for name, optimizer in self.optimizers.items():
+            with span(name, "optimizer_step", step):
+                optimizer.apply(agreement, rates[name])
+        self.step = step
+        self._measured = _Measured(data.manifest, start, now(device))
+        self._pending = _Pending(step, StepReport(agreement), rates, self._measured, measured)
+        return agreement
+
+    def agree(self, totals: StepTotals, data: StepData, previous: StepManifest | None = None) -> Agreement:
+        """The fused reduction of this step's totals, and of the usage of the `previous` step, over all ranks."""
+        usage = None
+        if previous is not None:
+            usage = self.meter.usage(previous, self.runner.finished_seconds())
+        return self.agreement.reduce(
+            self.optimizers,
+            loss_sum=totals.loss_sum,
+            loss_tokens=totals.loss_tokens,
+            decoder_losses=totals.decoder_losses,
+            tokens=totals.tokens,
+            hash_difference=self._hash_difference(data),
+            usage=usage,
+        )
+
+    def _hash_difference(self, data: StepData) -> torch.Tensor:
+        """Hash of the items that this rank's encoders were given less that of the items it waits for, per lane."""
+        layout, rank = self.model.layout, self.model.rank
+        difference = torch.zeros(layout.language.dp, dtype=torch.float64)
+        for name, items in data.encoded.items():
+            at = layout.grids[name].coordinate(rank)
+            if at.tp == at.pp == 0:  # one rank tells of the items of a lane
+                for lane, identity in items:
+                    difference[lane] += sample_hash([identity])
+        if self.agreement.tells_tokens:
+            difference[layout.language.coordinate(rank).dp] -= sample_hash(data.expected)
+        return self.model.platform.put(difference)
+
+    def evaluate(self) -> dict[str, Any] | None:
+        """Evaluate now; rank 0 records and returns the result."""
+        if self.evaluator is None:
+            return None
+        self._tell_pending()
+        record = self.evaluator.run(self.step)
+        if self.log is not None and record is not None:
+            self.log.evaluation(record)
+            self._tell_bad(self.step, self.evaluator.loader.bad.values())
+        return record
+
+    def save(self) -> None:
+        """Write a checkpoint now."""
+        self._tell_pending()
+        checkpoint.save(
+            Path(self.config.run.dir) / "checkpoints",
+            self.step,
+            self.optimizers,
+            {"step": self.step, "lora": self.config.lora_scales, "decoders": list(self.model.layout.decoders)},
+            host=self.model.groups.host,
+            keep=self.config.checkpoint.keep,
+        )
+
+    def _due(self, every: int | None) -> bool:
+        return self.step == self.config.train.steps or (every is not None and self.step % every == 0)
+
+    def _learning_rate(self, module: str, step: int) -> float:
+        return learning_rate(self.config.module_optim(module), step, self.config.train.steps)
+
+    def _tell_pending(self) -> None:
+        """Read, check and record the last step's results, once."""
+        pending, self._pending = self._pending, None
+        if pending is None:
+            return
+        result = pending.report.read()
+        self._check(pending, result)
+        if self.log is not None:
+            self.log.step(self._record(pending, result))
+            passed_over = pending.measured.manifest.passed_over
+            self._tell_bad(pending.step, [self.loader.bad[index] for index in passed_over])
+
+    def _tell_bad(self, step: int | None, samples: Iterable[BadSample]) -> None:
+        """Record samples that are not trained on; `step` is None for those that were found by indexing."""
+        if self.log is not None:
+            self.log.bad_samples([{"step": step, **sample.record()} for sample in samples])
+
+    def _check(self, pending: _Pending, result: Mapping[str, Any]) -> None:
+        """Stop at the first step that did not happen as planned; equal on every rank, so all of them stop."""
+        lanes = [lane for lane, difference in enumerate(result["hash_difference"]) if difference]
+        if lanes:
+            slots = [slot for slot in pending.measured.manifest.samples if slot.lane in lanes]
+            keys = [self.loader.dataset.key(slot.index) for slot in slots]
+            raise DataError(
+                f"step {pending.step}: encoders and language lanes {lanes} worked on different media items; this rank "
+                f"planned the samples {keys}. Every host must see the same shards under data.train.shards"
+            )
+        if result["nonfinite"]:
+            names = list(self.model.layout.grids)
+            blamed = [name for name, ranks in zip(names, result["nonfinite_ranks"], strict=True) if ranks]
+            where = f"gradients of {', '.join(blamed)}" if blamed else "loss"
+            raise NumericsError(
+                f"step {pending.step}: {where} not finite (loss {result['loss']:.4g}); the weights were left as they "
+                "were. Lower optim.lr, look at the batch, or resume from the last checkpoint"
+            )
+
+    def _decoder_losses(self, manifest: StepManifest, sums: Sequence[float]) -> dict[str, float | None]:
+        decoders = self.model.layout.decoders
+        return mean_losses(dict(zip(decoders, sums, strict=True)), {name: manifest.rows_of(name) for name in decoders})
+
+    def _record(self, pending: _Pending, result: Mapping[str, Any]) -> dict[str, Any]:
+        seconds, modules = pending.measured.seconds, {}
+        for row, grid in enumerate(self.model.layout.grids.values()):
+            told = {"lr": pending.rates[grid.name], "grad_norm": result["module_grad_norm"][row]}
+            if pending.previous is None:
+                modules[grid.name] = told | dict.fromkeys(("mfu", "busy", "wait", "memory_gib"))
+                continue
+            busy, wait, flops = (value / pending.previous.seconds for value in result["usage"][row])
+            ranks = len(grid.ranks)
+            modules[grid.name] = told | {
+                "mfu": flops / (self._peak * ranks) if self._peak else None,
+                "busy": busy / ranks,
+                "wait": wait / ranks,
+                "memory_gib": max(result["memory_gib"][rank] for rank in grid.ranks),
+            }
+        return {
+            "step": pending.step,
+            "loss": result["loss"],
+            "losses": self._decoder_losses(pending.measured.manifest, result["decoder_losses"]),
+            "grad_norm": result["grad_norm"],
+            "lr": pending.rates[LANGUAGE],
+            "tokens": int(result["tokens"]),
+            "loss_tokens": int(result["loss_tokens"]),
+            "tokens_per_second": result["tokens"] / seconds,
+            "step_seconds": seconds,
+            "bad_samples": self.loader.faults(pending.measured.manifest),
+            "imbalance": {name: asdict(part) for name, part in pending.measured.manifest.imbalance.items()},
+            "modules": modules,
+        }

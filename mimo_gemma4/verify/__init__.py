@@ -1,0 +1,1 @@
+"""Compares a run's model with transformers."""

@@ -1,0 +1,207 @@
+"""The sequences that a layout and transformers both compute for a comparison."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+
+from mimo_gemma4.data.collate import LanguageBatch
+from mimo_gemma4.data.manifest import Microbatch
+from mimo_gemma4.data.shards import read_range
+from mimo_gemma4.errors import ConfigError
+from mimo_gemma4.language.config import Gemma4TextConfig
+from mimo_gemma4.model.mimo_model import Media, MimoModel
+from mimo_gemma4.partition import sequence_multiple
+from mimo_gemma4.train.build import build_conversation_encoder, build_loader, open_dataset, prepare_shards
+from mimo_gemma4.train.setup import Foundation
+from mimo_gemma4.train.step import StepRunner
+from mimo_gemma4.verify.parity import Outputs
+
+
+class Sequences(Protocol):
+    """Some sequences, known to every rank."""
+
+    count: int
+    """Number of sequences."""
+
+    def reference_inputs(self, number: int) -> dict[str, torch.Tensor]:
+        """Arguments of transformers' model for one sequence, a batch of one, on the host."""
+        ...
+
+    def run(self, model: MimoModel) -> list[Outputs]:
+        """Outputs of the configured layout, on rank 0; empty elsewhere. Collective over all ranks."""
+        ...
+
+
+class RandomSequences:
+    """Text of random token ids, equal on every rank; every language lane computes all of them."""
+
+    def __init__(self, foundation: Foundation, count: int, length: int) -> None:
+        """`count` sequences of `length` tokens, rounded up to what the layout can cut."""
+        self.count, self.foundation = count, foundation
+        language = foundation.layout.language
+        multiple = sequence_multiple(language.cp, language.tp if language.sequence_parallel else 1)
+        length = -(-length // multiple) * multiple
+        text = Gemma4TextConfig.from_hf(foundation.hf_config)
+        generator = torch.Generator().manual_seed(foundation.config.run.seed)
+        self.ids = torch.randint(text.vocab_size, (count, length), generator=generator)
+        for placeholder in text.placeholder_ids:
+            self.ids.masked_fill_(self.ids == placeholder, text.pad_token_id)
+
+    def reference_inputs(self, number: int) -> dict[str, torch.Tensor]:
+        """The ids alone."""
+        return {"input_ids": self.ids[number : number + 1]}
+
+    def run(self, model: MimoModel) -> list[Outputs]:
+        """One microbatch with all sequences."""
+        parts: list[Part] = []
+        if model.language is not None:
+            lane = model.layout.language.coordinate(model.rank).dp
+            rows, length = self.ids.shape
+            zeros = torch.zeros_like(self.ids)
+            batch = LanguageBatch(self.ids, zeros, torch.arange(length).expand_as(zeros), zeros + 1, zeros)
+            places = [(row, row, length) for row in range(rows)]
+            part = compute(model, batch, Microbatch(lane, 0, rows, length, ()), [], places)
+            parts = [part] if lane == 0 else []
+        return gather(parts, self.foundation.groups.host)
+
+
+class DatasetSequences:
+    """The first samples of `data.train`, media included, through the data pipeline and the encoders of the layout."""
+
+    def __init__(self, foundation: Foundation, count: int) -> None:
+        """Open the shards; collective."""
+        prepare_shards(foundation)
+        self.encoder = build_conversation_encoder(foundation)
+        self.dataset = open_dataset(foundation, "train", foundation.config.data.train, self.encoder)
+        self.count = min(count, len(self.dataset))
+        one_batch = replace(foundation.config.eval, samples=self.count, batch_size=self.count)
+        self.foundation = replace(foundation, config=replace(foundation.config, eval=one_batch))
+
+    def reference_inputs(self, number: int) -> dict[str, torch.Tensor]:
+        """Token ids, and the media as transformers' model takes them. Raises `ConfigError` for a foreign encoder."""
+        inputs: dict[str, torch.Tensor] = {"input_ids": torch.from_numpy(self.dataset.encode(number).input_ids)[None]}
+        items: dict[str, list[dict[str, torch.Tensor]]] = {}
+        for media in self.dataset.media(number):
+            data = read_range(media.shard, media.offset, media.size)
+            items.setdefault(media.media_type, []).append(self.encoder.processors[media.media_type].decode(data))
+        for media_type, decoded in items.items():
+            processor: Any = self.encoder.processors[media_type]
+            if not hasattr(processor, "transformers_inputs"):
+                raise ConfigError(
+                    f"layout.{processor.modality}: transformers' Gemma 4 has no such encoder to compare with; leave it "
+                    "out of `layout` and use --random-tokens"
+                )
+            inputs |= processor.transformers_inputs(decoded)
+        if "vision_config" in self.foundation.hf_config:
+            inputs["mm_token_type_ids"] = self._media_types(inputs["input_ids"])
+        return inputs
+
+    def run(self, model: MimoModel) -> list[Outputs]:
+        """One evaluation batch through loader, encoders, bridges and language lanes."""
+        parts: list[Part] = []
+
+        def observe(batch: LanguageBatch, microbatch: Microbatch, media: Media) -> None:
+            if not microbatch.rows:
+                assert model.language is not None
+                model.language.serve_experts()
+                return
+            places = [(slot.index, slot.row, slot.length) for slot in microbatch.samples]
+            parts.append(compute(model, batch, microbatch, media, places))
+
+        loader = build_loader(self.foundation, self.dataset, train=False)
+        StepRunner(model).run(loader.load(0), train=False, observe=observe)
+        loader.close()
+        return gather(parts, self.foundation.groups.host)
+
+    def _media_types(self, ids: torch.Tensor) -> torch.Tensor:
+        """transformers' numbers of the modalities at soft tokens: 1 images, 2 video, 3 audio; 0 elsewhere."""
+        types = torch.zeros_like(ids)
+        for number, name in enumerate(("image_token_id", "video_token_id", "audio_token_id"), start=1):
+            types.masked_fill_(ids == self.foundation.hf_config.get(name, -1), number)
+        return types
+
+
+@dataclass(frozen=True)
+class Part:
+    """What one rank computes of a microbatch, on the host."""
+
+    places: list[tuple[int, int, int]]
+    """(number, row, length) of every sequence in it."""
+    shape: tuple[int, int]
+    """[B, S] of the whole microbatch."""
+    states_at: torch.Tensor
+    """Positions whose hidden states this rank has, in its order …"""
+    hidden: dict[int, torch.Tensor]
+    """… and these, by layer of its stage, after that layer, [positions, B, H]; empty where another rank has them."""
+    logits_at: torch.Tensor
+    """Positions whose logits this rank has, in its order …"""
+    words: slice
+    """… and for which words …"""
+    logits: torch.Tensor
+    """… [B, positions, words]; no words on stages before the last."""
+
+
+def compute(
+    model: MimoModel,
+    batch: LanguageBatch,
+    microbatch: Microbatch,
+    media: Media,
+    places: list[tuple[int, int, int]],
+) -> Part:
+    """One microbatch on a language rank; collective over its lane and those that share its experts."""
+    language, adapter = model.language, model.adapter
+    assert language is not None and adapter is not None
+    hidden: dict[int, torch.Tensor] = {}
+
+    def keep(number: int) -> Callable[..., None]:
+        return lambda layer, arguments, output: hidden.update({number: output[0].cpu()})
+
+    layers = zip(language.stage.layers, language.layers, strict=True)
+    handles = [layer.register_forward_hook(keep(number)) for number, layer in layers]
+    final = model.hidden(model.local_tokens(batch, microbatch), media)
+    for handle in handles:
+        handle.remove()
+    index, tp = adapter.token_index(microbatch.seq_length), language.tp_group
+    logits = torch.empty(microbatch.rows, len(index), 0) if final is None else language.logits(final).cpu()
+    states_at = index.chunk(tp.size())[tp.rank()] if language.config.sequence_parallel else index
+    if not language.config.sequence_parallel and tp.rank() > 0:
+        hidden = {}
+    words = logits.shape[-1]
+    first = tp.rank() * words
+    shape = (microbatch.rows, microbatch.seq_length)
+    return Part(places, shape, states_at, hidden, index, slice(first, first + words), logits)
+
+
+def gather(parts: list[Part], host: dist.ProcessGroup) -> list[Outputs]:
+    """The sequences in order of their numbers, put together on rank 0 from the parts of all ranks; empty elsewhere."""
+    everyone: list[list[Part]] | None = [[] for _ in range(host.size())] if host.rank() == 0 else None
+    dist.gather_object(parts, everyone, dst=0, group=host)
+    by_microbatch: dict[tuple[int, ...], list[Part]] = {}
+    for part in (part for found in everyone or [] for part in found):
+        by_microbatch.setdefault(tuple(number for number, _, _ in part.places), []).append(part)
+    outputs: dict[int, Outputs] = {}
+    for same in by_microbatch.values():
+        outputs |= _assemble(same)
+    return [outputs[number] for number in sorted(outputs)]
+
+
+def _assemble(parts: list[Part]) -> dict[int, Outputs]:
+    """Sequences of one microbatch from the parts of a lane's ranks, by number."""
+    rows, length = parts[0].shape
+    hidden: list[torch.Tensor] = []
+    for layer in sorted({layer for part in parts for layer in part.hidden}):
+        states = [(part.states_at, part.hidden[layer]) for part in parts if layer in part.hidden]
+        whole = torch.empty(length, *states[0][1].shape[1:], dtype=states[0][1].dtype)
+        for index, values in states:
+            whole[index] = values
+        hidden.append(whole)
+    logits = torch.empty(rows, length, max(part.words.stop for part in parts))
+    for part in parts:
+        logits[:, part.logits_at, part.words] = part.logits
+    return {
+        number: Outputs([states[:count, row] for states in hidden], logits[row, :count])
+        for number, row, count in parts[0].places
+    }

@@ -1,0 +1,181 @@
+"""Reads the tensors of a Hugging Face directory of safetensors files, by slices or rows, under one set of names.
+
+Names are those of `Gemma4ForConditionalGeneration`: `model.language_model.layers.0…`, `model.vision_tower.…`. Files of
+a text-only `Gemma4ForCausalLM` (`model.layers.0…`), of a model without its head, and older ones that put
+`language_model.model.` first are translated. `lm_head.weight` is left out: the head is the embedding.
+"""
+
+import json
+from collections import Counter
+from collections.abc import Collection, Iterable, Set
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from safetensors import safe_open
+
+from mimo_gemma4.errors import CheckpointError
+from mimo_gemma4.weights.bindings import Binding, Index
+from mimo_gemma4.weights.safetensors_rows import TensorEntry, TensorFile
+
+LISTING = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+HEAD = "lm_head.weight"
+LANGUAGE = "model.language_model."
+_PREFIXES: dict[str, tuple[tuple[str, str], ...]] = {
+    LANGUAGE: (("", ""),),
+    "language_model.model.": (
+        ("language_model.model.", LANGUAGE),
+        ("language_model.lm_head.", "lm_head."),
+        ("", "model."),
+    ),
+    "language_model.": (("lm_head.", "lm_head."), ("", "model.")),
+    "model.": (("model.", LANGUAGE), ("", "")),
+    "": (("lm_head.", "lm_head."), ("", LANGUAGE)),
+}
+"""By the prefix under which files hold `embed_tokens.weight`: how the first prefix that fits a name is replaced."""
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """A tensor as the directory holds it."""
+
+    name: str
+    """Its name in the files."""
+    entry: TensorEntry
+
+
+class HuggingFaceSource:
+    """Tensors by name from `model.safetensors`, or from the files that `model.safetensors.index.json` lists."""
+
+    def __init__(self, path: str | Path):
+        """Read all headers. Raises `CheckpointError` where the directory holds no weights, or not all that it lists."""
+        self.path = Path(path)
+        files = [TensorFile(file) for file in _weight_files(self.path)]
+        self._files = {name: file for file in files for name in file.entries}
+        self._handles: dict[Path, Any] = {}
+        self.tensors: dict[str, StoredTensor] = {}
+        """By name here, in the order of the files."""
+        translate = _translation(self._files)
+        for file in files:
+            for name, entry in file.entries.items():
+                if translate(name) != HEAD:
+                    self.tensors[translate(name)] = StoredTensor(name, entry)
+
+    @property
+    def has_head(self) -> bool:
+        """Whether the files hold the head, which a tied model does not need."""
+        return any(name.endswith(HEAD) for name in self._files)
+
+    def read(self, name: str, index: Index, shape: tuple[int, ...]) -> torch.Tensor | None:
+        """The slice `index` of tensor `name`, reading no more than that; None where the directory lacks the tensor.
+
+        Raises `CheckpointError` where the tensor's shape is not `shape`.
+        """
+        if name not in self.tensors:
+            return None
+        stored = self.tensors[name]
+        if stored.entry.shape != shape:
+            raise CheckpointError(f"{self.path}: {misshapen(name, stored.entry.shape, shape)}")
+        return self._handle(self._files[stored.name].path).get_slice(stored.name)[index if shape else ...]
+
+    def rows(self, name: str, start: int, stop: int) -> torch.Tensor:
+        """Rows `[start, stop)` of a tensor, [stop - start, …], without mapping its file."""
+        stored = self.tensors[name].name
+        return self._files[stored].read(stored, start, stop)
+
+    def _handle(self, path: Path) -> Any:
+        if path not in self._handles:
+            self._handles[path] = safe_open(path, framework="pt")
+        return self._handles[path]
+
+
+def check_tensors(
+    origin: str,
+    source: HuggingFaceSource,
+    bindings: Iterable[Binding],
+    unused: Set[str] | None,
+    host: dist.ProcessGroup,
+) -> dict[str, int]:
+    """Compare the directory with what all ranks are to read of it; collective.
+
+    Args:
+        origin: key and path of the directory, for messages.
+        source: the directory.
+        bindings: what this rank is to read.
+        unused: names that files may hold without a use; None: whatever else they hold is of no concern.
+        host: gloo group over all ranks.
+
+    Returns how many tensors belong to no module of the layout, by the first two parts of their names. Raises one
+    `CheckpointError`, on every rank alike, that lists every tensor that is missing, has another shape, or lies among
+    those of a module of the layout without being a part of it.
+    """
+    mine = ({binding.name: binding.shape for binding in bindings}, unused)
+    everyone: list[Any] = [None] * host.size()
+    dist.all_gather_object(everyone, mine, group=host)
+    needed: dict[str, tuple[int, ...]] = {}
+    for shapes, _ in everyone:
+        needed |= shapes
+    stored = {name: tensor.entry.shape for name, tensor in source.tensors.items()}
+    problems = [f"{name} {list(shape)} is missing" for name, shape in needed.items() if name not in stored]
+    problems += [misshapen(n, stored[n], shape) for n, shape in needed.items() if n in stored and stored[n] != shape]
+    unread = set(stored) - set(needed)
+    if unused is not None:
+        unread -= set().union(*(names for _, names in everyone))
+        held = {part_of_model(name) for name in needed}
+        problems += [f"{n} {list(stored[n])} is unknown" for n in sorted(unread) if part_of_model(n) in held]
+    if problems:
+        raise CheckpointError(
+            f"{origin} does not fit its config.json ({len(problems)} tensors): " + "; ".join(problems)
+        )
+    return count_by_part(unread)
+
+
+def misshapen(name: str, found: tuple[int, ...], wanted: tuple[int, ...]) -> str:
+    """In words: a tensor has another shape than its configuration says."""
+    return f"{name} has shape {list(found)}, but its config.json asks for {list(wanted)}"
+
+
+def part_of_model(name: str) -> str:
+    """The first two parts of a tensor's name, `model.vision_tower` for example."""
+    return ".".join(name.split(".")[:2])
+
+
+def count_by_part(names: Iterable[str]) -> dict[str, int]:
+    """How many tensors each part of the model has among `names`."""
+    return dict(sorted(Counter(part_of_model(name) for name in names).items()))
+
+
+def _weight_files(directory: Path) -> list[Path]:
+    listing, single = directory / LISTING, directory / SINGLE
+    if listing.is_file():
+        names = sorted(set(json.loads(listing.read_text(encoding="utf-8"))["weight_map"].values()))
+        absent = [name for name in names if not (directory / name).is_file()]
+        if absent:
+            raise CheckpointError(f"hf_path {directory} lacks files that its {LISTING} lists: {', '.join(absent)}")
+        return [directory / name for name in names]
+    if single.is_file():
+        return [single]
+    pickled = sorted(path.name for path in directory.glob("*.bin"))
+    if pickled:
+        raise CheckpointError(
+            f"hf_path {directory} holds its weights as {', '.join(pickled)}; they are not read, since a pickle "
+            "can run any code. Load them with transformers and write safetensors with save_pretrained"
+        )
+    raise CheckpointError(
+        f"hf_path {directory} holds neither {LISTING} nor {SINGLE}: point it to a directory with config.json and "
+        "safetensors weights"
+    )
+
+
+def _translation(names: Collection[str]) -> Any:
+    """The function from names in the files to names here."""
+    prefix = next((prefix for prefix in _PREFIXES if f"{prefix}embed_tokens.weight" in names), LANGUAGE)
+
+    def translate(name: str) -> str:
+        old, new = next((old, new) for old, new in _PREFIXES[prefix] if name.startswith(old))
+        return new + name.removeprefix(old)
+
+    return translate

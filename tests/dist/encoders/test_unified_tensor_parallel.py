@@ -1,0 +1,58 @@
+"""The embedders of Gemma 4 12B spread over tensor parallel ranks give the rows and gradients of one rank."""
+
+import pytest
+import torch
+import torch.distributed as dist
+from megatron.core.process_groups_config import ProcessGroupCollection
+
+from mimo_gemma4.distributed.platform import Platform, install
+from mimo_gemma4.encoders.base import Encoder
+from mimo_gemma4.encoders.registry import build_encoder
+from mimo_gemma4.weights.bindings import initialise
+from tests.dist.harness import run_ranks
+
+HF_CONFIG = {
+    "vision_config": dict(
+        model_type="gemma4_unified_vision", patch_size=4, pooling_kernel_size=1, mm_embed_dim=32, mm_posemb_size=280
+    ),
+    "audio_config": dict(model_type="gemma4_unified_audio", audio_embed_dim=16),
+}
+INPUTS = {  # rows that 2 and 4 ranks do not divide, and fewer rows than ranks
+    "vision": [{"pixel_values": torch.rand(rows, 48), "positions": torch.randint(0, 9, (rows, 2))} for rows in (11, 1)],
+    "audio": [{"waveforms": torch.rand(rows, 16)} for rows in (7, 2)],
+}
+
+
+def build(modality: str, group: dist.ProcessGroup) -> Encoder:
+    encoder = build_encoder(
+        modality,
+        HF_CONFIG,
+        ProcessGroupCollection(tp=group),
+        language_hidden=24,
+        dtype=torch.float32,
+        device=torch.device("cpu"),
+    )
+    initialise(encoder.bindings(), seed=5)
+    return encoder
+
+
+def compare_with_one_rank(rank: int, modality: str) -> None:
+    install(Platform.detect())  # megatron-core's gather would look for a GPU
+    alone = [dist.new_group([r]) for r in range(dist.get_world_size())][rank]
+    whole, spread = build(modality, alone), build(modality, dist.group.WORLD)
+    for inputs in INPUTS[modality]:
+        expected, actual = whole(**inputs), spread(**inputs)
+        torch.testing.assert_close(actual, expected, rtol=0, atol=1e-6)  # the same operations on fewer rows
+        cotangent = torch.randn(expected.shape, generator=torch.Generator().manual_seed(3))
+        for rows in (expected, actual):
+            (rows * cotangent).sum().backward()
+    for ours, reference in zip(spread.bindings(), whole.bindings(), strict=True):
+        assert ours.tensor.tp_gradient_partial and not reference.tensor.tp_gradient_partial
+        dist.all_reduce(ours.tensor.grad)
+        torch.testing.assert_close(ours.tensor.grad, reference.tensor.grad, rtol=1e-5, atol=1e-6, msg=ours.name)
+
+
+@pytest.mark.parametrize("world_size", [2, 4])
+@pytest.mark.parametrize("modality", ["vision", "audio"])
+def test_equal_to_one_rank(modality: str, world_size: int):
+    run_ranks(world_size, compare_with_one_rank, modality)

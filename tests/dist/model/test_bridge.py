@@ -1,0 +1,225 @@
+"""Bridge: every row reaches exactly the ranks that hold its token, and its gradient comes back exactly once.
+
+Each row crosses between the two grids once in either direction, to and from one of the ranks that hold its token;
+tensor parallel ranks that hold the same tokens answer for equal parts of them, which one all-gather joins.
+"""
+
+import random
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from benchmarks.traffic import Message, Traffic
+from mimo_gemma4.data.manifest import MediaSlot, Microbatch, SampleSlot, StepManifest
+from mimo_gemma4.distributed.layout import ModuleLayout, build_layout
+from mimo_gemma4.distributed.platform import Platform
+from mimo_gemma4.distributed.process_groups import create_process_groups
+from mimo_gemma4.model.bridge import Bridge
+from mimo_gemma4.partition import cp_token_index, pack_multiple, segment_multiple, sequence_multiple
+from tests.dist.harness import in_turn, run_ranks
+
+WIDTH = 4
+
+# (vision ranks, vision tp, language ranks, tp, cp, sequence parallel, packed)
+CASES = [
+    (1, 1, 1, 1, 1, False, False),
+    (3, 1, 2, 1, 1, False, False),
+    (1, 1, 3, 1, 1, False, True),
+    (2, 2, 2, 2, 1, True, False),
+    (2, 1, 2, 1, 2, False, True),
+    (1, 1, 2, 2, 1, False, False),
+    (2, 1, 2, 2, 1, False, False),
+    (1, 1, 4, 2, 1, False, False),
+    (2, 1, 4, 2, 2, False, True),
+    (3, 1, 3, 3, 1, False, False),
+    (2, 1, 4, 2, 1, True, False),
+    (3, 1, 4, 2, 2, True, True),
+    (2, 2, 4, 2, 1, False, False),
+    (4, 2, 4, 1, 4, False, True),
+    (2, 2, 6, 2, 1, True, False),
+    (4, 4, 4, 2, 2, False, False),
+]
+
+
+def random_manifest(
+    seed: int, source_dp: int, target_dp: int, rounds: int, multiples: tuple, packed: bool
+) -> StepManifest:
+    """Ragged samples with zero to three media items; lanes and rounds without any media or samples occur."""
+    generator = random.Random(seed)
+    microbatches, pending = [], []
+    sample = 0
+    for lane in range(target_dp):
+        for number in range(rounds):
+            count = generator.choice([0, 1, 3])
+            slots, row, start = [], 0, 0
+            for _ in range(count):
+                media = [generator.randint(1, 9) for _ in range(generator.choice([0, 1, 1, 3]))]
+                length = sum(media) + 3 + len(media)
+                padded = -(-length // multiples[1]) * multiples[1] if packed else length
+                slots.append(SampleSlot(sample, sample, lane, number, row, start, length, padded))
+                position = start + 1
+                for ordinal, rows in enumerate(media):
+                    pending.append((sample, ordinal, rows, lane, number, row, position))
+                    position += rows + 1
+                sample += 1
+                row, start = (0, start + padded) if packed else (row + 1, 0)
+            longest = start if packed else max((s.length for s in slots), default=0)
+            multiple = multiples[2] if packed else multiples[0]
+            seq_length = -(-longest // multiple) * multiple
+            rows = min(count, 1) if packed else count
+            microbatches.append(Microbatch(lane, number, rows, seq_length, tuple(slots), packed))
+    media_slots, filled = [], {}
+    for sample_, ordinal, rows, lane, number, row, position in pending:
+        encoder_lane = generator.randrange(source_dp)
+        offset = filled.get((number, encoder_lane), 0)
+        filled[number, encoder_lane] = offset + rows
+        media_slots.append(
+            MediaSlot("vision", sample_, sample_, ordinal, rows, lane, number, row, position, encoder_lane, offset)
+        )
+    return StepManifest(seed, rounds, tuple(microbatches), tuple(media_slots))
+
+
+def row_value(slot: MediaSlot, i: int) -> float:
+    return slot.sample * 1000 + slot.ordinal * 100 + i + 1.0
+
+
+def gradient_value(slot: MediaSlot, i: int) -> float:
+    return -row_value(slot, i) - 0.5
+
+
+def bridge_rank(rank: int, case: tuple, seeds: list[int]) -> None:
+    vision_ranks, vision_tp, language_ranks, tp, cp, sequence_parallel, packed = case
+    layout = build_layout(
+        {
+            "vision": ModuleLayout(ranks=vision_ranks, tp=vision_tp),
+            "language": ModuleLayout(ranks=language_ranks, tp=tp, cp=cp, sequence_parallel=sequence_parallel),
+        },
+        world_size=vision_ranks + language_ranks,
+    )
+    platform = Platform.detect()
+    groups = create_process_groups(layout, platform)
+    vision, language = layout.grids["vision"], layout.language
+    bridge = Bridge(
+        layout,
+        "vision",
+        rank,
+        forward_group=groups.bridge_forward["vision"],
+        backward_group=groups.bridge_backward["vision"],
+        module_tp_group=groups.modules["vision"].tp if rank in vision else None,
+        language_tp_group=groups.modules["language"].tp if rank in language else None,
+        hidden_size=WIDTH,
+        dtype=torch.float32,
+        platform=platform,
+    )
+    sp = tp if sequence_parallel else 1
+    multiples = (sequence_multiple(cp, sp), segment_multiple(cp), pack_multiple(cp, sp))
+    for seed in seeds:
+        manifest = random_manifest(seed, vision.dp, language.dp, 3, multiples, packed)
+        for round_ in range(manifest.rounds):
+            check_round(bridge, manifest, round_, rank, sp)
+    bridge.drain()
+    groups.destroy()
+
+
+def check_round(bridge: Bridge, manifest: StepManifest, round_: int, rank: int, sp: int) -> None:
+    vision, language = bridge.module, bridge.language
+    rows, returns = None, torch.empty(0)
+    if rank in vision:
+        slots = manifest.encoded("vision", round_, vision.coordinate(rank).dp)
+        if slots:
+            rows = as_rows([row_value(slot, i) for slot in slots for i in range(slot.rows)], bridge)
+            returns = torch.tensor([gradient_value(slot, i) for slot in slots for i in range(slot.rows)])
+    expected, gradient_at = {}, {}
+    if rank in language:
+        expected, gradient_at = oracle(manifest, round_, language, language.coordinate(rank), sp)
+    route = bridge.route(manifest, round_)
+    positions = route.positions.tolist()
+    assert sorted(positions) == sorted(expected)
+    with Traffic() as there:
+        received = bridge.receive_in_language(route, bridge.post_to_language(route, rows))
+    check_rows(received, torch.tensor([expected[position] for position in positions]))
+    gradients = as_rows([gradient_at[position] for position in positions], bridge) if positions else None
+    with Traffic() as back:
+        returned = bridge.receive_in_module(route, bridge.post_to_module(route, gradients))
+    check_rows(returned, returns)
+    if rank in language:
+        sharers = language.tp // sp
+        check_crossings(there.messages, back.messages, len(expected), sharers, language.coordinate(rank).tp % sharers)
+    else:
+        check_crossings(back.messages, there.messages, len(returns), vision.tp, vision.coordinate(rank).tp)
+
+
+def as_rows(values: list[float], bridge: Bridge) -> torch.Tensor:
+    return torch.tensor(values, device=bridge.device)[:, None].repeat(1, WIDTH)
+
+
+def check_rows(rows: torch.Tensor, values: torch.Tensor) -> None:
+    """Exact: each row is moved and added to nothing."""
+    assert torch.equal(rows.cpu(), values[:, None].expand(-1, WIDTH))
+
+
+def check_crossings(arriving: list[Message], leaving: list[Message], rows: int, sharers: int, place: int) -> None:
+    """Of `rows` rows that a rank needs its own part alone comes from the other grid, and as much goes back.
+
+    Args:
+        arriving: what the rank did while the rows arrived, …
+        leaving: … and while their counterparts left.
+        rows: how many it needs.
+        sharers: how many tensor parallel ranks need the same ones.
+        place: of the rank among them.
+    """
+    size = -(-rows // sharers)
+    part = max(0, min(size, rows - place * size))
+    received, gathers = ([m for m in arriving if (m.operation == "recv_") is crosses] for crosses in (True, False))
+    assert sum(message.shape[0] for message in received) == sum(message.shape[0] for message in leaving) == part
+    assert all(message.operation == "send" for message in leaving)
+    assert [(message.operation, message.shape) for message in gathers] == [
+        ("_allgather_base_", (size * sharers, WIDTH))
+    ] * (rows > 0 and sharers > 1)
+
+
+def oracle(manifest: StepManifest, round_: int, language, at, sp: int) -> tuple[dict, dict]:  # noqa: ANN001
+    """What this language rank must receive, by flat position, computed from whole sequences."""
+    microbatch = manifest.microbatch(at.dp, round_)
+    if not microbatch.rows:
+        return {}, {}
+    whole = torch.zeros(microbatch.seq_length, microbatch.rows)
+    gradient = torch.zeros_like(whole)
+    for slot in manifest.media:
+        if (slot.lane, slot.microbatch) == (at.dp, round_):
+            for i in range(slot.rows):
+                whole[slot.start + i, slot.row] = row_value(slot, i)
+                gradient[slot.start + i, slot.row] = gradient_value(slot, i)
+    index = cp_token_index(microbatch.seq_length, language.cp, at.cp, microbatch.segment_starts)
+    if sp > 1:
+        index = index.chunk(sp)[at.tp]
+    local, local_gradient = whole[index].flatten(), gradient[index].flatten()
+    held = local.nonzero().flatten().tolist()
+    return {p: local[p].item() for p in held}, {p: local_gradient[p].item() for p in held}
+
+
+@pytest.mark.parametrize("world", sorted({case[0] + case[2] for case in CASES}))
+def test_rows_arrive_and_gradients_return_once(world: int) -> None:
+    cases = [case for case in CASES if case[0] + case[2] == world]
+    run_ranks(world, in_turn, bridge_rank, [(case, list(range(6))) for case in cases])
+
+
+def test_lost_and_doubled_gradients_are_caught() -> None:
+    """The comparison above can fail: a route that drops or repeats one returned row does not pass it."""
+    for mutation in ("drop", "double"):
+        with pytest.raises(AssertionError):
+            run_ranks(4, mutated_rank, mutation)
+
+
+def mutated_rank(rank: int, mutation: str) -> None:
+    original = Bridge.post_to_module
+
+    def post_to_module(self: Bridge, route, gradients):  # noqa: ANN001, ANN202
+        if gradients is not None and dist.get_rank() == 3 and len(gradients) > 1:
+            gradients = gradients.clone()
+            gradients[0] *= 0 if mutation == "drop" else 2
+        return original(self, route, gradients)
+
+    Bridge.post_to_module = post_to_module
+    bridge_rank(rank, (2, 1, 2, 1, 1, False, False), [0, 1, 2])

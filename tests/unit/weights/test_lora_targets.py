@@ -1,0 +1,156 @@
+"""Which linears `modules.<name>.lora.targets` adapts, what it refuses, and where adapters start."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from mimo_gemma4.config import LoraConfig
+from mimo_gemma4.errors import CheckpointError, ConfigError
+from mimo_gemma4.weights.bindings import Binding, Constant, bind_replicated, bind_sharded, initialise, load
+from mimo_gemma4.weights.lora import AdaptedModule, attach
+from mimo_gemma4.weights.lora_files import AdapterSource, TrainedAdapters
+
+LORA = LoraConfig(targets=["*.q_proj", "*.value"], rank=2, alpha=3.0)
+
+
+class Block(nn.Module):
+    """Two linears that share a weight, one of their own, a norm, and experts."""
+
+    config = None
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fused = nn.Linear(5, 12, bias=False)
+        self.value = nn.Linear(12, 4)
+        self.norm = nn.Parameter(torch.ones(5))
+        self.experts = nn.Parameter(torch.randn(3, 4, 5))
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        return self.value(self.fused(inputs * self.norm))
+
+    def bindings(self) -> list[Binding]:
+        return [
+            bind_sharded("block.k_proj.weight", self.fused.weight, 0, None, at=slice(0, 7)),
+            bind_sharded("block.q_proj.weight", self.fused.weight, 0, None, at=slice(7, 12)),
+            bind_replicated("block.value.weight", self.value.weight),
+            bind_replicated("block.value.bias", self.value.bias, Constant(0.5)),
+            bind_replicated("block.norm.weight", self.norm),
+            bind_replicated("block.experts.gate_up_proj", self.experts),
+        ]
+
+
+def adapted(lora: LoraConfig = LORA) -> AdaptedModule:
+    return attach("language", Block(), lora)
+
+
+def test_names_and_shapes_are_those_of_peft() -> None:
+    found = {binding.name: binding.shape for binding in adapted().adapter_bindings()}
+    assert found == {
+        "block.q_proj.lora_A.weight": (2, 5),
+        "block.q_proj.lora_B.weight": (5, 2),
+        "block.value.lora_A.weight": (2, 12),
+        "block.value.lora_B.weight": (4, 2),
+    }
+
+
+def test_a_fresh_adapter_changes_nothing_and_starts_alike_everywhere() -> None:
+    module = adapted()
+    inputs = torch.randn(3, 5)
+    initialise(module.bindings(), seed=4)
+    values = {binding.name: binding.view().clone() for binding in module.adapter_bindings()}
+    plain = Block()
+    initialise(plain.bindings(), seed=4)
+    assert torch.equal(module.base(inputs), plain(inputs))
+    assert not values["block.value.lora_B.weight"].any()
+    a = values["block.value.lora_A.weight"]
+    assert 0.7 * 12**-0.5 < a.abs().max() <= 12**-0.5
+    again = adapted(replace(LORA, targets=["*.value"]))  # whatever else is adapted
+    initialise(again.bindings(), seed=4)
+    assert torch.equal(again.adapter_bindings()[0].view(), a)
+
+
+def test_the_output_is_that_of_the_merged_weights() -> None:
+    module = adapted()
+    initialise(module.bindings(), seed=4)
+    for binding in module.adapter_bindings():
+        nn.init.normal_(binding.view().data)
+    inputs = torch.randn(2, 3, 5)
+    expected = module.base(inputs)
+    tensors = {binding.name: binding.view().detach() for binding in module.adapter_bindings()}
+    trained = TrainedAdapters(tensors, {"block.q_proj": 1.5, "block.value": 1.5})
+    merged = Block()
+    with torch.no_grad():
+        for mine, its in zip(merged.bindings(), module.base.bindings(), strict=True):
+            first, rest = (
+                its.view().detach().split((1, len(its.view()) - 1))
+            )  # weights may be read a few rows at a time
+            mine.view().copy_(torch.cat((trained.merged(its.name, first), trained.merged(its.name, rest, start=1))))
+    torch.testing.assert_close(merged(inputs), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("pattern", "message"),
+    [
+        ("*.gate", r"no linear matches '\*.gate'; known: k_proj, q_proj, value; names look like 'block.k_proj'"),
+        ("*.qproj", "did you mean `q_proj`"),
+        ("*.norm", r"'\*.norm' matches 'block.norm', which is no linear"),
+        ("block.*", "matches 'block.experts.gate_up_proj'; experts are stacked tensors, not linears"),
+    ],
+)
+def test_a_pattern_that_cannot_be_followed_is_refused(pattern: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=rf"modules.language.lora.targets: .*{message}"):
+        adapted(LoraConfig(targets=["*.value", pattern]))
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A PEFT adapter of what `LORA` names."""
+    tensors = {binding.name: torch.randn(binding.shape) for binding in adapted().adapter_bindings()}
+    path = tmp_path / "adapter"
+    TrainedAdapters(tensors, {"block.q_proj": 1.5, "block.value": 1.5}).save(path, base_model=None)
+    return path
+
+
+def test_an_adapter_with_several_ranks_is_written_with_patterns(tmp_path: Path) -> None:
+    tensors = {f"{n}.lora_A.weight": torch.ones(r, 5) for n, r in (("x.one", 2), ("x.two", 4))}
+    tensors |= {f"{n}.lora_B.weight": torch.ones(3, r) for n, r in (("x.one", 2), ("x.two", 4))}
+    TrainedAdapters(tensors, {"x.one": 1.5, "x.two": 2.0}).save(tmp_path / "adapter", base_model="base")
+    written = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    assert (written["r"], written["lora_alpha"]) == (2, 3.0)
+    assert written["rank_pattern"] == {"x.two": 4} and written["alpha_pattern"] == {"x.two": 8.0}
+
+
+@pytest.mark.parametrize(
+    ("lora", "error", "message"),
+    [
+        (replace(LORA, rank=3), ConfigError, "has r 2 and a scale of 1.5, but modules.language.lora asks for rank 3"),
+        (replace(LORA, alpha=1.0), ConfigError, "asks for rank 2 and a scale of 0.5: set rank and alpha"),
+        (replace(LORA, targets=["*.value"]), ConfigError, "also adapts 1 linears, such as 'block.q_proj'"),
+        (replace(LORA, targets=["*.[kq]_proj", "*.value"]), CheckpointError, "lacks 2 tensors .*k_proj.lora_A.weight"),
+    ],
+    ids=["rank", "scale", "more than configured", "less than configured"],
+)
+def test_an_adapter_that_does_not_fit_is_refused(
+    lora: LoraConfig, error: type[Exception], message: str, folder: Path
+) -> None:
+    module = adapted(lora)
+    with pytest.raises(error, match=message):
+        source = AdapterSource(folder, "modules.language.lora", lora)
+        source.check_all_read(
+            ["block.q_proj", "block.k_proj", "block.value"],
+            [binding.name.partition(".lora_")[0] for binding in module.adapter_bindings()],
+        )
+        load(module.adapter_bindings(), source, "the adapter")
+
+
+def test_an_adapter_of_another_method_or_no_adapter_is_refused(folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="lacks adapter_config.json and adapter_model.safetensors"):
+        AdapterSource(tmp_path, "modules.language.lora", LORA)
+    config = json.loads((folder / "adapter_config.json").read_text())
+    (folder / "adapter_config.json").write_text(json.dumps(config | {"use_dora": True}))
+    with pytest.raises(ConfigError, match="use_dora is not supported"):
+        AdapterSource(folder, "modules.language.lora", LORA)
