@@ -23,7 +23,7 @@ def main(arguments: list[str]) -> int:
 
 
 def train(arguments: list[str]) -> None:
-    """Configuration, foundation, trainer; then fit."""
+    """Configuration, setup, trainer; then fit."""
     from mimo_gemma4.config import load_config, print_config
 
     config = load_config(arguments)
@@ -32,18 +32,18 @@ def train(arguments: list[str]) -> None:
     from mimo_gemma4.distributed.platform import destroy_distributed
     from mimo_gemma4.train.build import build_trainer, keep_config
     from mimo_gemma4.train.report import write_report
-    from mimo_gemma4.train.setup import lay_foundation
+    from mimo_gemma4.train.setup import set_up_run
 
-    foundation = lay_foundation(config)
-    keep_config(foundation)
-    if foundation.platform.rank == 0:
+    setup = set_up_run(config)
+    keep_config(setup)
+    if setup.platform.rank == 0:
         print_config(config)
-        print(layout_table(foundation.layout), flush=True)
-    trainer = build_trainer(foundation)
+        print(layout_table(setup.layout), flush=True)
+    trainer = build_trainer(setup)
     trainer.fit()
-    if foundation.platform.rank == 0:
+    if setup.platform.rank == 0:
         write_report(trainer)
-    foundation.groups.destroy()
+    setup.groups.destroy()
     destroy_distributed()
 
 

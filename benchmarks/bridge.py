@@ -19,7 +19,7 @@ import torch.distributed as dist
 from leader_broadcast import LeaderBridge
 from traffic import Traffic
 
-from mimo_gemma4.data.manifest import MediaSlot, Microbatch, SampleSlot, StepManifest
+from mimo_gemma4.data.manifest import Microbatch, PlannedMedia, PlannedSample, StepManifest
 from mimo_gemma4.distributed.layout import Layout, ModuleGrid
 from mimo_gemma4.distributed.platform import Platform, create_platform, destroy_distributed
 from mimo_gemma4.distributed.process_groups import create_process_groups
@@ -48,10 +48,10 @@ def layout_of(encoder_tp: int, language_tp: int, sequence_parallel: bool) -> Lay
 def one_round(rows: int, images: int, multiple: int) -> StepManifest:
     """A step of one microbatch: a sample that begins with its images, each between two tokens."""
     length = images * (rows + 2) + 16
-    sample = SampleSlot(0, 0, 0, 0, 0, 0, length, length)
+    sample = PlannedSample(0, 0, 0, 0, 0, 0, length, length)
     padded = -(-length // multiple) * multiple
     media = [
-        MediaSlot("vision", 0, 0, image, rows, 0, 0, 0, image * (rows + 2) + 1, 0, image * rows)
+        PlannedMedia("vision", 0, 0, image, rows, 0, 0, 0, image * (rows + 2) + 1, 0, image * rows)
         for image in range(images)
     ]
     return StepManifest(0, 1, (Microbatch(0, 0, 1, padded, (sample,)),), tuple(media))
@@ -92,7 +92,9 @@ class Edge:
         manifest, device = one_round(rows_per_image, images, multiple), self.platform.device
         generator = torch.Generator(device).manual_seed(0)
         rows = torch.randn(rows_per_image * images, width, generator=generator, device=device).to(DTYPE)
-        positions = torch.tensor([slot.start + row for slot in manifest.media for row in range(slot.rows)]).to(device)
+        positions = torch.tensor(
+            [planned.start + row for planned in manifest.media for row in range(planned.soft_tokens)]
+        ).to(device)
         gradient = torch.zeros(manifest.microbatches[0].seq_length, width, dtype=DTYPE, device=device)
         gradient[positions] = 2 * rows
         if self.receives and self.target.sequence_parallel:
@@ -105,7 +107,7 @@ class Edge:
 
     def _bridge(self, manifest: StepManifest, rows: torch.Tensor, gradient: torch.Tensor) -> tuple[Way, torch.Tensor]:
         """The way, and the rows that it should bring here, from the gradient [S/tp (local), H] of the sequence."""
-        forward_group, backward_group = self.groups.bridge_forward["vision"], self.groups.bridge_backward["vision"]
+        forward_group, backward_group = self.groups.bridge_to_language["vision"], self.groups.bridge_to_module["vision"]
         assert forward_group is not None and backward_group is not None
         bridge = Bridge(
             self.layout,
@@ -123,12 +125,12 @@ class Edge:
         returning = gradient[route.positions.to(gradient.device)]
 
         def forward() -> torch.Tensor | None:
-            arrived = bridge.receive_in_language(route, bridge.post_to_language(route, rows if self.sends else None))
+            arrived = bridge.recv_in_language(route, bridge.post_to_language(route, rows if self.sends else None))
             return arrived if self.receives else None
 
         def backward() -> torch.Tensor | None:
             arrival = bridge.post_to_module(route, returning if self.receives else None)
-            returned = bridge.receive_in_module(route, arrival)
+            returned = bridge.recv_in_module(route, arrival)
             bridge.drain()
             return returned if self.sends else None
 

@@ -53,7 +53,7 @@ class Operations:
         text, vision = Gemma4TextConfig.from_hf(hf_config), Gemma4VisionConfig.from_config(hf_config)
         images, (width, height) = Gemma4ImageProcessor.from_config(hf_config), load.size
         header = MediaHeader(width=width, height=height)
-        rows = images.rows(header)
+        rows = images.soft_tokens(header)
         image = images.cost(header) + 2.0 * vision.hidden_size * text.hidden_size * rows
         return cls(load.images * image, text_flops(text, [load.images * rows + TEXT_TOKENS]).forward)
 

@@ -96,7 +96,7 @@ def webdataset_batches(paths: list[str], encoder: ConversationEncoder) -> Iterat
 
     def decode(sample: dict[str, Any]) -> dict[str, Any]:
         with Image.open(io.BytesIO(sample["0.jpg"])) as image:
-            rows = processor.rows(MediaHeader(width=image.width, height=image.height))
+            rows = processor.soft_tokens(MediaHeader(width=image.width, height=image.height))
         conversation = encoder.encode(parse_messages(sample["json"]), [rows])
         return {"conversation": conversation, "image": processor.decode(sample["0.jpg"])}
 

@@ -33,7 +33,7 @@ from mimo_gemma4.distributed.process_groups import create_process_groups
 from mimo_gemma4.model.mimo_model import MimoModel
 from mimo_gemma4.optim.module_optimizer import ModuleOptimizer
 from mimo_gemma4.train.build import build_conversation_encoder, build_loader, build_modules, open_dataset
-from mimo_gemma4.train.setup import Foundation
+from mimo_gemma4.train.setup import RunSetup
 from mimo_gemma4.train.trainer import Trainer
 from mimo_gemma4.weights.bindings import Constant, Normal
 
@@ -79,18 +79,18 @@ def configuration(folder: Path, load: Load, options: argparse.Namespace) -> list
     ]
 
 
-def build(config: Config, hf_config: dict[str, Any], platform: Platform) -> tuple[Foundation, Trainer]:
+def build(config: Config, hf_config: dict[str, Any], platform: Platform) -> tuple[RunSetup, Trainer]:
     """`build_trainer`, but for weights that are drawn on the device, which takes no time. Collective over all ranks."""
     layout = build_layout(config.layout, dist.get_world_size())
-    foundation = Foundation(config, hf_config, layout, platform, create_process_groups(layout, platform))
-    dataset = open_dataset(foundation, "train", config.data.train, build_conversation_encoder(foundation))
-    model = build_modules(foundation)
+    setup = RunSetup(config, hf_config, layout, platform, create_process_groups(layout, platform))
+    dataset = open_dataset(setup, "train", config.data.train, build_conversation_encoder(setup))
+    model = build_modules(setup)
     fill(model)
     optimizers = {
-        name: ModuleOptimizer(module, foundation.groups.modules[name], config.optim)
+        name: ModuleOptimizer(module, setup.groups.modules[name], config.optim)
         for name, module in model.modules.items()
     }
-    return foundation, Trainer(config, model, optimizers, build_loader(foundation, dataset, train=True), None)
+    return setup, Trainer(config, model, optimizers, build_loader(setup, dataset, train=True), None)
 
 
 @torch.no_grad()
@@ -156,7 +156,7 @@ def measure(trainer: Trainer, steps: int) -> Measured:
     dist.all_reduce(slowest, op=dist.ReduceOp.MAX, group=model.groups.host)
     step, data = slowest.tolist()
     busy = {name: seconds / step for name, seconds in busy_seconds(model.layout, everyone).items()}
-    return Measured(step, data / step, exposed / step, busy, sum(slot.length for slot in manifest.samples))
+    return Measured(step, data / step, exposed / step, busy, sum(planned.length for planned in manifest.samples))
 
 
 def _finish(device: torch.device) -> None:
@@ -209,13 +209,13 @@ def main() -> None:
                 hf_config = shortened(hf_config, options.layers)
             operations = Operations.of(hf_config, load)
             layout = layout_options(placement, dist.get_world_size(), options.tp, operations.vision_share)
-            foundation, trainer = build(load_config([*arguments, *layout]), hf_config, platform)
+            setup, trainer = build(load_config([*arguments, *layout]), hf_config, platform)
             rows.append(row(load, placement, trainer, operations, measure(trainer, options.steps)))
             if platform.rank == 0:  # a run that is cut short keeps what it has measured
                 print("  ".join(rows[-1][1]), flush=True)
             trainer.close()
-            foundation.groups.destroy()
-            del foundation, trainer
+            setup.groups.destroy()
+            del setup, trainer
             gc.collect()
             torch.cuda.empty_cache()
         best = max(rows)[0]

@@ -14,7 +14,7 @@ from torch.nn.attention.flex_attention import AuxRequest, BlockMask, FlexKernelO
 
 from mimo_gemma4.language.attention_context import MaskRule, visible_runs
 from mimo_gemma4.language.flex_attention import block_mask
-from mimo_gemma4.language.key_exchange import Pending, States, arrive, depart
+from mimo_gemma4.language.key_exchange import Pending, States, finish_exchange, start_exchange
 
 
 class RingStep:
@@ -81,7 +81,7 @@ class RingPlan:
         states: States = (key, value)
         flat_query = query.permute(1, 2, 0, 3)
         for step, mask in enumerate(self.masks):
-            departed = depart(self.ring, states) if step + 1 < len(self.masks) else None
+            started = start_exchange(self.ring, states) if step + 1 < len(self.masks) else None
             partial, logits = _kernel(query)(flat_query, *(part.permute(1, 2, 0, 3) for part in states), mask)
             if merged is None:
                 merged, total = partial.float(), logits
@@ -89,8 +89,8 @@ class RingPlan:
                 both = torch.logaddexp(total, logits)
                 merged = merged * (total - both).exp()[..., None] + partial * (logits - both).exp()[..., None]
                 total = both
-            if departed is not None:
-                states = arrive(departed)
+            if started is not None:
+                states = finish_exchange(started)
         return merged.to(query.dtype).permute(2, 0, 1, 3).flatten(2)
 
 

@@ -98,20 +98,22 @@ def busy_seconds(layout: Layout, spans: Sequence[Sequence[Span]]) -> dict[str, f
 
 
 PASSES = ("encode", "encoder_backward", "forward", "backward")
-SENDS = ("send_rows", "expect_rows", "send_row_gradients", "expect_row_gradients")
-RECEIVES = {"receive_rows": "send_rows", "receive_row_gradients": "send_row_gradients"}
+SENDS = ("send_soft_tokens", "post_recv_soft_tokens", "send_soft_token_gradients", "post_recv_soft_token_gradients")
+RECEIVES = {"recv_soft_tokens": "send_soft_tokens", "recv_soft_token_gradients": "send_soft_token_gradients"}
 """Kinds of actions that wait, and what their sources do first when what is waited for is ready."""
 
 
 def _sources(layout: Layout, manifest: StepManifest) -> dict[tuple[str, str, int, int], set[int]]:
     """(kind of receiving action, encoder, round, rank) → ranks that what is received comes from."""
     sources = defaultdict(set)
-    for slot in manifest.media:
-        encoder, language = layout.grids[slot.modality], layout.language
-        above = [encoder.rank_at(tp=tp, dp=slot.encoder_lane, pp=encoder.pp - 1) for tp in range(encoder.tp)]
-        below = [language.rank_at(tp=tp, cp=cp, dp=slot.lane) for tp in range(language.tp) for cp in range(language.cp)]
+    for planned in manifest.media:
+        encoder, language = layout.grids[planned.module], layout.language
+        above = [encoder.rank_at(tp=tp, dp=planned.module_lane, pp=encoder.pp - 1) for tp in range(encoder.tp)]
+        below = [
+            language.rank_at(tp=tp, cp=cp, dp=planned.lane) for tp in range(language.tp) for cp in range(language.cp)
+        ]
         for rank in below:
-            sources["receive_rows", slot.modality, slot.microbatch, rank].update(above)
+            sources["recv_soft_tokens", planned.module, planned.microbatch, rank].update(above)
         for rank in above:
-            sources["receive_row_gradients", slot.modality, slot.microbatch, rank].update(below)
+            sources["recv_soft_token_gradients", planned.module, planned.microbatch, rank].update(below)
     return sources

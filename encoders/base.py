@@ -73,8 +73,9 @@ class Encoder(nn.Module, ABC):
     def forward(self, *args: Any, **inputs: Any) -> Tensor:
         """Encode what `processor.collate` returned, as keyword arguments on the device, into [rows, language_hidden].
 
-        Rows come item by item in the order of the items given to `collate`, `processor.rows(header)` of each, and are
-        equal on all tensor parallel ranks. It must not wait for the device (`.item()`, `.tolist()`, boolean indexing).
+        Soft tokens come item by item, `processor.soft_tokens(header)` of each, in the order of the items given to
+        `collate`, and are equal on all tensor-parallel ranks. It must not wait for the device (`.item()`, `.tolist()`,
+        boolean indexing).
         """
 
     @abstractmethod

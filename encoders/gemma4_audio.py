@@ -135,7 +135,7 @@ class Gemma4AudioEncoder(StagedEncoder):
         """Forward operations for sounds of these lengths: tower by `Gemma4AudioProcessor.cost`, and projector."""
         projector = 2.0 * self.audio.output_proj_dims * self.language_hidden
         process = self.audio_processor
-        return sum(process.cost(header) + projector * process.rows(header) for header in headers)
+        return sum(process.cost(header) + projector * process.soft_tokens(header) for header in headers)
 
     def projector_parameters(self) -> list[nn.Parameter]:
         """The projection to the language model's width; the norm before it has no weight."""

@@ -93,14 +93,14 @@ class Gemma4ImageProcessor:
             return 1, min(height // width, self.max_soft_tokens)
         return across, down
 
-    def rows(self, header: MediaHeader) -> int:
+    def soft_tokens(self, header: MediaHeader) -> int:
         """Soft tokens of an image. Raises `ValueError` as `grid` does."""
         across, down = self.grid(header)
         return across * down
 
     def cost(self, header: MediaHeader) -> float:
         """Operations of the tower's forward for an image, up to a constant factor."""
-        patches = self.rows(header) * self.pooling_kernel_size**2
+        patches = self.soft_tokens(header) * self.pooling_kernel_size**2
         return patches * (self.linear_cost + self.attention_cost * patches)
 
     def decode(self, data: bytes) -> dict[str, Tensor]:

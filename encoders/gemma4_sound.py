@@ -48,7 +48,7 @@ class Gemma4AudioProcessor:
             )
         return (samples - 1) // HOP
 
-    def rows(self, header: MediaHeader) -> int:
+    def soft_tokens(self, header: MediaHeader) -> int:
         """Soft tokens of a sound, one per 40 ms begun. Raises `ValueError` as `frames` does."""
         return half(half(self.frames(header)))
 

@@ -80,11 +80,11 @@ class Gemma4UnifiedVisionEncoder(Encoder):
 
     def flops(self, headers: Iterable[MediaHeader]) -> float:
         """Forward operations of both linears for images of these sizes."""
-        return self._row_flops * sum(self.image_processor.rows(header) for header in headers)
+        return self._row_flops * sum(self.image_processor.soft_tokens(header) for header in headers)
 
     def frame_flops(self, headers: Iterable[MediaHeader]) -> float:
         """Forward operations of both linears for frames of these sizes."""
-        return self._row_flops * sum(self.frames.rows(header) for header in headers)
+        return self._row_flops * sum(self.frames.soft_tokens(header) for header in headers)
 
     @property
     def _row_flops(self) -> float:
@@ -144,7 +144,7 @@ class Gemma4UnifiedAudioEncoder(Encoder):
 
     def flops(self, headers: Iterable[MediaHeader]) -> float:
         """Forward operations of the projection for sounds of these lengths."""
-        return 2.0 * self.projector.weight.numel() * sum(self.audio_processor.rows(header) for header in headers)
+        return 2.0 * self.projector.weight.numel() * sum(self.audio_processor.soft_tokens(header) for header in headers)
 
     def projector_parameters(self) -> list[nn.Parameter]:
         """All there is."""

@@ -113,7 +113,7 @@ class Gemma4UnifiedAudioProcessor:
         """Read `audio_config`. Raises `ConfigError`."""
         return cls(Gemma4UnifiedAudioConfig.from_config(hf_config).audio_embed_dim)
 
-    def rows(self, header: MediaHeader) -> int:
+    def soft_tokens(self, header: MediaHeader) -> int:
         """Soft tokens of a sound's first 30 seconds. Raises `ValueError` for an empty one."""
         if header.sample_rate < 1 or header.samples < 1:
             raise ValueError(f"sound of {header.samples} samples at {header.sample_rate} Hz")
@@ -122,7 +122,7 @@ class Gemma4UnifiedAudioProcessor:
 
     def cost(self, header: MediaHeader) -> float:
         """Soft tokens, each of which costs the same."""
-        return float(self.rows(header))
+        return float(self.soft_tokens(header))
 
     def decode(self, data: bytes) -> dict[str, Tensor]:
         """Read a file, mix its channels down to one, resample and cut it. Raises `ValueError` for a damaged file."""
@@ -134,7 +134,7 @@ class Gemma4UnifiedAudioProcessor:
 
     def placeholder(self, header: MediaHeader) -> dict[str, Tensor]:
         """Silence of the length that `decode` would give."""
-        return {"waveforms": torch.zeros(self.rows(header), self.samples_per_row)}
+        return {"waveforms": torch.zeros(self.soft_tokens(header), self.samples_per_row)}
 
     def collate(self, items: list[dict[str, Tensor]]) -> dict[str, Any]:
         """Concatenate sounds into waveforms [rows, samples_per_row]."""

@@ -128,7 +128,7 @@ class Gemma4VisionEncoder(StagedEncoder):
 
     def _flops(self, process: Gemma4ImageProcessor, headers: Iterable[MediaHeader]) -> float:
         projector = 2.0 * self.vision.hidden_size * self.language_hidden
-        return sum(process.cost(header) + projector * process.rows(header) for header in headers)
+        return sum(process.cost(header) + projector * process.soft_tokens(header) for header in headers)
 
     def projector_parameters(self) -> list[nn.Parameter]:
         """The projection to the language model's width; the norm before it has no weight."""

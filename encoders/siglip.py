@@ -41,7 +41,7 @@ class SiglipProcessor:
         vision = SiglipVisionConfig(**hf_config["vision_config"]).to_dict()
         return cls(vision["image_size"], vision["patch_size"])
 
-    def rows(self, header: MediaHeader) -> int:
+    def soft_tokens(self, header: MediaHeader) -> int:
         """One row a patch, whatever the image's size."""
         return (self.image_size // self.patch_size) ** 2
 
@@ -108,7 +108,7 @@ class SiglipEncoder(Encoder):
 
     def flops(self, headers: Iterable[MediaHeader]) -> float:
         """Forward operations: every weight matrix times every patch, and attention between the patches of an image."""
-        patches = self.images.rows(MediaHeader())
+        patches = self.images.soft_tokens(MediaHeader())
         matrices = sum(parameter.numel() for parameter in self.parameters() if parameter.ndim > 1)
         matrices -= self.tower.embeddings.position_embedding.weight.numel()
         attention = 4.0 * self.vision.num_hidden_layers * self.vision.hidden_size * patches**2

@@ -57,7 +57,7 @@ class MediaProcessor(ItemProcessor, Protocol):
     content_type: str
     """The `type` of the chat content parts it serves, for example `image`."""
 
-    def rows(self, header: MediaHeader) -> int:
+    def soft_tokens(self, header: MediaHeader) -> int:
         """Number of soft tokens (encoder output rows) of an item, from its header alone."""
         ...
 

@@ -20,7 +20,7 @@ from typing import Any
 from mimo_gemma4.errors import ConfigError, DataError, MimoError
 from mimo_gemma4.train.profiling import FOLDER, SpanName
 
-WAITS = ("send", "receive", "expect", "load", "agree", "reduce")
+WAITS = ("send", "recv", "post", "load", "agree", "reduce")
 """First words of the actions that move something or wait for it; all others compute."""
 COMPUTES = {
     "encode": "encode",

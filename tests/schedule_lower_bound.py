@@ -6,7 +6,7 @@ from graphlib import CycleError, TopologicalSorter
 from heapq import heappop, heappush
 from itertools import pairwise, product
 
-from mimo_gemma4.data.manifest import MediaSlot
+from mimo_gemma4.data.manifest import PlannedMedia
 from mimo_gemma4.distributed.layout import LANGUAGE
 from mimo_gemma4.train.schedule import Action, pipeline_depth
 from tests.schedule_simulator import Cost, World, passes_of
@@ -18,7 +18,7 @@ Order = tuple[tuple[Pass, ...], ...]
 
 
 def lower_bound(world: World, cost: Cost) -> float:
-    """Seconds that no order can beat in which passes of one kind and stage follow their rounds, in the same memory.
+    """Seconds that no order can beat in which passes of a stage and kind follow their microbatches, in equal memory.
 
     A pass has a head, seconds that must go by before it, and a tail, seconds that must follow it. Both are at least as
     long as the longest way through passes that wait for one another, and as the time that the pass's own rank takes for
@@ -46,8 +46,8 @@ def precedence(world: World) -> dict[Pass, list[Pass]]:
     for name, grid in world.layout.grids.items():
         for rank in grid.ranks:
             before.update(_stage(world, name, rank))
-    for slot in world.manifest.media:
-        for node, other in _edge(world, slot):
+    for item in world.manifest.media:
+        for node, other in _edge(world, item):
             before[node].append(other)
     return before
 
@@ -55,22 +55,26 @@ def precedence(world: World) -> dict[Pass, list[Pass]]:
 def _stage(world: World, name: str, rank: int) -> Iterator[tuple[Pass, list[Pass]]]:
     """What the passes of a module's stage wait for within the module."""
     grid, stage = world.layout.grids[name], world.stage(name, rank)
-    rounds = [number for number in range(world.manifest.rounds) if name == LANGUAGE or world.works(name, rank, number)]
+    microbatches = [
+        number
+        for number in range(world.manifest.num_microbatches)
+        if name == LANGUAGE or world.works(name, rank, number)
+    ]
     forward, backward = ("decode", "") if name in world.layout.decoders else passes_of(name)
     room = pipeline_depth(world.layout) - stage
     if name != LANGUAGE:
         room += grid.pp - 2 + world.run_ahead.get(name, 0)
 
     def own(kind: str, place: int) -> list[Pass]:
-        return [(Action(kind, rounds[place], name), rank)] if place >= 0 else []  # type: ignore[arg-type]
+        return [(Action(kind, microbatches[place], name), rank)] if place >= 0 else []  # type: ignore[arg-type]
 
     def neighbour(kind: str, place: int, step: int) -> list[Pass]:
-        if not 0 <= stage + step < grid.pp or not world.works(name, rank, rounds[place]):
+        if not 0 <= stage + step < grid.pp or not world.works(name, rank, microbatches[place]):
             return []
-        return [(Action(kind, rounds[place], name), world.neighbour(name, rank, step))]  # type: ignore[arg-type]
+        return [(Action(kind, microbatches[place], name), world.neighbour(name, rank, step))]  # type: ignore[arg-type]
 
     returns = backward != "" and world.returns(name, rank)
-    for place in range(len(rounds)):
+    for place in range(len(microbatches)):
         (node,) = own(forward, place)
         yield node, own(forward, place - 1) + neighbour(forward, place, -1) + own(backward, place - room) * returns
         if returns:
@@ -78,11 +82,11 @@ def _stage(world: World, name: str, rank: int) -> Iterator[tuple[Pass, list[Pass
             yield node, own(forward, place) + own(backward, place - 1) + neighbour(backward, place, 1)
 
 
-def _edge(world: World, slot: MediaSlot) -> Iterator[tuple[Pass, Pass]]:
+def _edge(world: World, item: PlannedMedia) -> Iterator[tuple[Pass, Pass]]:
     """Which passes of two modules wait for one another because of a media item."""
-    name, number, layout = slot.modality, slot.microbatch, world.layout
-    here = layout.grids[name].rank_at(dp=slot.encoder_lane, pp=layout.grids[name].pp - 1)
-    there = layout.language.rank_at(dp=slot.lane, pp=layout.language_stage(name))
+    name, number, layout = item.module, item.microbatch, world.layout
+    here = layout.grids[name].rank_at(dp=item.module_lane, pp=layout.grids[name].pp - 1)
+    there = layout.language.rank_at(dp=item.lane, pp=layout.language_stage(name))
     forward, backward = (Action("forward", number, LANGUAGE), there), (Action("backward", number, LANGUAGE), there)
     if name in layout.decoders:
         decode = Action("decode", number, name), here

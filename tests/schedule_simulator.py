@@ -31,7 +31,7 @@ class Deadlock(Exception):
 
 
 class Disorder(Exception):
-    """An action comes before what it needs, or tensors of two rounds meet."""
+    """An action comes before what it needs, or tensors of two microbatches meet."""
 
 
 @dataclass
@@ -88,12 +88,12 @@ class World:
         at = self.places[module, rank]
         return grid.rank_at(tp=at.tp, cp=at.cp, dp=at.dp, pp=at.pp + step)
 
-    def works(self, module: str, rank: int, round_: int) -> bool:
+    def works(self, module: str, rank: int, number: int) -> bool:
         """Whether a module's lane, of which a rank holds a stage, has work in a round."""
         lane = self.places[module, rank].dp
         if module == LANGUAGE:
-            return self.manifest.microbatch(lane, round_).rows > 0
-        return bool(self.manifest.encoded(module, round_, lane))
+            return self.manifest.microbatch(lane, number).sequences > 0
+        return bool(self.manifest.items_of_module(module, number, lane))
 
     def returns(self, module: str, rank: int) -> bool:
         """Whether the stage of a module that a rank holds has a backward pass."""
@@ -106,25 +106,25 @@ class World:
         grid = self.layout.grids[encoder]
         return rank in grid.stage_ranks(grid.pp - 1), rank in self.layout.language.stage_ranks(0)
 
-    def encodes(self, encoder: str, rank: int, round_: int) -> bool:
+    def encodes(self, encoder: str, rank: int, number: int) -> bool:
         """Whether a rank has rows to send."""
-        return self.ends(encoder, rank)[0] and self.works(encoder, rank, round_)
+        return self.ends(encoder, rank)[0] and self.works(encoder, rank, number)
 
-    def awaits(self, encoder: str, rank: int, round_: int) -> bool:
+    def awaits(self, encoder: str, rank: int, number: int) -> bool:
         """Whether a rank's lane has rows to receive."""
         language = self.layout.language
         lane = self.places[LANGUAGE, rank].dp if rank in language.stage_ranks(0) else None
-        return lane is not None and bool(self.manifest.awaited(encoder, round_, lane))
+        return lane is not None and bool(self.manifest.items_of_lane(encoder, number, lane))
 
-    def decodes(self, decoder: str, rank: int, round_: int) -> bool:
-        return rank in self.layout.grids[decoder] and self.works(decoder, rank, round_)
+    def decodes(self, decoder: str, rank: int, number: int) -> bool:
+        return rank in self.layout.grids[decoder] and self.works(decoder, rank, number)
 
     def at_last_stage(self, rank: int) -> bool:
         return rank in self.layout.language and self.last(LANGUAGE, rank)
 
-    def gives(self, decoder: str, rank: int, round_: int) -> bool:
+    def gives(self, decoder: str, rank: int, number: int) -> bool:
         lane = self.places[LANGUAGE, rank].dp if self.at_last_stage(rank) else None
-        return lane is not None and bool(self.manifest.awaited(decoder, round_, lane))
+        return lane is not None and bool(self.manifest.items_of_lane(decoder, number, lane))
 
     def team(self, action: Action, rank: int) -> tuple[tuple, int]:
         """Whose collective an action is: a name and the number of ranks."""
@@ -139,22 +139,22 @@ class World:
 
     def batch(self, action: Action, rank: int) -> tuple[tuple, set[Message]] | None:
         """Communicator and messages that an action hands to it."""
-        verb, _, what = action.kind.partition("_")
-        if verb not in ("send", "expect"):
+        sends, what = action.kind.startswith("send_"), action.kind.removeprefix("post_recv_").removeprefix("send_")
+        if not sends and not action.kind.startswith("post_recv_"):
             return None
-        if what not in ("hidden", "gradient"):
-            to_language = what in ("rows", "state_gradients")
-            pairs = (self.rows if to_language else self.owners).get((action.module, action.round), [])
+        if what not in ("forward", "backward"):
+            to_language = what in ("soft_tokens", "state_gradients")
+            pairs = (self.rows if to_language else self.owners).get((action.module, action.microbatch), [])
             return (what, action.module), {pair for pair in pairs if rank in pair}
-        peer = self.neighbour(action.module, rank, 1 if (verb == "send") == (what == "hidden") else -1)
-        return (what, action.module), {(rank, peer) if verb == "send" else (peer, rank)}
+        peer = self.neighbour(action.module, rank, 1 if sends == (what == "forward") else -1)
+        return (what, action.module), {(rank, peer) if sends else (peer, rank)}
 
 
 @dataclass
 class Batch:
     """Messages of one action that have not moved yet."""
 
-    round: int
+    microbatch: int
     posted: float
     left: set[Message]
     finished: float = 0.0
@@ -227,16 +227,16 @@ class _Simulation:
         handed = self.world.batch(action, rank)
         if handed is not None:
             communicator, messages = handed
-            batch = Batch(action.round, self.clock[rank], set(messages), self.clock[rank])
+            batch = Batch(action.microbatch, self.clock[rank], set(messages), self.clock[rank])
             if messages:
                 self.queues[communicator][rank].append(batch)
                 touched.add(communicator)
-            if action.kind not in ("send_hidden", "send_gradient"):  # nothing arrives with these
-                self.posted[rank][*communicator, action.round] = batch
+            if action.kind not in ("send_forward", "send_backward"):  # nothing arrives with these
+                self.posted[rank][*communicator, action.microbatch] = batch
             if self.blocking:
                 self.awaited[rank] = batch
-        elif action.kind.startswith("receive"):
-            self.awaited[rank] = self.posted[rank][action.kind.removeprefix("receive_"), action.module, action.round]
+        elif action.waits:
+            self.awaited[rank] = self.posted[rank][action.kind.removeprefix("recv_"), action.module, action.microbatch]
         self._finish(action, rank)
         return True
 
@@ -279,8 +279,8 @@ class _Simulation:
                 if not all(end and message in end[0].left for end in ends):
                     continue
                 one, other = ends[0][0], ends[1][0]
-                if one.round != other.round:
-                    raise Disorder(f"round {one.round} meets round {other.round} on {communicator}")
+                if one.microbatch != other.microbatch:
+                    raise Disorder(f"microbatch {one.microbatch} meets microbatch {other.microbatch} on {communicator}")
                 when = max(one.posted, other.posted)
                 for batch in (one, other):
                     batch.left.discard(message)
@@ -302,93 +302,99 @@ def _leave(queue: deque[Batch]) -> None:
 
 def needs(world: World, action: Action, rank: int) -> Iterator[Action]:
     """What has to be done on the same rank before an action."""
-    name, round_ = action.module, action.round
+    name, number = action.module, action.microbatch
     if name in world.layout.decoders:
         yield from _decoder_needs(world, action, rank)
         return
     forward, backward = passes_of(name)
 
     def need(kind: str, module: str = name) -> Action:
-        return Action(kind, round_, module)  # type: ignore[arg-type]
+        return Action(kind, number, module)  # type: ignore[arg-type]
 
     if action.kind == forward:
-        if world.works(name, rank, round_) and not world.first(name, rank):
-            yield need("receive_hidden")
+        if world.works(name, rank, number) and not world.first(name, rank):
+            yield need("recv_forward")
         for encoder in world.layout.encoders if name == LANGUAGE else ():
-            if world.awaits(encoder, rank, round_):
-                yield need("receive_rows", encoder)
-    if action.kind == backward and world.works(name, rank, round_):
+            if world.awaits(encoder, rank, number):
+                yield need("recv_soft_tokens", encoder)
+    if action.kind == backward and world.works(name, rank, number):
         if not world.last(name, rank):
-            yield need("receive_gradient")
+            yield need("recv_backward")
         elif name != LANGUAGE:
-            yield need("receive_row_gradients")
+            yield need("recv_soft_token_gradients")
         else:
-            giving = (decoder for decoder in world.layout.decoders if world.gives(decoder, rank, round_))
-            yield from (need("receive_state_gradients", d) for d in giving if d in world.trained_from)
-    if action.kind in ("send_hidden", "observe", backward):
+            giving = (decoder for decoder in world.layout.decoders if world.gives(decoder, rank, number))
+            yield from (need("recv_state_gradients", d) for d in giving if d in world.trained_from)
+    if action.kind in ("send_forward", "observe", backward):
         yield need(forward)
-    if action.kind == "send_rows" and world.encodes(name, rank, round_):
+    if action.kind == "send_soft_tokens" and world.encodes(name, rank, number):
         yield need("encode")
-    if action.kind == "send_gradient":
+    if action.kind == "send_backward":
         yield need(backward)
-    if action.kind == "send_row_gradients":
+    if action.kind == "send_soft_token_gradients":
         yield need("backward", LANGUAGE)
-    if action.kind in ("receive_hidden", "receive_gradient"):
-        yield need("expect_" + action.kind.removeprefix("receive_"))
-    if action.kind == "receive_rows":
-        yield need("send_rows" if world.ends(name, rank)[0] else "expect_rows")
-    if action.kind == "receive_row_gradients":
-        yield need("send_row_gradients" if world.ends(name, rank)[1] else "expect_row_gradients")
+    if action.kind in ("recv_forward", "recv_backward"):
+        yield need("post_recv_" + action.kind.removeprefix("recv_"))
+    if action.kind == "recv_soft_tokens":
+        yield need("send_soft_tokens" if world.ends(name, rank)[0] else "post_recv_soft_tokens")
+    if action.kind == "recv_soft_token_gradients":
+        yield need("send_soft_token_gradients" if world.ends(name, rank)[1] else "post_recv_soft_token_gradients")
 
 
 def _decoder_needs(world: World, action: Action, rank: int) -> Iterator[Action]:
-    name, round_ = action.module, action.round
+    name, number = action.module, action.microbatch
     before = {
         "send_states": ("forward", LANGUAGE),
-        "receive_states": ("send_states" if world.at_last_stage(rank) else "expect_states", name),
-        "decode": ("receive_states", name),
-        "receive_state_gradients": (
-            "send_state_gradients" if rank in world.layout.grids[name] else "expect_state_gradients",
+        "recv_states": ("send_states" if world.at_last_stage(rank) else "post_recv_states", name),
+        "decode": ("recv_states", name),
+        "recv_state_gradients": (
+            "send_state_gradients" if rank in world.layout.grids[name] else "post_recv_state_gradients",
             name,
         ),
     }
-    if world.decodes(name, rank, round_):
+    if world.decodes(name, rank, number):
         before["send_state_gradients"] = ("decode", name)
     if action.kind in before:
         kind, module = before[action.kind]
-        yield Action(kind, round_, module)  # type: ignore[arg-type]
+        yield Action(kind, number, module)  # type: ignore[arg-type]
 
 
 def complete(world: World, rank: int) -> Counter[Action]:
     """Everything that a rank has to do in the step, each action as often as it occurs."""
     expected = Counter[Action]()
-    for number, name in product(range(world.manifest.rounds), world.layout.decoders):
+    for number, name in product(range(world.manifest.num_microbatches), world.layout.decoders):
         gives, decodes = world.gives(name, rank, number), world.decodes(name, rank, number)
-        verbs = ["send" if here else "expect" for here in (world.at_last_stage(rank), rank in world.layout.grids[name])]
-        kinds = [f"{verbs[0]}_states"] * (gives or decodes) + ["receive_states", "decode"] * decodes
+        verbs = [
+            "send" if here else "post_recv" for here in (world.at_last_stage(rank), rank in world.layout.grids[name])
+        ]
+        kinds = [f"{verbs[0]}_states"] * (gives or decodes) + ["recv_states", "decode"] * decodes
         if world.train and name in world.trained_from:
-            kinds += [f"{verbs[1]}_state_gradients"] * (gives or decodes) + ["receive_state_gradients"] * gives
+            kinds += [f"{verbs[1]}_state_gradients"] * (gives or decodes) + ["recv_state_gradients"] * gives
         expected.update(Action(kind, number, name) for kind in kinds)  # type: ignore[arg-type]
-    for number, name in product(range(world.manifest.rounds), (*world.layout.encoders, LANGUAGE)):
+    for number, name in product(range(world.manifest.num_microbatches), (*world.layout.encoders, LANGUAGE)):
         kinds = []
         if name in world.layout.modules_of(rank):
             works, first, last = world.works(name, rank, number), world.first(name, rank), world.last(name, rank)
             forward, backward = passes_of(name)
             kinds += [forward] * (works or name == LANGUAGE) + ["observe"] * (world.observed and name == LANGUAGE)
-            kinds += ["expect_hidden", "receive_hidden"] * (works and not first)
-            kinds += ["send_hidden"] * (works and not last)
+            kinds += ["post_recv_forward", "recv_forward"] * (works and not first)
+            kinds += ["send_forward"] * (works and not last)
             if world.returns(name, rank):
                 kinds += [backward] * (works or name == LANGUAGE)
-                kinds += ["expect_gradient", "receive_gradient"] * (works and not last)
+                kinds += ["post_recv_backward", "recv_backward"] * (works and not last)
                 goes_on = not first and world.returns(name, world.neighbour(name, rank, -1))
-                kinds += ["send_gradient"] * (works and goes_on)
+                kinds += ["send_backward"] * (works and goes_on)
         if name != LANGUAGE:
             encodes, awaits = world.encodes(name, rank, number), world.awaits(name, rank, number)
             sends, receives = world.ends(name, rank)
-            kinds += ["send_rows" if sends else "expect_rows"] * (encodes or awaits) + ["receive_rows"] * awaits
+            kinds += ["send_soft_tokens" if sends else "post_recv_soft_tokens"] * (encodes or awaits) + [
+                "recv_soft_tokens"
+            ] * awaits
             if world.train and name in world.trained_from:
-                kinds += ["send_row_gradients" if receives else "expect_row_gradients"] * (encodes or awaits)
-                kinds += ["receive_row_gradients"] * encodes
+                kinds += ["send_soft_token_gradients" if receives else "post_recv_soft_token_gradients"] * (
+                    encodes or awaits
+                )
+                kinds += ["recv_soft_token_gradients"] * encodes
         expected.update(Action(kind, number, name) for kind in kinds)  # type: ignore[arg-type]
     return expected
 

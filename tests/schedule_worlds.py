@@ -4,7 +4,7 @@ import random
 from dataclasses import replace
 
 from mimo_gemma4.config import LayoutConfig, ModuleLayout
-from mimo_gemma4.data.manifest import MediaSlot, Microbatch, SampleSlot, StepManifest
+from mimo_gemma4.data.manifest import Microbatch, PlannedMedia, PlannedSample, StepManifest
 from mimo_gemma4.distributed.layout import LANGUAGE, build_layout
 from tests.schedule_simulator import World
 
@@ -34,10 +34,10 @@ def make_world(choose: random.Random) -> World:
     if placement == "mixed":
         world_size = overlap(modules, choose)
     layout = build_layout(LayoutConfig(modules, placement=placement), world_size)
-    rounds = choose.choice([0, 1, 1, 2, 2, 3, 4, 7])
+    count = choose.choice([0, 1, 1, 2, 2, 3, 4, 7])
     world = World(
         layout,
-        make_manifest(choose, rounds, dp, {name: layout.grids[name].dp for name in (*encoders, *reads)}),
+        make_manifest(choose, count, dp, {name: layout.grids[name].dp for name in (*encoders, *reads)}),
         {name: choose.randrange(modules[name].pp) for name in (*encoders, *reads) if choose.random() < 0.7},
         {name: choose.randint(1, 3) for name in encoders},
         train=choose.random() < 0.8,
@@ -60,20 +60,20 @@ def overlap(modules: dict[str, ModuleLayout], choose: random.Random) -> int:
 
 
 def make_manifest(
-    choose: random.Random, rounds: int, lanes: int, encoder_lanes: dict[str, int], gaps: float = 0.2
+    choose: random.Random, count: int, lanes: int, encoder_lanes: dict[str, int], gaps: float = 0.2
 ) -> StepManifest:
     """Every lane's microbatches, some of them empty, with media for some of the encoders' lanes."""
     microbatches, media = [], []
     for lane in range(lanes):
-        for number in range(rounds):
+        for number in range(count):
             rows = 0 if choose.random() < gaps else 1
-            sample = SampleSlot(0, 0, lane, number, 0, 0, 8, 8)
+            sample = PlannedSample(0, 0, lane, number, 0, 0, 8, 8)
             microbatches.append(Microbatch(lane, number, rows, 8 * rows, (sample,) * rows))
-            for name, count in encoder_lanes.items():
-                for encoder_lane in range(count if rows else 0):
+            for name, module_lanes in encoder_lanes.items():
+                for module_lane in range(module_lanes if rows else 0):
                     if choose.random() < 1.0 - gaps:
-                        media.append(MediaSlot(name, 0, 0, 0, 2, lane, number, 0, 0, encoder_lane, 0))
-    return StepManifest(0, rounds, tuple(microbatches), tuple(media))
+                        media.append(PlannedMedia(name, 0, 0, 0, 2, lane, number, 0, 0, module_lane, 0))
+    return StepManifest(0, count, tuple(microbatches), tuple(media))
 
 
 def connect(world: World, name: str, choose: random.Random | None = None) -> None:
@@ -83,26 +83,26 @@ def connect(world: World, name: str, choose: random.Random | None = None) -> Non
         return choose is None or choose.random() < share
 
     source, target, stage = world.layout.grids[name], world.layout.language, world.layout.language_stage(name)
-    for slot in world.manifest.media:
-        if slot.modality != name:
+    for planned in world.manifest.media:
+        if planned.module != name:
             continue
         pairs = [
             (
-                source.rank_at(tp=source_tp, dp=slot.encoder_lane, pp=source.pp - 1),
-                target.rank_at(tp=tp, cp=cp, dp=slot.lane, pp=stage),
+                source.rank_at(tp=source_tp, dp=planned.module_lane, pp=source.pp - 1),
+                target.rank_at(tp=tp, cp=cp, dp=planned.lane, pp=stage),
             )
             for source_tp in range(source.tp)
             for tp in range(target.tp)
             for cp in range(target.cp)
         ]
         pairs = [pair for pair in pairs if pair[0] != pair[1] and chosen(0.8)]
-        rows = world.rows.setdefault((name, slot.microbatch), [])
-        owners = world.owners.setdefault((name, slot.microbatch), [])
+        rows = world.rows.setdefault((name, planned.microbatch), [])
+        owners = world.owners.setdefault((name, planned.microbatch), [])
         rows += [pair for pair in pairs if pair not in rows]
         owners += [(t, s) for s, t in pairs if chosen(0.7) and (t, s) not in owners]
 
 
-def pipeline(stages: int, rounds: int, encoder_stages: int = 1, **encoders: int) -> World:
+def pipeline(stages: int, count: int, encoder_stages: int = 1, **encoders: int) -> World:
     """One lane of `stages` ranks behind encoders which may run ahead so far, and media for all of them in every round.
 
     Each encoder has as many ranks, one for each of its stages.
@@ -110,18 +110,18 @@ def pipeline(stages: int, rounds: int, encoder_stages: int = 1, **encoders: int)
     modules = {name: ModuleLayout(encoder_stages, pp=encoder_stages) for name in encoders}
     modules[LANGUAGE] = ModuleLayout(stages, pp=stages)
     layout = build_layout(modules, stages + len(encoders) * encoder_stages)
-    manifest = make_manifest(random.Random(0), rounds, 1, dict.fromkeys(encoders, 1), gaps=0.0)
+    manifest = make_manifest(random.Random(0), count, 1, dict.fromkeys(encoders, 1), gaps=0.0)
     world = World(layout, manifest, dict.fromkeys(encoders, 0), encoders)
     for name in encoders:
         connect(world, name)
     return world
 
 
-def colocated(stages: int, rounds: int, run_ahead: int) -> World:
+def colocated(stages: int, count: int, run_ahead: int) -> World:
     """One lane of `stages` ranks, each of which also holds all of an encoder with an item in every round."""
     modules = {"vision": ModuleLayout(), LANGUAGE: ModuleLayout(pp=stages)}
     layout = build_layout(LayoutConfig(modules, placement="colocated"), stages)
-    manifest = make_manifest(random.Random(0), rounds, 1, {"vision": stages}, gaps=0.0)
+    manifest = make_manifest(random.Random(0), count, 1, {"vision": stages}, gaps=0.0)
     world = World(layout, manifest, {"vision": 0}, {"vision": run_ahead})
     connect(world, "vision")
     return world
@@ -134,7 +134,7 @@ def with_decoder(world: World, own_rank: bool) -> World:
     layout = replace(
         world.layout, grids=world.layout.grids | {"pixels": decoder}, world_size=world.layout.world_size + own_rank
     )
-    media = tuple(replace(slot, modality="pixels") for slot in world.manifest.media)
+    media = tuple(replace(item, module="pixels") for item in world.manifest.media)
     manifest = replace(world.manifest, media=world.manifest.media + media)
     trained_from, rows, owners = world.trained_from | {"pixels": 0}, dict(world.rows), dict(world.owners)
     world = replace(world, layout=layout, manifest=manifest, trained_from=trained_from, rows=rows, owners=owners)

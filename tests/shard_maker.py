@@ -25,11 +25,11 @@ class TileProcessor:
 
     modality, content_type = "vision", "image"
 
-    def rows(self, header: MediaHeader) -> int:
+    def soft_tokens(self, header: MediaHeader) -> int:
         return (header.width // 8) * (header.height // 8)
 
     def cost(self, header: MediaHeader) -> float:
-        return float(self.rows(header))
+        return float(self.soft_tokens(header))
 
     def decode(self, data: bytes) -> dict[str, torch.Tensor]:
         image = Image.open(io.BytesIO(data)).convert("L")
@@ -38,7 +38,7 @@ class TileProcessor:
         return {"tiles": tiles.transpose(1, 2).reshape(down * across, 64)}
 
     def placeholder(self, header: MediaHeader) -> dict[str, torch.Tensor]:
-        return {"tiles": torch.zeros(self.rows(header), 64)}
+        return {"tiles": torch.zeros(self.soft_tokens(header), 64)}
 
     def collate(self, items: list[dict[str, torch.Tensor]]) -> dict[str, Any]:
         return {"tiles": torch.cat([item["tiles"] for item in items])}
@@ -49,11 +49,11 @@ class SoundProcessor:
 
     modality, content_type = "audio", "audio"
 
-    def rows(self, header: MediaHeader) -> int:
+    def soft_tokens(self, header: MediaHeader) -> int:
         return header.samples // 100
 
     def cost(self, header: MediaHeader) -> float:
-        return float(self.rows(header))
+        return float(self.soft_tokens(header))
 
     def decode(self, data: bytes) -> dict[str, torch.Tensor]:
         with wave.open(io.BytesIO(data)) as sound:

@@ -237,6 +237,6 @@ def _covered(offsets: np.ndarray, spans: list[Span]) -> np.ndarray:
 
 def _rows_or_none(processor: MediaProcessor, header: MediaHeader) -> int | None:
     try:
-        return processor.rows(header)
+        return processor.soft_tokens(header)
     except ValueError:
         return None

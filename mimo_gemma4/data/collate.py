@@ -38,17 +38,17 @@ def collate_language(
     pad_id: int,
 ) -> LanguageBatch:
     """Lay the encoded samples of a microbatch where its manifest says. `encode` and `media` take a dataset number."""
-    shape = (microbatch.rows, microbatch.seq_length)
+    shape = (microbatch.sequences, microbatch.seq_length)
     input_ids, labels = np.full(shape, pad_id, np.int64), np.full(shape, IGNORE, np.int64)
     positions, segments, groups = (np.zeros(shape, np.int64) for _ in range(3))
-    for slot in microbatch.samples:
-        encoded = encode(slot.index)
-        where = (slot.row, slice(slot.start, slot.start + slot.length))
+    for planned in microbatch.samples:
+        encoded = encode(planned.index)
+        where = (planned.sequence, slice(planned.start, planned.start + planned.length))
         input_ids[where], labels[where] = encoded.input_ids, encoded.labels
-        positions[where] = np.arange(slot.length)
-        segments[where] = segments[slot.row].max(initial=0) + 1
-        for item in media(slot.index):
+        positions[where] = np.arange(planned.length)
+        segments[where] = segments[planned.sequence].max(initial=0) + 1
+        for item in media(planned.index):
             if item.media_type in _ATTENDED_AS_ONE:
-                start = slot.start + item.start
-                groups[slot.row, start : start + item.rows] = groups[slot.row].max(initial=0) + 1
+                start = planned.start + item.start
+                groups[planned.sequence, start : start + item.soft_tokens] = groups[planned.sequence].max(initial=0) + 1
     return LanguageBatch(*map(torch.from_numpy, (input_ids, labels, positions, segments, groups)))

@@ -19,7 +19,7 @@ from mimo_gemma4.data.index import ShardIndex, progress
 from mimo_gemma4.data.sample import MEDIA_TYPES, Fault, parse_messages
 from mimo_gemma4.data.shards import Shard, expand_shards, read_range, require_distinct
 from mimo_gemma4.data.token_index import TokenIndex
-from mimo_gemma4.distributed.collective_errors import together
+from mimo_gemma4.distributed.collective_errors import all_ranks_or_raise
 from mimo_gemma4.errors import DataError
 from mimo_gemma4.media import MediaHeader
 
@@ -38,8 +38,8 @@ class MediaItem:
     media_type: str
     """Its type of chat content."""
     header: MediaHeader
-    rows: int
-    """Soft tokens."""
+    soft_tokens: int
+    """Tokens that it takes in the sequence."""
     start: int
     """Position in its sample of its first soft token."""
     shard: Shard
@@ -160,8 +160,8 @@ class ShardDataset:
             for shard in progress(mine, len(mine), "indexing") if group.rank() == 0 else mine:
                 TokenIndex.open(shard, ShardIndex.open(shard), encoder)
 
-        together(group, index_part)
-        dataset = together(group, read)
+        all_ranks_or_raise(group, index_part)
+        dataset = all_ranks_or_raise(group, read)
         require_equal(len(dataset), "the number of samples", group)
         require_equal(dataset.fingerprint, "sizes of shards, keys or lengths of samples", group)
         return dataset
@@ -191,7 +191,7 @@ class ShardDataset:
         shard, table, tokens = self.shard(index), self._index(index), self._tokens[self._shard_of[index]]
         items = []
         for medium in table.media_range(int(self._row_of[index])):
-            if tokens.media_rows[medium] == 0:
+            if tokens.media_soft_tokens[medium] == 0:
                 continue
             media_type = MEDIA_TYPES[table.media_type[medium]]
             items.append(
@@ -199,7 +199,7 @@ class ShardDataset:
                     modality=self.encoder.processors[media_type].modality,
                     media_type=media_type,
                     header=table.header(medium),
-                    rows=int(tokens.media_rows[medium]),
+                    soft_tokens=int(tokens.media_soft_tokens[medium]),
                     start=int(tokens.media_start[medium]),
                     shard=shard,
                     offset=int(table.media_offset[medium]),
@@ -221,11 +221,11 @@ class ShardDataset:
         """Tokens of a sample. Raises `DataError` if they are not those that were indexed."""
         media = self.media(index)
         try:
-            encoded = self.encoder.encode(self.messages(index), [item.rows for item in media])
+            encoded = self.encoder.encode(self.messages(index), [item.soft_tokens for item in media])
         except DataError as error:
             raise DataError(f"{self.describe(index)}: {error}") from error
-        rows = [self.encoder.processors[item.media_type].rows(item.header) for item in media]
-        indexed = (int(self.lengths[index]), [item.start for item in media], [item.rows for item in media])
+        rows = [self.encoder.processors[item.media_type].soft_tokens(item.header) for item in media]
+        indexed = (int(self.lengths[index]), [item.start for item in media], [item.soft_tokens for item in media])
         if indexed != (encoded.length, list(encoded.media_starts), rows):
             raise DataError(
                 f"{self.describe(index)}: indexed as (length, media starts, media rows) {indexed}, read as "

@@ -69,7 +69,7 @@ class ShardInspector:
             if header.sample_rate:
                 extent = f"{header.samples / header.sample_rate:.2f} s at {header.sample_rate} Hz"
             name = self._member_name(int(index.media_offset[medium]))
-            rows = f"{tokens.media_rows[medium]} soft tokens"
+            rows = f"{tokens.media_soft_tokens[medium]} soft tokens"
             table.add_row(Text(name), Text(_bytes(index.media_size[medium])), Text(extent), Text(rows))
         console.print(table)
         faults = dict(zip(tokens.bad_samples.tolist(), tokens.bad_reasons.tolist(), strict=True))
@@ -77,7 +77,7 @@ class ShardInspector:
             console.print(Text(f"unusable: {_visible(faults[number])}", style="red"))
             return
         media = index.media_range(number)
-        length, soft = int(tokens.length[number]), int(tokens.media_rows[media.start : media.stop].sum())
+        length, soft = int(tokens.length[number]), int(tokens.media_soft_tokens[media.start : media.stop].sum())
         loss = int(tokens.loss_tokens[number])
         console.print(Text(f"{length:,} tokens: {length - soft:,} text, {soft:,} media; {loss:,} with loss"))
         console.print(self._render(number))
@@ -103,8 +103,8 @@ class ShardInspector:
         rows = {"tokens": self.tokens.length[usable], "with loss": self.tokens.loss_tokens[usable]}
         headers = self.index.media_header
         for number, media_type in enumerate(MEDIA_TYPES):
-            chosen = (self.index.media_type == number) & (self.tokens.media_rows > 0)
-            rows[f"soft tokens of one {media_type}"] = self.tokens.media_rows[chosen]
+            chosen = (self.index.media_type == number) & (self.tokens.media_soft_tokens > 0)
+            rows[f"soft tokens of one {media_type}"] = self.tokens.media_soft_tokens[chosen]
             if headers[chosen, 3].any():
                 rows[f"seconds of one {media_type}"] = headers[chosen, 2] / headers[chosen, 3]
             else:

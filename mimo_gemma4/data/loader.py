@@ -20,11 +20,11 @@ from mimo_gemma4.data.agreement import BadSamplePolicy, allowed_bad
 from mimo_gemma4.data.chat import EncodedConversation
 from mimo_gemma4.data.collate import LanguageBatch, collate_language
 from mimo_gemma4.data.dataset import BadSample
-from mimo_gemma4.data.manifest import MediaSlot, StepManifest
+from mimo_gemma4.data.manifest import PlannedMedia, StepManifest
 from mimo_gemma4.data.planner import StepPlanner
 from mimo_gemma4.data.sample import media_fault
 from mimo_gemma4.data.shards import read_range
-from mimo_gemma4.distributed.collective_errors import highest, together
+from mimo_gemma4.distributed.collective_errors import all_ranks_or_raise, highest
 from mimo_gemma4.errors import DataError
 
 logger = logging.getLogger(__name__)
@@ -39,10 +39,10 @@ class StepData:
 
     manifest: StepManifest
     language: dict[int, LanguageBatch]
-    """Microbatch number → batch of this rank's language lane, of zero rows where the lane idles; empty off its grid."""
+    """Microbatch number → batch of this rank's language lane, without sequences where it idles; empty off its grid."""
     media: dict[tuple[str, int], dict[str, Any]]
-    """(module, round) → inputs of an encoder, or targets of a decoder, where this rank's lane of it has items."""
-    encoded: dict[str, list[tuple[int, str]]]
+    """(module, microbatch number) → inputs of an encoder, or targets of a decoder, where this rank's lane has items."""
+    items: dict[str, list[tuple[int, str]]]
     """Module → (language lane, identity) of every item that this rank's lane of an encoder or decoder was given."""
     expected: list[str]
     """Identities of the items of this rank's language lane, once for each module that works on them."""
@@ -116,7 +116,7 @@ class StepLoader:
 
     def faults(self, manifest: StepManifest) -> dict[str, int]:
         """How many samples were passed over for a step, by what is wrong with them."""
-        return dict(Counter(self.bad[index].fault for index in manifest.passed_over))
+        return dict(Counter(self.bad[index].fault for index in manifest.skipped_samples))
 
     def close(self) -> None:
         """Stop reading ahead. What has been started is finished: other ranks may wait for this one's part in it."""
@@ -133,12 +133,12 @@ class StepLoader:
         """Read this rank's part of a step; in the loading thread of all ranks at once."""
         reading = _Reading()
         manifest = self._read_good(step, reading)
-        return together(self._group, lambda: self._collate(manifest, reading))
+        return all_ranks_or_raise(self._group, lambda: self._collate(manifest, reading))
 
     def _read_good(self, step: int, reading: _Reading) -> StepManifest:
         """Read, and plan anew, until no rank finds a bad sample."""
         while True:
-            manifest = together(self._group, lambda: self._read(step, reading))
+            manifest = all_ranks_or_raise(self._group, lambda: self._read(step, reading))
             found = self._share(reading.bad)
             self._judge(manifest, found)
             if not found:
@@ -153,26 +153,26 @@ class StepLoader:
         for index in (sample.index for sample in manifest.samples if sample.lane == self._language_lane):
             if index not in reading.conversations:
                 reading.conversations[index] = self.dataset.encode(index)
-        slots = {_key(slot): slot for slot in self._media_here(manifest)}
-        missing = [slot for key, slot in slots.items() if key not in reading.media]
+        media = {_key(planned): planned for planned in self._media_here(manifest)}
+        missing = [planned for key, planned in media.items() if key not in reading.media]
         decode = map if self._decoders is None else self._decoders.map
-        for slot, item in zip(missing, decode(self._decode, missing), strict=True):
+        for planned, item in zip(missing, decode(self._decode, missing), strict=True):
             if isinstance(item, BadSample):
-                reading.bad[slot.index] = item
+                reading.bad[planned.index] = item
             else:
-                reading.media[_key(slot)] = item
+                reading.media[_key(planned)] = item
         return manifest
 
-    def _media_here(self, manifest: StepManifest) -> Iterator[MediaSlot]:
+    def _media_here(self, manifest: StepManifest) -> Iterator[PlannedMedia]:
         """The media that this rank's lanes of encoders and decoders work on."""
         for module, lane in self._media_lanes.items():
-            for number in range(manifest.rounds):
-                yield from manifest.encoded(module, number, lane)
+            for number in range(manifest.num_microbatches):
+                yield from manifest.items_of_module(module, number, lane)
 
-    def _decode(self, slot: MediaSlot) -> dict[str, torch.Tensor] | BadSample:
+    def _decode(self, planned: PlannedMedia) -> dict[str, torch.Tensor] | BadSample:
         """Tensors of a media item, or why it cannot be had."""
-        item = self.dataset.media(slot.index)[slot.ordinal]
-        processor = self.planner.processor(slot.modality, item.media_type)
+        item = self.dataset.media(planned.index)[planned.ordinal]
+        processor = self.planner.processor(planned.module, item.media_type)
         data = read_range(item.shard, item.offset, item.size)
         try:
             tensors = processor.decode(data)
@@ -183,8 +183,8 @@ class StepLoader:
                 raise ValueError(f"it holds {shapes}, but its header promises {promised}")
         except (ValueError, OSError) as error:
             fault = media_fault(item.media_type, error)
-            reason = f"media {slot.ordinal} ({item.media_type}): {error}"
-            return BadSample(item.shard, self.dataset.key(slot.index), fault, reason)
+            reason = f"media {planned.ordinal} ({item.media_type}): {error}"
+            return BadSample(item.shard, self.dataset.key(planned.index), fault, reason)
         return tensors
 
     def _share(self, bad: dict[int, BadSample]) -> dict[int, BadSample]:
@@ -202,7 +202,7 @@ class StepLoader:
         if found and self._on_bad_sample == "fail":
             raise DataError(f"{found[min(found)]}; mend or remove it, or set data.on_bad_sample=skip")
         self.bad.update(found)
-        bad = frozenset(found) | frozenset(manifest.passed_over)
+        bad = frozenset(found) | frozenset(manifest.skipped_samples)
         if not found:
             self._recent.append((len(manifest.samples), bad))
             while sum(count for count, _ in self._recent) - self._recent[0][0] >= _RECENT:
@@ -219,27 +219,25 @@ class StepLoader:
         """Tensors of the step from what has been read."""
         data = StepData(manifest, {}, {}, {}, [])
         if self._language_lane is not None:
-            for number in range(manifest.rounds):
+            for number in range(manifest.num_microbatches):
                 microbatch = manifest.microbatch(self._language_lane, number)
                 data.language[number] = collate_language(
                     microbatch, reading.conversations.__getitem__, self.dataset.media, self.dataset.encoder.pad_id
                 )
-                for slot in microbatch.samples:
-                    for ordinal, item in enumerate(self.dataset.media(slot.index)):
+                for sample in microbatch.samples:
+                    for ordinal, item in enumerate(self.dataset.media(sample.index)):
                         users = self.planner.modules_for(item.modality)
-                        data.expected += [self.dataset.identity(slot.index, ordinal)] * len(users)
+                        data.expected += [self.dataset.identity(sample.index, ordinal)] * len(users)
         for module, lane in self._media_lanes.items():
-            for number in range(manifest.rounds):
-                slots = manifest.encoded(module, number, lane)
-                if slots:
-                    items = [reading.media[_key(slot)] for slot in slots]
-                    data.media[module, number] = self._collates[module](items)
-                    data.encoded.setdefault(module, []).extend(
-                        (slot.lane, self.dataset.identity(slot.index, slot.ordinal)) for slot in slots
-                    )
+            for number in range(manifest.num_microbatches):
+                items = manifest.items_of_module(module, number, lane)
+                if items:
+                    data.media[module, number] = self._collates[module]([reading.media[_key(item)] for item in items])
+                    worked_on = data.items.setdefault(module, [])
+                    worked_on += [(item.lane, self.dataset.identity(item.index, item.ordinal)) for item in items]
         return data
 
 
-def _key(slot: MediaSlot) -> tuple[str, int, int]:
+def _key(planned: PlannedMedia) -> tuple[str, int, int]:
     """What tells a media item of a module from all others of the dataset."""
-    return slot.modality, slot.index, slot.ordinal
+    return planned.module, planned.index, planned.ordinal

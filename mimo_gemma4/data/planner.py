@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from mimo_gemma4.data.dataset import MediaItem, ShardDataset
-from mimo_gemma4.data.manifest import Imbalance, MediaSlot, Microbatch, SampleSlot, StepManifest
+from mimo_gemma4.data.manifest import Imbalance, Microbatch, PlannedMedia, PlannedSample, StepManifest
 from mimo_gemma4.data.order import Mixture
 from mimo_gemma4.errors import ConfigError, DataError
 from mimo_gemma4.media import ItemProcessor
@@ -113,7 +113,7 @@ class StepPlanner:
 
     def plan(self, step: int, bad: Collection[int] = ()) -> StepManifest:
         """The manifest of a step, counted from 0, without the samples that are known to be `bad`."""
-        indexes, passed_over = self._choose(step, bad)
+        indexes, skipped_samples = self._choose(step, bad)
         lengths = [int(self.dataset.lengths[index]) for index in indexes]
         rows = self._pack(lengths) if self._packing else self._pad(lengths)
         assigned = _assign(rows, self._lanes, self._microbatch_size, self._packing)
@@ -123,10 +123,15 @@ class StepPlanner:
             for lane, groups in enumerate(assigned)
             for number, group in enumerate(groups)
         ]
-        slots = [slot for microbatch in microbatches for slot in microbatch.samples]
-        media = self._place_media(slots)
+        samples = [planned for microbatch in microbatches for planned in microbatch.samples]
+        media = self._place_media(samples)
         return StepManifest(
-            step, len(assigned[0]), tuple(microbatches), tuple(media), tuple(passed_over), self._imbalance(slots, media)
+            step,
+            len(assigned[0]),
+            tuple(microbatches),
+            tuple(media),
+            tuple(skipped_samples),
+            self._imbalance(samples, media),
         )
 
     def _choose(self, step: int, bad: Collection[int]) -> tuple[list[int], list[int]]:
@@ -135,7 +140,7 @@ class StepPlanner:
         if not self._repeat:
             once = range(first, min(first + self.global_batch_size, self.count))
             return [index for index in once if index not in bad], [index for index in once if index in bad]
-        chosen, passed_over = [], []
+        chosen, skipped_samples = [], []
         for position in range(first, first + self.global_batch_size):
             source, turn = self._mixture.turn(position)
             for shift in range(self.dataset.sizes[source]):
@@ -143,10 +148,10 @@ class StepPlanner:
                 if index not in bad:
                     chosen.append(index)
                     break
-                passed_over.append(index)
+                skipped_samples.append(index)
             else:
-                raise DataError(f"all samples are bad, the last one is {self.dataset.describe(passed_over[-1])}")
-        return chosen, passed_over
+                raise DataError(f"all samples are bad, the last one is {self.dataset.describe(skipped_samples[-1])}")
+        return chosen, skipped_samples
 
     def _pad(self, lengths: Sequence[int]) -> list[_Row]:
         return [_Row((sample,), length, self._sample_cost(length)) for sample, length in enumerate(lengths)]
@@ -169,24 +174,24 @@ class StepPlanner:
     def _place_padded(
         self, indexes: Sequence[int], lengths: Sequence[int], lane: int, number: int, rows: Sequence[_Row]
     ) -> Microbatch:
-        slots = []
+        samples = []
         for row, (sample,) in enumerate(row.samples for row in rows):
             length = lengths[sample]
-            slots.append(SampleSlot(sample, indexes[sample], lane, number, row, 0, length, length))
-        longest = max((slot.length for slot in slots), default=0)
-        return Microbatch(lane, number, len(rows), _round_up(longest, self._row_multiple), tuple(slots))
+            samples.append(PlannedSample(sample, indexes[sample], lane, number, row, 0, length, length))
+        longest = max((planned.length for planned in samples), default=0)
+        return Microbatch(lane, number, len(rows), _round_up(longest, self._row_multiple), tuple(samples))
 
     def _place_packed(
         self, indexes: Sequence[int], lengths: Sequence[int], lane: int, number: int, rows: Sequence[_Row]
     ) -> Microbatch:
-        slots, start = [], 0
+        samples, start = [], 0
         for sample in (sample for row in rows for sample in row.samples):
             size = _round_up(lengths[sample], self._row_multiple)
-            slots.append(SampleSlot(sample, indexes[sample], lane, number, 0, start, lengths[sample], size))
+            samples.append(PlannedSample(sample, indexes[sample], lane, number, 0, start, lengths[sample], size))
             start += size
         total = _round_up(start, self._total_multiple)
-        pack = Microbatch(lane, number, min(1, len(rows)), total, tuple(slots), packed=True)
-        if self._choose_cp_layout is None or pack.segment_starts is None or not slots:
+        pack = Microbatch(lane, number, min(1, len(rows)), total, tuple(samples), packed=True)
+        if self._choose_cp_layout is None or pack.segment_starts is None or not samples:
             return pack
         return replace(pack, cp_layout=self._choose_cp_layout(pack.segment_starts))
 
@@ -200,39 +205,44 @@ class StepPlanner:
         """The encoder of `modality`, and the decoders that read it."""
         return [modality, *(name for name, decoder in self.decoders.items() if decoder.reads == modality)]
 
-    def _place_media(self, slots: Sequence[SampleSlot]) -> list[MediaSlot]:
+    def _place_media(self, samples: Sequence[PlannedSample]) -> list[PlannedMedia]:
         """Media of the step, ordered by (module, microbatch, lane of the module, offset)."""
-        rounds: dict[tuple[str, int], list[tuple[SampleSlot, int, MediaItem]]] = {}
-        for slot in slots:
-            for ordinal, item in enumerate(self.dataset.media(slot.index)):
+        rounds: dict[tuple[str, int], list[tuple[PlannedSample, int, MediaItem]]] = {}
+        for planned in samples:
+            for ordinal, item in enumerate(self.dataset.media(planned.index)):
                 for module in self.modules_for(item.modality):
-                    rounds.setdefault((module, slot.microbatch), []).append((slot, ordinal, item))
+                    rounds.setdefault((module, planned.microbatch), []).append((planned, ordinal, item))
         media = []
         loads = {module: [0.0] * lanes for module, lanes in self._media_lanes.items()}
         for module, number in sorted(rounds):
             entries = rounds[module, number]
             costs = [self.processor(module, item.media_type).cost(item.header) for _, _, item in entries]
-            for encoder_lane, chosen in enumerate(_balance(costs, loads[module])):
+            for module_lane, chosen in enumerate(_balance(costs, loads[module])):
                 offset = 0
-                for slot, ordinal, item in (entries[entry] for entry in chosen):
+                for planned, ordinal, item in (entries[entry] for entry in chosen):
                     media.append(
-                        MediaSlot(
-                            modality=module, sample=slot.sample, index=slot.index, ordinal=ordinal, rows=item.rows,
-                            lane=slot.lane, microbatch=number, row=slot.row, start=slot.start + item.start,
-                            encoder_lane=encoder_lane, encoder_offset=offset,
+                        PlannedMedia(
+                            module=module, batch_index=planned.batch_index, index=planned.index, ordinal=ordinal,
+                            soft_tokens=item.soft_tokens, lane=planned.lane, microbatch=number,
+                            sequence=planned.sequence, start=planned.start + item.start,
+                            module_lane=module_lane, module_offset=offset,
                         )
                     )  # fmt: skip
-                    offset += item.rows
+                    offset += item.soft_tokens
         return media
 
-    def _imbalance(self, slots: Sequence[SampleSlot], media: Sequence[MediaSlot]) -> dict[str, Imbalance]:
-        trained = ((self._sample_cost(slot.length), slot.sample % self._lanes, slot.lane) for slot in slots)
+    def _imbalance(self, samples: Sequence[PlannedSample], media: Sequence[PlannedMedia]) -> dict[str, Imbalance]:
+        trained = (
+            (self._sample_cost(planned.length), planned.batch_index % self._lanes, planned.lane) for planned in samples
+        )
         imbalance = {"language": _imbalance(self._lanes, trained)}
         costs: dict[str, list[tuple[float, int, int]]] = defaultdict(list)
-        for slot in media:
-            item = self.dataset.media(slot.index)[slot.ordinal]
-            cost = self.processor(slot.modality, item.media_type).cost(item.header)
-            costs[slot.modality].append((cost, slot.sample % self._media_lanes[slot.modality], slot.encoder_lane))
+        for planned in media:
+            item = self.dataset.media(planned.index)[planned.ordinal]
+            cost = self.processor(planned.module, item.media_type).cost(item.header)
+            costs[planned.module].append(
+                (cost, planned.batch_index % self._media_lanes[planned.module], planned.module_lane)
+            )
         for module, lanes in self._media_lanes.items():
             imbalance[module] = _imbalance(lanes, costs[module])
         return imbalance

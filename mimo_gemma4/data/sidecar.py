@@ -13,7 +13,7 @@ import numpy as np
 
 from mimo_gemma4.data.shards import Shard, file_system, is_remote, shard_version
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 """Raised whenever the meaning of a stored array changes; files of another version are made anew."""
 
 

@@ -23,7 +23,7 @@ class TokenIndex:
     """[samples] int32: positions with a label."""
     media_start: np.ndarray
     """[media] int32: position of the first soft token."""
-    media_rows: np.ndarray
+    media_soft_tokens: np.ndarray
     """[media] int32: soft tokens; 0 for a video's frame that the model does not see."""
     bad_samples: np.ndarray
     """[bad] int64: samples that cannot be encoded …"""
@@ -58,7 +58,10 @@ class TokenIndex:
     def build(cls, shard: Shard, index: ShardIndex, encoder: ConversationEncoder) -> Self:
         """Encode every sample of a shard. Samples that cannot be encoded are recorded, not raised."""
         length, loss_tokens = np.zeros(len(index), np.int32), np.zeros(len(index), np.int32)
-        media_start, media_rows = np.zeros(len(index.media_type), np.int32), np.zeros(len(index.media_type), np.int32)
+        media_start, media_soft_tokens = (
+            np.zeros(len(index.media_type), np.int32),
+            np.zeros(len(index.media_type), np.int32),
+        )
         bad: list[tuple[int, Fault, str]] = []
         documents = read_ranges(shard, list(zip(index.json_offset.tolist(), index.json_size.tolist(), strict=True)))
         for sample, data in enumerate(documents):
@@ -72,12 +75,12 @@ class TokenIndex:
                 bad.append((sample, error.fault, str(error)))
                 continue
             length[sample], loss_tokens[sample] = encoded.length, encoded.loss_tokens
-            media_start[shown], media_rows[shown] = encoded.media_starts, rows
+            media_start[shown], media_soft_tokens[shown] = encoded.media_starts, rows
         return cls(
             length=length,
             loss_tokens=loss_tokens,
             media_start=media_start,
-            media_rows=media_rows,
+            media_soft_tokens=media_soft_tokens,
             bad_samples=np.array([sample for sample, _, _ in bad], np.int64),
             bad_faults=np.array([fault for _, fault, _ in bad], np.str_),
             bad_reasons=np.array([reason for _, _, reason in bad], np.str_),
@@ -87,7 +90,7 @@ class TokenIndex:
 def _rows(index: ShardIndex, medium: int, encoder: ConversationEncoder) -> int:
     header = index.header(medium)
     try:
-        return encoder.processors[MEDIA_TYPES[index.media_type[medium]]].rows(header)
+        return encoder.processors[MEDIA_TYPES[index.media_type[medium]]].soft_tokens(header)
     except ValueError as error:
         raise BadSampleError("rows", str(error)) from error
 

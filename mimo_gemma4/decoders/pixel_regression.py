@@ -47,7 +47,7 @@ class MeanColours:
 
     def cost(self, header: MediaHeader) -> float:
         """All soft tokens cost the same."""
-        return float(self.media.rows(header))
+        return float(self.media.soft_tokens(header))
 
     def decode(self, data: bytes) -> dict[str, Tensor]:
         """Resize the image as its encoder sees it, and average. Raises as the media processor does."""
@@ -56,7 +56,7 @@ class MeanColours:
 
     def placeholder(self, header: MediaHeader) -> dict[str, Tensor]:
         """Black."""
-        return {"colours": torch.zeros(self.media.rows(header), CHANNELS)}
+        return {"colours": torch.zeros(self.media.soft_tokens(header), CHANNELS)}
 
     def collate(self, items: list[dict[str, Tensor]]) -> dict[str, Any]:
         """Targets of all rows: colours [rows, 3]."""

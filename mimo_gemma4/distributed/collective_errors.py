@@ -17,7 +17,7 @@ def highest(value: int, group: dist.ProcessGroup | None) -> int:
     return int(agreed)
 
 
-def together[T](group: dist.ProcessGroup | None, action: Callable[[], T]) -> T:
+def all_ranks_or_raise[T](group: dist.ProcessGroup | None, action: Callable[[], T]) -> T:
     """The result of `action` on this rank, once it has succeeded on every rank of `group`.
 
     Where it raises on some rank, every rank raises: those where it failed their own error, the others a `MimoError` of

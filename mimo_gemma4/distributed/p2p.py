@@ -1,4 +1,4 @@
-"""Messages between two ranks, in batches that are posted and never waited for by the host of a GPU."""
+"""Point-to-point messages in batches, which are posted at once and which the host of a GPU never waits for."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -7,11 +7,11 @@ import torch
 import torch.distributed as dist
 
 Message = tuple[int, torch.Tensor]
-"""Global rank of the peer, and the contiguous tensor that it is sent or that it fills."""
+"""Global rank of the peer, and the contiguous tensor that is sent to it or filled by it."""
 
 
 @dataclass(frozen=True)
-class Arrival:
+class PendingRecv:
     """Tensors on their way here."""
 
     tensors: list[torch.Tensor]
@@ -24,7 +24,7 @@ class Arrival:
         return self.tensors
 
 
-class Mailbox:
+class P2PChannel:
     """A communicator of its own: its batches travel one after the other, each when both ends have posted it."""
 
     def __init__(self, group: dist.ProcessGroup):
@@ -32,18 +32,18 @@ class Mailbox:
         self.group = group
         self._leaving: list[tuple[list[dist.Work], list[torch.Tensor]]] = []
 
-    def post(self, sends: Sequence[Message], receives: Sequence[Message]) -> Arrival:
+    def post(self, sends: Sequence[Message], recvs: Sequence[Message]) -> PendingRecv:
         """Start sending and receiving one batch; what is sent is kept until it has left, found out without waiting."""
         self._leaving = [entry for entry in self._leaving if not all(work.is_completed() for work in entry[0])]
         operations = [dist.P2POp(dist.isend, tensor, peer, self.group) for peer, tensor in sends]
-        operations += [dist.P2POp(dist.irecv, tensor, peer, self.group) for peer, tensor in receives]
+        operations += [dist.P2POp(dist.irecv, tensor, peer, self.group) for peer, tensor in recvs]
         works = dist.batch_isend_irecv(operations) if operations else []
         # gloo gives a handle for each operation, NCCL one for the batch.
         separate = len(works) == len(operations)
         if sends:
             self._leaving.append((works[: len(sends)] if separate else works, [tensor for _, tensor in sends]))
-        arriving = works[len(sends) :] if separate else works
-        return Arrival([tensor for _, tensor in receives], arriving if receives else [])
+        receiving = works[len(sends) :] if separate else works
+        return PendingRecv([tensor for _, tensor in recvs], receiving if recvs else [])
 
     def drain(self) -> None:
         """Let go of everything that was sent, when it has left; the stream of a GPU waits for that, not the host."""

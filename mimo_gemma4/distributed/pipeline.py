@@ -6,12 +6,12 @@ import torch
 import torch.distributed as dist
 
 from mimo_gemma4.distributed.layout import ModuleGrid
-from mimo_gemma4.distributed.p2p import Arrival, Mailbox
+from mimo_gemma4.distributed.p2p import P2PChannel, PendingRecv
 
 Shapes = Sequence[tuple[int, ...]]
 
 
-class Channel:
+class Direction:
     """One direction of a pipeline: batches of tensors from `source` to this rank and from this rank to `target`."""
 
     def __init__(
@@ -31,22 +31,28 @@ class Channel:
             dtype: of all tensors.
             device: where they live.
         """
-        self.mailbox, self.source, self.target, self.dtype, self.device = Mailbox(group), source, target, dtype, device
+        self.channel, self.source, self.target, self.dtype, self.device = (
+            P2PChannel(group),
+            source,
+            target,
+            dtype,
+            device,
+        )
 
     def send(self, tensors: Sequence[torch.Tensor]) -> None:
         """Start sending; the tensors are kept until they have left."""
         assert self.target is not None
-        self.mailbox.post([(self.target, tensor.detach().contiguous()) for tensor in tensors], [])
+        self.channel.post([(self.target, tensor.detach().contiguous()) for tensor in tensors], [])
 
-    def expect(self, shapes: Shapes) -> Arrival:
+    def post_recv(self, shapes: Shapes) -> PendingRecv:
         """Make room for what the source sends next, and start receiving it."""
         assert self.source is not None
         buffers = [torch.empty(shape, dtype=self.dtype, device=self.device) for shape in shapes]
-        return self.mailbox.post([], [(self.source, buffer) for buffer in buffers])
+        return self.channel.post([], [(self.source, buffer) for buffer in buffers])
 
     def drain(self) -> None:
         """Wait until everything has left."""
-        self.mailbox.drain()
+        self.channel.drain()
 
 
 class Pipeline:
@@ -72,12 +78,12 @@ class Pipeline:
             device: where it lives.
         """
         at = grid.coordinate(rank)
-        before, after = (
+        previous, following = (
             grid.rank_at(tp=at.tp, cp=at.cp, dp=at.dp, pp=pp) if 0 <= pp < grid.pp else None
             for pp in (at.pp - 1, at.pp + 1)
         )
-        self.forward = Channel(forward_group, before, after, dtype, device)
-        self.backward = Channel(backward_group, after, before, dtype, device)
+        self.forward = Direction(forward_group, previous, following, dtype, device)
+        self.backward = Direction(backward_group, following, previous, dtype, device)
 
     def drain(self) -> None:
         """Wait until everything has left."""

@@ -70,11 +70,12 @@ class ProcessGroups:
     pipeline_backward: dict[str, ProcessGroup | None] = field(default_factory=dict)
     """Per module of several stages, the group of this rank's pipeline that gradients travel on; None outside.
     Activations travel on the module's `pp`: two communicators, so that neither direction waits for the other."""
-    bridge_forward: dict[str, ProcessGroup | None] = field(default_factory=dict)
+    bridge_to_language: dict[str, ProcessGroup | None] = field(default_factory=dict)
     """Per encoder or decoder, the group of its ranks (of an encoder, those of the last stage) and of those of the
     language stage that it exchanges rows with, the first or the last; None outside."""
-    bridge_backward: dict[str, ProcessGroup | None] = field(default_factory=dict)
-    """As `bridge_forward`, for row gradients: a second communicator, so that neither direction waits for the other."""
+    bridge_to_module: dict[str, ProcessGroup | None] = field(default_factory=dict)
+    """The same ranks, for what travels to the module: a second communicator, so that neither direction waits for the
+    other."""
     created: list[ProcessGroup] = field(default_factory=list)
     """Every group of this rank once, in the order of creation."""
 
@@ -112,7 +113,7 @@ def create_process_groups(layout: Layout, platform: Platform) -> ProcessGroups:
     for name in (*layout.encoders, *layout.decoders):
         senders, receivers = layout.edge(name)
         members = tuple(sorted({*senders, *receivers}))
-        for direction, bridge in (("forward", groups.bridge_forward), ("backward", groups.bridge_backward)):
+        for direction, bridge in (("forward", groups.bridge_to_language), ("backward", groups.bridge_to_module)):
             bridge[name] = alone[members[0]] if len(members) == 1 else maker.new(members, f"bridge.{name}.{direction}")
     groups.created = maker.created
     return groups

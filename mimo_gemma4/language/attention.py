@@ -16,7 +16,7 @@ from torch import nn
 
 from mimo_gemma4.language.attention_backend import AttentionPlan
 from mimo_gemma4.language.config import Gemma4TextConfig, LayerConfig
-from mimo_gemma4.language.key_exchange import Departed, KeyExchange, States, arrive, depart
+from mimo_gemma4.language.key_exchange import KeyExchange, StartedExchange, States, finish_exchange, start_exchange
 from mimo_gemma4.language.norm import RMSNorm, normalise
 from mimo_gemma4.language.projection import project_first
 from mimo_gemma4.language.replicated import OneHeadLinear
@@ -117,21 +117,21 @@ class SelfAttention(nn.Module):
 
         Returns the projected result [S/(cp*tp), B, H] (local) and the keys and values that were attended to.
         """
-        departed = None
+        pending = None
         if shared is None and inputs.exchange is not None and not self._adapted:
             query_weight, key_value_weight = self._weights()
             own, whole = project_first(
                 hidden, key_value_weight, self.tp_group, sequence_parallel=self.config.sequence_parallel
             )
-            departed = self._depart(own.chunk(self.projections, dim=-1), inputs)
+            pending = self._start_exchange(own.chunk(self.projections, dim=-1), inputs)
             query = F.linear(whole, query_weight)
         else:
             query, *fused = self.linear_qkv(hidden)[0].split(self.fused_sizes, dim=-1)
             if shared is None:
-                departed = self._depart(fused or self._unsplit_key_values(hidden), inputs)
+                pending = self._start_exchange(fused or self._unsplit_key_values(hidden), inputs)
         query = rotate(self.q_norm(self._heads(query)), inputs.rotary)  # while keys and values are on their way, too
-        if departed is not None:
-            shared = self._key_values(arrive(departed), inputs.key_rotary)
+        if pending is not None:
+            shared = self._key_values(finish_exchange(pending), inputs.key_rotary)
         assert shared is not None
         output, _ = self.linear_proj(inputs.plan.attend(query, shared.key, shared.value))
         return output, shared
@@ -148,10 +148,10 @@ class SelfAttention(nn.Module):
             return self.linear_qkv.weight.split([self.query_size, sum(self.fused_sizes) - self.query_size])
         return self.linear_qkv.weight, self.linear_key_value.local_rows(self.linear_key_value.weight)
 
-    def _depart(self, projected: Sequence[torch.Tensor], inputs: AttentionInputs) -> Departed:
+    def _start_exchange(self, projected: Sequence[torch.Tensor], inputs: AttentionInputs) -> StartedExchange:
         """Launch the exchange of what keys and values [S/cp, B, heads * head_dim] (local), just projected, become."""
         raw = [self._heads(part) for part in projected]
-        return depart(inputs.exchange, self._travelling(raw, inputs.rotary))
+        return start_exchange(inputs.exchange, self._travelling(raw, inputs.rotary))
 
     def _heads(self, states: torch.Tensor) -> torch.Tensor:
         return states.unflatten(-1, (-1, self.layer.head_dim))
@@ -170,11 +170,11 @@ class SelfAttention(nn.Module):
             return tuple(raw)
         return rotate(self.k_norm(raw[0]), rotary), normalise(raw[1], self.text.rms_norm_eps)
 
-    def _key_values(self, arrived: States, rotary: Rotary) -> KeyValues:
+    def _key_values(self, received: States, rotary: Rotary) -> KeyValues:
         """Keys and values from what has travelled; norms of raw keys see every rank's rows, in backward a part each."""
         if self.layer.has_value_projection:
-            return KeyValues(*arrived)
-        (raw,) = arrived
+            return KeyValues(*received)
+        (raw,) = received
         return KeyValues(rotate(self.k_norm(raw), rotary), normalise(raw, self.text.rms_norm_eps))
 
     def bindings(self, prefix: str) -> list[Binding]:

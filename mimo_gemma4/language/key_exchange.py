@@ -1,9 +1,9 @@
 """How keys and values reach the context parallel ranks whose queries see them, and how their gradients return.
 
-All index tensors and split sizes are planned on the host, once per microbatch and attention type. `depart` launches the
-exchange and `arrive` waits for it, so that what is computed between the two overlaps with it; in backward the gradients
-depart from `arrive` and are waited for in `depart`. The layers that share keys and values use what one arrival brought:
-autograd adds up their gradients before the single way back.
+All index tensors and split sizes are planned on the host, once per microbatch and attention type. `start_exchange`
+launches the exchange and `finish_exchange` waits for it, so that what is computed between the two overlaps with it; in
+backward `finish_exchange` launches the gradients' way back and `start_exchange` waits for it. Layers that share keys
+and values use one exchange: autograd adds up their gradients before the single way back.
 """
 
 from collections.abc import Callable, Sequence
@@ -95,8 +95,8 @@ class HaloExchange:
         self.send_counts, self.receive_counts = ([rows.numel() for rows in lists] for lists in (sends, receives))
         self.count = keys.numel()
         self.send_rows = put(torch.cat(sends))
-        self.local_slots = put(torch.searchsorted(keys, held[rank]))
-        self.received_slots = put(torch.searchsorted(keys, torch.cat(receives)))
+        self.local_places = put(torch.searchsorted(keys, held[rank]))
+        self.received_places = put(torch.searchsorted(keys, torch.cat(receives)))
 
     def send(self, states: States) -> Pending:
         """Launch the rows that other ranks need."""
@@ -108,15 +108,15 @@ class HaloExchange:
         whole = []
         for state, others in zip(states, received.unbind(1), strict=True):
             keys = state.new_empty(self.count, *state.shape[1:])
-            keys.index_copy_(0, self.local_slots, state)
-            whole.append(keys.index_copy_(0, self.received_slots, others))
+            keys.index_copy_(0, self.local_places, state)
+            whole.append(keys.index_copy_(0, self.received_places, others))
         return tuple(whole)
 
     def send_back(self, gradients: States) -> tuple[States, Pending]:
         """Launch the gradients of other ranks' rows."""
-        packed = torch.stack([gradient.index_select(0, self.received_slots) for gradient in gradients], dim=1)
+        packed = torch.stack([gradient.index_select(0, self.received_places) for gradient in gradients], dim=1)
         pending = self._exchange(packed, self.receive_counts, self.send_counts)
-        return tuple(gradient.index_select(0, self.local_slots) for gradient in gradients), pending
+        return tuple(gradient.index_select(0, self.local_places) for gradient in gradients), pending
 
     def add_returned(self, local: States, returned: torch.Tensor) -> States:
         """Sum over the ranks that had used a row, one after the other: always in the same order."""
@@ -192,7 +192,7 @@ class Transit:
         return pending.wait()
 
 
-class Departed(NamedTuple):
+class StartedExchange(NamedTuple):
     """States whose exchange is under way."""
 
     transit: Transit | None
@@ -201,22 +201,22 @@ class Departed(NamedTuple):
     """The local states, as autograd is to see them."""
 
 
-def depart(exchange: KeyExchange | None, states: States) -> Departed:
+def start_exchange(exchange: KeyExchange | None, states: States) -> StartedExchange:
     """Launch the exchange of `states`, each [S/cp, B, heads (local), D]."""
     if exchange is None:
-        return Departed(None, states)
+        return StartedExchange(None, states)
     transit = Transit(exchange)
-    return Departed(transit, _Depart.apply(transit, *states))
+    return StartedExchange(transit, _StartExchange.apply(transit, *states))
 
 
-def arrive(departed: Departed) -> States:
+def finish_exchange(started: StartedExchange) -> States:
     """The states of all K keys in sequence order, each [K, B, heads (local), D]."""
-    if departed.transit is None:
-        return departed.states
-    return _Arrive.apply(departed.transit, *departed.states)
+    if started.transit is None:
+        return started.states
+    return _FinishExchange.apply(started.transit, *started.states)
 
 
-class _Depart(torch.autograd.Function):
+class _StartExchange(torch.autograd.Function):
     """The identity, which launches the way there, and in backward ends the way back."""
 
     @staticmethod
@@ -230,7 +230,7 @@ class _Depart(torch.autograd.Function):
         return None, *ctx.transit.exchange.add_returned(gradients, ctx.transit.wait())
 
 
-class _Arrive(torch.autograd.Function):
+class _FinishExchange(torch.autograd.Function):
     """Ends the way there, and in backward launches the way back."""
 
     @staticmethod

@@ -157,7 +157,7 @@ class MimoModel:
 
     def _bridge(self, name: str) -> Bridge:
         module_groups, language_groups = self.groups.modules.get(name), self.groups.modules.get("language")
-        forward_group, backward_group = self.groups.bridge_forward[name], self.groups.bridge_backward[name]
+        forward_group, backward_group = self.groups.bridge_to_language[name], self.groups.bridge_to_module[name]
         assert forward_group is not None and backward_group is not None
         return Bridge(
             self.layout,
@@ -172,21 +172,21 @@ class MimoModel:
             platform=self.platform,
         )
 
-    def encode(self, name: str, inputs: Mapping[str, Any], arrived: Sequence[torch.Tensor]) -> torch.Tensor:
+    def encode(self, name: str, inputs: Mapping[str, Any], received: Sequence[torch.Tensor]) -> torch.Tensor:
         """Rows [rows, H] of media items; on stages before the encoder's last, what the next one works on.
 
         Args:
             name: the encoder.
             inputs: what its processor collated, on the host.
-            arrived: what its previous stage has sent, empty on the first.
+            received: what its previous stage has sent, empty on the first.
         """
         encoder, given = self.encoders[name], dict(inputs)
-        if arrived:
+        if received:
             assert isinstance(encoder, StagedEncoder)
             given |= dict.fromkeys(encoder.only_first)
         given = self._put(given)
-        if arrived:
-            (given["hidden"],) = arrived
+        if received:
+            (given["hidden"],) = received
         return encoder(**given)
 
     def decode(self, name: str, states: torch.Tensor, targets: Mapping[str, Any]) -> torch.Tensor:
@@ -220,17 +220,17 @@ class MimoModel:
         input_ids, labels = (self.platform.put(adapter.cut(whole, index)) for whole in (batch.input_ids, batch.labels))
         return LocalTokens(input_ids, labels, context)
 
-    def stage_inputs(self, tokens: LocalTokens, media: Media, arrived: Sequence[torch.Tensor]) -> StageTensors:
+    def stage_inputs(self, tokens: LocalTokens, media: Media, received: Sequence[torch.Tensor]) -> StageTensors:
         """What this rank's stage works on.
 
         Args:
             tokens: the local tokens.
             media: rows to put over the placeholders, on the first stage.
-            arrived: what the previous stage has sent, empty on the first.
+            received: what the previous stage has sent, empty on the first.
         """
         assert self.language is not None
         if not self.language.stage.first:
-            return self.language.received(arrived)
+            return self.language.received(received)
         embeddings = self.language.embed(tokens.input_ids)
         if torch.is_grad_enabled() and not embeddings.requires_grad:
             # A frozen table: media rows may need a gradient on this rank's peers alone, whose backward pass then waits
@@ -257,11 +257,11 @@ class MimoModel:
             [S/(cp*tp), B, H] (local) on the last stage, None on others.
         """
         assert self.language is not None
-        arrived: list[torch.Tensor] = []
+        received: list[torch.Tensor] = []
         if not self.language.stage.first:
             shapes = self.language.received_shapes(tokens.input_ids, tokens.context)
-            arrived = self.pipelines["language"].forward.expect(shapes).wait()
-        outputs = self.run_stage(tokens, self.stage_inputs(tokens, media, arrived))
+            received = self.pipelines["language"].forward.post_recv(shapes).wait()
+        outputs = self.run_stage(tokens, self.stage_inputs(tokens, media, received))
         if self.language.stage.last:
             return outputs.hidden
         self.pipelines["language"].forward.send(outputs.flat())

@@ -21,7 +21,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor, nn
 
 from mimo_gemma4.config import OptimConfig
-from mimo_gemma4.optim.step_reduction import Agreement
+from mimo_gemma4.optim.step_reduction import StepResults
 from mimo_gemma4.weights.bindings import Binding, BoundModule
 
 
@@ -52,7 +52,7 @@ class Shard:
 class ModuleOptimizer:
     """Gradients and optimizer state of one module on this rank. A frozen module has the same interface and no state.
 
-    A step is `zero_gradients`, the forward and backward passes, `finish_gradients`, `StepAgreement.reduce` (which asks
+    A step is `zero_gradients`, the forward and backward passes, `finish_gradients`, `StepReduction.reduce` (which asks
     for `square_norm`), `apply`.
     """
 
@@ -126,7 +126,7 @@ class ModuleOptimizer:
         return torch.stack(torch._foreach_norm(gradients, 2.0, torch.float64)).square().sum()
 
     @torch.no_grad()
-    def apply(self, agreement: Agreement, learning_rate: float) -> None:
+    def apply(self, agreement: StepResults, learning_rate: float) -> None:
         """One AdamW step with gradients divided by `agreement.divisor`, then the new weights to all dp_cp ranks.
 
         A step whose gradients are not finite anywhere leaves weights, moments and the step count as they are, on every

@@ -42,7 +42,7 @@ class Usage(Protocol):
 
 
 @dataclass(frozen=True)
-class Agreement:
+class StepResults:
     """The global results of one step, equal on every rank: fp64 on the device, scalars unless a shape is given."""
 
     loss: Tensor
@@ -72,7 +72,7 @@ class Agreement:
     """[ranks]: memory of each rank."""
 
 
-class StepAgreement:
+class StepReduction:
     """The fused reduction of a step over all ranks."""
 
     def __init__(
@@ -94,13 +94,13 @@ class StepAgreement:
         lanes, modules = layout.language.dp, len(self.modules)
         losses = len(self.decoders)
         self.sizes = [1, 1, 1, modules, modules, lanes, modules * USAGE_COLUMNS, layout.world_size, losses]
-        self.tells_loss = self.tells_tokens = False
+        self.reports_loss = self.reports_tokens = False
         if self.rank in layout.language:
             at = layout.language.coordinate(self.rank)
-            self.tells_loss = at.tp == 0 and at.pp == layout.language.pp - 1
-            self.tells_tokens = (at.tp, at.cp, at.pp) == (0, 0, 0)
+            self.reports_loss = at.tp == 0 and at.pp == layout.language.pp - 1
+            self.reports_tokens = (at.tp, at.cp, at.pp) == (0, 0, 0)
         grids = ((name, layout.grids[name]) for name in self.decoders)
-        self.tells_decoder_loss = {n for n, grid in grids if self.rank in grid and grid.coordinate(self.rank).tp == 0}
+        self.reports_decoder_loss = {n for n, grid in grids if self.rank in grid and grid.coordinate(self.rank).tp == 0}
 
     def reduce(
         self,
@@ -111,7 +111,7 @@ class StepAgreement:
         hash_difference: Tensor | None = None,
         usage: Usage | None = None,
         decoder_losses: Mapping[str, Tensor] | None = None,
-    ) -> Agreement:
+    ) -> StepResults:
         """Sum this rank's contributions with all others'. Collective over all ranks; no host sync.
 
         Every rank may give its counts: one rank tells each shard of tokens, the first of its tensor parallel group.
@@ -127,9 +127,9 @@ class StepAgreement:
         """
         vector = torch.zeros(sum(self.sizes), dtype=torch.float64, device=self.device)
         mine = vector.split(self.sizes)
-        if self.tells_loss:
+        if self.reports_loss:
             mine[0][0], mine[1][0] = loss_sum, loss_tokens
-        if self.tells_tokens:
+        if self.reports_tokens:
             mine[2].fill_(tokens)
         for position, name in enumerate(self.modules):
             if name in optimizers:
@@ -142,19 +142,19 @@ class StepAgreement:
             mine[6].copy_(usage.modules.flatten())
             mine[7][self.rank : self.rank + 1].fill_(usage.memory_gib)
         for position, name in enumerate(self.decoders):
-            if decoder_losses is not None and name in self.tells_decoder_loss:
+            if decoder_losses is not None and name in self.reports_decoder_loss:
                 mine[8][position] = decoder_losses[name]
         dist.all_reduce(vector, group=self.group)
         return self._results(vector)
 
-    def _results(self, vector: Tensor) -> Agreement:
+    def _results(self, vector: Tensor) -> StepResults:
         loss_sum, loss_tokens, tokens, squares, nonfinite_ranks, hashes, usage, memory, losses = vector.split(
             self.sizes
         )
         count = loss_tokens[0].clamp(min=1.0)
         norm = squares.sum().sqrt() / count
         clip = torch.ones_like(norm) if self.clip_grad is None else (self.clip_grad / (norm + 1e-6)).clamp(max=1.0)
-        return Agreement(
+        return StepResults(
             loss=loss_sum[0] / count,
             decoder_losses=losses,
             loss_tokens=loss_tokens[0],
@@ -173,9 +173,9 @@ class StepAgreement:
 class StepReport:
     """An agreement on its way to the host: made when the step is enqueued, read when the device has finished it."""
 
-    def __init__(self, agreement: Agreement):
+    def __init__(self, agreement: StepResults):
         """Start the copy; it does not wait for the device."""
-        tensors = {part.name: getattr(agreement, part.name) for part in fields(Agreement)}
+        tensors = {part.name: getattr(agreement, part.name) for part in fields(StepResults)}
         self._shapes = {name: tensor.shape for name, tensor in tensors.items()}
         packed = torch.cat([tensor.reshape(-1) for tensor in tensors.values()])
         self._finished = torch.cuda.Event() if packed.is_cuda else None

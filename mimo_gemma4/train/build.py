@@ -15,7 +15,7 @@ from mimo_gemma4.data.planner import DecoderTargets, StepPlanner
 from mimo_gemma4.data.quickstart import ensure_shards
 from mimo_gemma4.data.tokenizer import byte_media_tokens, load_tokenizer, media_tokens
 from mimo_gemma4.decoders.registry import build_target_processors
-from mimo_gemma4.distributed.collective_errors import together
+from mimo_gemma4.distributed.collective_errors import all_ranks_or_raise
 from mimo_gemma4.distributed.cp_cost import AttentionCosts, cheaper_layout
 from mimo_gemma4.distributed.layout import LANGUAGE
 from mimo_gemma4.encoders.registry import build_processors
@@ -27,73 +27,73 @@ from mimo_gemma4.optim.module_optimizer import ModuleOptimizer
 from mimo_gemma4.partition import CpLayout, pack_multiple, segment_multiple, sequence_multiple
 from mimo_gemma4.train.evaluate import Evaluator
 from mimo_gemma4.train.initial_weights import fill, fill_adapters, fill_decoders, find_start, restore
-from mimo_gemma4.train.setup import Foundation
+from mimo_gemma4.train.setup import RunSetup
 from mimo_gemma4.train.trainer import Trainer
 from mimo_gemma4.weights.freezing import freeze
 from mimo_gemma4.weights.lora import attach
 
 
-def build_trainer(foundation: Foundation) -> Trainer:
+def build_trainer(setup: RunSetup) -> Trainer:
     """Everything of one rank, resumed where the configuration says so. Collective over all ranks."""
-    config, groups = foundation.config, foundation.groups
-    keep_model(foundation)
-    encoder = together(groups.host, lambda: build_conversation_encoder(foundation))
-    prepare_shards(foundation)
-    train_data = open_dataset(foundation, "train", config.data.train, encoder)
-    valid_data = open_dataset(foundation, "valid", config.data.valid, encoder) if config.data.valid else None
-    start = find_start(foundation)
-    model = build_modules(foundation)
+    config, groups = setup.config, setup.groups
+    keep_model(setup)
+    encoder = all_ranks_or_raise(groups.host, lambda: build_conversation_encoder(setup))
+    prepare_shards(setup)
+    train_data = open_dataset(setup, "train", config.data.train, encoder)
+    valid_data = open_dataset(setup, "valid", config.data.valid, encoder) if config.data.valid else None
+    start = find_start(setup)
+    model = build_modules(setup)
     if start is None:
-        fill(foundation, model)
+        fill(setup, model)
     elif start.weights_only:
-        fill_adapters(foundation, model)
-        fill_decoders(foundation, model)
+        fill_adapters(setup, model)
+        fill_decoders(setup, model)
     optimizers = {
         name: ModuleOptimizer(module, groups.modules[name], config.module_optim(name))
         for name, module in model.modules.items()
     }
-    finished = 0 if start is None else restore(foundation, start, optimizers)
+    finished = 0 if start is None else restore(setup, start, optimizers)
     evaluator = None
     if valid_data is not None:
-        evaluator = Evaluator(config, model, build_loader(foundation, valid_data, train=False))
-    return Trainer(config, model, optimizers, build_loader(foundation, train_data, train=True), evaluator, finished)
+        evaluator = Evaluator(config, model, build_loader(setup, valid_data, train=False))
+    return Trainer(config, model, optimizers, build_loader(setup, train_data, train=True), evaluator, finished)
 
 
-def keep_config(foundation: Foundation) -> None:
+def keep_config(setup: RunSetup) -> None:
     """Make the run's directory and keep the configuration in it. Raises `ConfigError`. Collective."""
-    directory = Path(foundation.config.run.dir)
+    directory = Path(setup.config.run.dir)
 
     def keep() -> None:
-        if foundation.platform.rank != 0:
+        if setup.platform.rank != 0:
             return
         try:
             directory.mkdir(parents=True, exist_ok=True)
-            save_config(foundation.config, directory / "config.yaml")
+            save_config(setup.config, directory / "config.yaml")
         except OSError as error:
             raise ConfigError(f"`run.dir` {directory} cannot be written: {error}") from error
 
-    together(foundation.groups.host, keep)
+    all_ranks_or_raise(setup.groups.host, keep)
 
 
-def keep_model(foundation: Foundation) -> None:
+def keep_model(setup: RunSetup) -> None:
     """Keep configuration and tokenizer in the run's directory, where an export finds them. Collective."""
-    config = foundation.config
+    config = setup.config
 
     def keep() -> None:
-        if foundation.platform.rank == 0:
+        if setup.platform.rank == 0:
             folder = Path(config.run.dir) / model_files.FOLDER
-            model_files.keep_model_files(folder, config.model, foundation.hf_config, foundation.layout.grids)
+            model_files.keep_model_files(folder, config.model, setup.hf_config, setup.layout.grids)
 
-    together(foundation.groups.host, keep)
+    all_ranks_or_raise(setup.groups.host, keep)
 
 
-def build_conversation_encoder(foundation: Foundation) -> ConversationEncoder:
+def build_conversation_encoder(setup: RunSetup) -> ConversationEncoder:
     """Tokenizer, chat template and the media processors of the encoders in the layout.
 
     Raises `ConfigError` where the media tokens of a preset are not those of the tokenizer that presets have.
     """
-    model, tokens = foundation.config.model, media_tokens(foundation.hf_config)
-    processors = [p for name in foundation.layout.encoders for p in build_processors(name, foundation.hf_config)]
+    model, tokens = setup.config.model, media_tokens(setup.hf_config)
+    processors = [p for name in setup.layout.encoders for p in build_processors(name, setup.hf_config)]
     known, types = byte_media_tokens(), [processor.content_type for processor in processors]
     if model.hf_path is None and any(tokens.get(kind) != known.get(kind) for kind in types):
         raise ConfigError(
@@ -103,25 +103,23 @@ def build_conversation_encoder(foundation: Foundation) -> ConversationEncoder:
     return ConversationEncoder(load_tokenizer(model.hf_path), processors, tokens)
 
 
-def prepare_shards(foundation: Foundation) -> None:
+def prepare_shards(setup: RunSetup) -> None:
     """Write the quickstart's shards where they are missing, on one rank of every host."""
-    data = foundation.config.data
+    data = setup.config.data
     quickstart = data.quickstart
     if quickstart is None:
         return
 
     def write() -> None:
-        if foundation.platform.local_rank == 0:
+        if setup.platform.local_rank == 0:
             ensure_shards(quickstart, Path(str(data.train.shards)).parent)
 
-    together(foundation.groups.host, write)
+    all_ranks_or_raise(setup.groups.host, write)
 
 
-def open_dataset(
-    foundation: Foundation, split: str, shards: ShardsConfig, encoder: ConversationEncoder
-) -> ShardDataset:
+def open_dataset(setup: RunSetup, split: str, shards: ShardsConfig, encoder: ConversationEncoder) -> ShardDataset:
     """The indexed samples of the shards of `data.<split>`; collective."""
-    data = foundation.config.data
+    data = setup.config.data
     try:
         return ShardDataset.open(
             shards.shards or [Source(source.shards, source.weight) for source in shards.sources.values()],
@@ -129,19 +127,19 @@ def open_dataset(
             seq_length=data.seq_length,
             on_bad_sample=data.on_bad_sample,
             max_bad_fraction=data.max_bad_fraction,
-            group=foundation.groups.host,
+            group=setup.groups.host,
         )
     except DataError as error:
         raise DataError(f"data.{split}: {error}") from error
 
 
-def build_loader(foundation: Foundation, dataset: ShardDataset, *, train: bool) -> StepLoader:
+def build_loader(setup: RunSetup, dataset: ShardDataset, *, train: bool) -> StepLoader:
     """Plans and reads this rank's part of training steps, or of an evaluation: one pass in order, padded."""
-    config, layout, rank = foundation.config, foundation.layout, foundation.platform.rank
+    config, layout, rank = setup.config, setup.layout, setup.platform.rank
     language = layout.language
     tp = language.tp if language.sequence_parallel else 1
     packing = config.data.packing and train
-    text = Gemma4TextConfig.from_hf(foundation.hf_config)
+    text = Gemma4TextConfig.from_hf(setup.hf_config)
 
     @cache
     def sample_cost(length: int) -> float:
@@ -154,7 +152,7 @@ def build_loader(foundation: Foundation, dataset: ShardDataset, *, train: bool) 
         seed=config.run.seed,
         language_lanes=language.dp,
         encoder_lanes={name: layout.grids[name].dp for name in layout.encoders},
-        decoders=decoder_targets(foundation, dataset.encoder),
+        decoders=decoder_targets(setup, dataset.encoder),
         packing=packing,
         row_multiple=segment_multiple(language.cp) if packing else sequence_multiple(language.cp, tp),
         total_multiple=pack_multiple(language.cp, tp),
@@ -162,7 +160,7 @@ def build_loader(foundation: Foundation, dataset: ShardDataset, *, train: bool) 
         shuffle=train,
         repeat=train,
         limit=None if train else config.eval.samples,
-        choose_cp_layout=cp_layout_chooser(foundation) if language.cp > 1 else None,
+        choose_cp_layout=cp_layout_chooser(setup) if language.cp > 1 else None,
     )
     lanes = {name: grid.coordinate(rank).dp for name, grid in layout.grids.items() if rank in grid}
     return StepLoader(
@@ -170,7 +168,7 @@ def build_loader(foundation: Foundation, dataset: ShardDataset, *, train: bool) 
         language_lane=lanes.get(LANGUAGE),
         encoder_lanes={name: lanes[name] for name in layout.encoders if name in lanes},
         decoder_lanes={name: lanes[name] for name in layout.decoders if name in lanes},
-        group=foundation.groups.loading["train" if train else "valid"],
+        group=setup.groups.loading["train" if train else "valid"],
         on_bad_sample=config.data.on_bad_sample,
         max_bad_fraction=config.data.max_bad_fraction,
         workers=config.data.workers,
@@ -178,11 +176,11 @@ def build_loader(foundation: Foundation, dataset: ShardDataset, *, train: bool) 
     )
 
 
-def decoder_targets(foundation: Foundation, encoder: ConversationEncoder) -> dict[str, DecoderTargets]:
+def decoder_targets(setup: RunSetup, encoder: ConversationEncoder) -> dict[str, DecoderTargets]:
     """What the decoders of the layout do with media, by name."""
     targets = {}
-    for name in foundation.layout.decoders:
-        grid, options = foundation.layout.grids[name], foundation.config.module(name)
+    for name in setup.layout.decoders:
+        grid, options = setup.layout.grids[name], setup.config.module(name)
         assert grid.reads is not None
         media = [processor for processor in encoder.processors.values() if processor.modality == grid.reads]
         processors = build_target_processors(name, options.decoder, options.decoder_options, media)
@@ -190,29 +188,29 @@ def decoder_targets(foundation: Foundation, encoder: ConversationEncoder) -> dic
     return targets
 
 
-def cp_layout_chooser(foundation: Foundation) -> Callable[[Sequence[int]], CpLayout]:
+def cp_layout_chooser(setup: RunSetup) -> Callable[[Sequence[int]], CpLayout]:
     """Picks the layout of a pack by the predicted cost of the model's attention."""
-    language = foundation.layout.language
-    costs = AttentionCosts.of(Gemma4TextConfig.from_hf(foundation.hf_config), language.tp)
+    language = setup.layout.language
+    costs = AttentionCosts.of(Gemma4TextConfig.from_hf(setup.hf_config), language.tp)
     return partial(cheaper_layout, costs, cp_size=language.cp)
 
 
-def build_model(foundation: Foundation) -> MimoModel:
+def build_model(setup: RunSetup) -> MimoModel:
     """This rank's modules with their first weights, frozen as configured. Collective over all ranks."""
-    model = build_modules(foundation)
-    fill(foundation, model)
+    model = build_modules(setup)
+    fill(setup, model)
     return model
 
 
-def build_modules(foundation: Foundation) -> MimoModel:
+def build_modules(setup: RunSetup) -> MimoModel:
     """This rank's modules, frozen as configured; their weights are yet to be filled or restored."""
-    config, host = foundation.config, foundation.groups.host
-    model = together(
+    config, host = setup.config, setup.groups.host
+    model = all_ranks_or_raise(
         host,
-        lambda: MimoModel(config, foundation.hf_config, foundation.layout, foundation.groups, foundation.platform),
+        lambda: MimoModel(config, setup.hf_config, setup.layout, setup.groups, setup.platform),
     )
 
-    names = tensor_names(foundation, model)
+    names = tensor_names(setup, model)
 
     def freeze_and_attach() -> None:
         for name, module in list(model.modules.items()):
@@ -221,27 +219,27 @@ def build_modules(foundation: Foundation) -> MimoModel:
             if options.lora is not None:
                 model.modules[name] = attach(name, module, options.lora, elsewhere)
 
-    together(host, freeze_and_attach)
-    model.trained_from = first_trained_stages(foundation, model)
+    all_ranks_or_raise(host, freeze_and_attach)
+    model.trained_from = first_trained_stages(setup, model)
     return model
 
 
-def tensor_names(foundation: Foundation, model: MimoModel) -> dict[str, set[str]]:
+def tensor_names(setup: RunSetup, model: MimoModel) -> dict[str, set[str]]:
     """Per module of the layout, the Hugging Face names of what any rank holds of it. Collective over all ranks."""
-    host = foundation.groups.host
+    host = setup.groups.host
     mine = {name: {binding.name for binding in module.bindings()} for name, module in model.modules.items()}
     everyone: list[dict[str, set[str]]] = [{}] * host.size()
     dist.all_gather_object(everyone, mine, group=host)
-    return {name: set().union(*(held.get(name, set()) for held in everyone)) for name in foundation.layout.grids}
+    return {name: set().union(*(held.get(name, set()) for held in everyone)) for name in setup.layout.grids}
 
 
-def first_trained_stages(foundation: Foundation, model: MimoModel) -> dict[str, int]:
+def first_trained_stages(setup: RunSetup, model: MimoModel) -> dict[str, int]:
     """Per encoder that trains, the first pipeline stage with a parameter that does. Collective over all ranks.
 
     Decoders are in it, with their only stage, where the language model or an encoder trains. Raises `ConfigError` where
     there are steps to train for and nothing trains.
     """
-    layout, host = foundation.layout, foundation.groups.host
+    layout, host = setup.layout, setup.groups.host
     mine = {
         name: layout.grids[name].coordinate(model.rank).pp
         for name, module in model.modules.items()
@@ -249,7 +247,7 @@ def first_trained_stages(foundation: Foundation, model: MimoModel) -> dict[str, 
     }
     everyone: list[dict[str, int]] = [{}] * host.size()
     dist.all_gather_object(everyone, mine, group=host)
-    steps = foundation.config.train.steps
+    steps = setup.config.train.steps
     if steps and not any(everyone):
         raise ConfigError(
             f"everything is frozen, so `train.steps` {steps} would change nothing: free a part of a module by "

@@ -12,7 +12,7 @@ from mimo_gemma4.data.collate import LanguageBatch
 from mimo_gemma4.data.loader import StepLoader
 from mimo_gemma4.data.manifest import Microbatch
 from mimo_gemma4.model.mimo_model import Media, MimoModel
-from mimo_gemma4.optim.step_reduction import StepAgreement, StepReport
+from mimo_gemma4.optim.step_reduction import StepReduction, StepReport
 from mimo_gemma4.train.greedy_answers import Answer, greedy_answers
 from mimo_gemma4.train.metrics import mean_losses
 from mimo_gemma4.train.step import StepRunner
@@ -34,7 +34,7 @@ class Evaluator:
         """`loader` plans the held-out samples once, in order, padded."""
         self.config, self.model, self.loader = config, model, loader
         self.runner = StepRunner(model)
-        self.agreement = StepAgreement(model.layout, None, model.platform.device)
+        self.agreement = StepReduction(model.layout, None, model.platform.device)
         self.readings: list[Reading] = []
         """On rank 0: the answers of the last run, in dataset order."""
 
@@ -63,7 +63,7 @@ class Evaluator:
             items += len(data.manifest.samples)
             for name, total in zip(decoders, report["decoder_losses"], strict=True):
                 decoder_sums[name] += total
-                decoder_rows[name] += data.manifest.rows_of(name)
+                decoder_rows[name] += data.manifest.soft_tokens_of(name)
         for module in self.model.modules.values():
             module.train()
         self.readings = self._gather(answers)

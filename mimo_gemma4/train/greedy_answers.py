@@ -46,14 +46,14 @@ def greedy_answers(
         max_new_tokens: longest answer; an answer also ends at the end of its row.
         stop_ids: token ids that end an answer.
     """
-    if not microbatch.rows:
+    if not microbatch.sequences:
         _serve_other_lanes(model, max_new_tokens)
         return []
     labelled = (batch.labels != IGNORE).any(dim=1)  # a sample masked for corrupt media has no label and no answer
     last_prompt = (batch.labels != IGNORE).int().argmax(dim=1)  # [B]
     media = [_of_prompts(model, microbatch, part, last_prompt) for part in media]
     open_batch = _blanked_behind(last_prompt, batch)
-    rows = torch.arange(microbatch.rows)
+    rows = torch.arange(microbatch.sequences)
     done = ~labelled
     for offset in range(max_new_tokens):
         at = last_prompt + offset
@@ -68,14 +68,17 @@ def greedy_answers(
         done |= torch.isin(tokens, torch.tensor(sorted(stop_ids)))
     return [
         Answer(
-            slot.index,
+            planned.index,
             _until_stop(
-                open_batch.input_ids[slot.row, last_prompt[slot.row] + 1 :].tolist()[:max_new_tokens], stop_ids
+                open_batch.input_ids[planned.sequence, last_prompt[planned.sequence] + 1 :].tolist()[:max_new_tokens],
+                stop_ids,
             ),
-            _until_stop(_first_turn(batch.labels[slot.row, last_prompt[slot.row] :].tolist()), stop_ids),
+            _until_stop(
+                _first_turn(batch.labels[planned.sequence, last_prompt[planned.sequence] :].tolist()), stop_ids
+            ),
         )
-        for slot in microbatch.samples
-        if labelled[slot.row]
+        for planned in microbatch.samples
+        if labelled[planned.sequence]
     ]
 
 
@@ -120,7 +123,7 @@ def _of_prompts(
     index = model.adapter.token_index(microbatch.seq_length)
     if model.adapter.config.tp_size > 1:  # under sequence parallelism flat positions count this rank's share
         index = index.chunk(model.adapter.config.tp_size)[model.groups.modules["language"].tp.rank()]
-    kept = index[positions // microbatch.rows] <= last_prompt[positions % microbatch.rows]
+    kept = index[positions // microbatch.sequences] <= last_prompt[positions % microbatch.sequences]
     return positions[kept], rows[kept.to(rows.device)]
 
 
@@ -131,7 +134,7 @@ def _next_tokens(
     assert model.adapter is not None
     groups = model.groups.modules["language"]
     hidden = model.hidden(model.local_tokens(batch, microbatch), media)
-    chosen = torch.full((microbatch.rows,), -1)
+    chosen = torch.full((microbatch.sequences,), -1)
     if hidden is not None:
         assert model.language is not None
         predicted = model.language.greedy_tokens(hidden).cpu()  # [B, S/cp] (local)

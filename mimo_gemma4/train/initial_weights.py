@@ -9,28 +9,28 @@ import torch.distributed as dist
 
 from mimo_gemma4.checkpoint import save_load as checkpoint
 from mimo_gemma4.config import LoraConfig
-from mimo_gemma4.distributed.collective_errors import together
+from mimo_gemma4.distributed.collective_errors import all_ranks_or_raise
 from mimo_gemma4.encoders.base import Encoder
 from mimo_gemma4.errors import ConfigError
 from mimo_gemma4.model.mimo_model import MimoModel
 from mimo_gemma4.optim.module_optimizer import ModuleOptimizer
-from mimo_gemma4.train.setup import Foundation
+from mimo_gemma4.train.setup import RunSetup
 from mimo_gemma4.weights.bindings import BoundModule, initialise, load
 from mimo_gemma4.weights.huggingface import HuggingFaceSource, check_tensors
 from mimo_gemma4.weights.lora import AdaptedModule
 from mimo_gemma4.weights.lora_files import AdapterSource, adapted_linears
 
 
-def fill_adapters(foundation: Foundation, model: MimoModel) -> None:
+def fill_adapters(setup: RunSetup, model: MimoModel) -> None:
     """First values of adapters, from `lora.path` or random. Collective."""
 
     def load_all() -> None:
         for name, module in model.modules.items():
-            lora = foundation.config.module(name).lora
+            lora = setup.config.module(name).lora
             if isinstance(module, AdaptedModule) and lora is not None:
-                load_adapters(name, module, lora, foundation.config.run.seed)
+                load_adapters(name, module, lora, setup.config.run.seed)
 
-    together(foundation.groups.host, load_all)
+    all_ranks_or_raise(setup.groups.host, load_all)
 
 
 def load_adapters(name: str, module: AdaptedModule, lora: LoraConfig, seed: int) -> None:
@@ -47,41 +47,41 @@ def load_adapters(name: str, module: AdaptedModule, lora: LoraConfig, seed: int)
     load(bindings, source, f"modules.{name}.lora.path {lora.path}")
 
 
-def fill_decoders(foundation: Foundation, model: MimoModel) -> None:
+def fill_decoders(setup: RunSetup, model: MimoModel) -> None:
     """First values of decoders, which no Hugging Face directory holds: random."""
     for decoder in model.decoders.values():
-        initialise(decoder.bindings(), foundation.config.run.seed)
+        initialise(decoder.bindings(), setup.config.run.seed)
 
 
-def fill(foundation: Foundation, model: MimoModel) -> None:
+def fill(setup: RunSetup, model: MimoModel) -> None:
     """First weights: from Hugging Face directories, of which a rank reads only what it holds, or random. Collective."""
     bases = {
         name: module.base if isinstance(module, AdaptedModule) else module
         for name, module in model.modules.items()
         if name not in model.decoders
     }
-    fill_adapters(foundation, model)
-    fill_decoders(foundation, model)
-    modules = foundation.config.module
-    own = {name: path for name in foundation.layout.grids if (path := modules(name).hf_path) is not None}
-    fill_from_model(foundation, [module for name, module in bases.items() if name not in own])
+    fill_adapters(setup, model)
+    fill_decoders(setup, model)
+    modules = setup.config.module
+    own = {name: path for name in setup.layout.grids if (path := modules(name).hf_path) is not None}
+    fill_from_model(setup, [module for name, module in bases.items() if name not in own])
     for name, path in own.items():
-        fill_from_own(name, bases.get(name), path, foundation.config.run.seed, foundation.groups.host)
+        fill_from_own(name, bases.get(name), path, setup.config.run.seed, setup.groups.host)
 
 
-def fill_from_model(foundation: Foundation, modules: list[BoundModule]) -> None:
+def fill_from_model(setup: RunSetup, modules: list[BoundModule]) -> None:
     """First weights of this rank's `modules` from `model.hf_path`, or random without one. Collective over all ranks."""
-    config, host = foundation.config, foundation.groups.host
+    config, host = setup.config, setup.groups.host
     bindings = [binding for module in modules for binding in module.bindings()]
     if config.model.hf_path is None:
         initialise(bindings, config.run.seed)
         return
     origin, path = f"model.hf_path {config.model.hf_path}", config.model.hf_path
-    source = together(host, lambda: HuggingFaceSource(path))
+    source = all_ranks_or_raise(host, lambda: HuggingFaceSource(path))
     unused = {name for module in modules for name in module.unused_tensors()}
     left = check_tensors(origin, source, bindings, unused, host)
-    together(host, lambda: load(bindings, source, origin))
-    if foundation.platform.rank == 0:
+    all_ranks_or_raise(host, lambda: load(bindings, source, origin))
+    if setup.platform.rank == 0:
         for part, count in left.items():
             print(f"model.hf_path: {count} tensors of {part} are not in this layout and were not read", flush=True)
 
@@ -95,9 +95,9 @@ def fill_from_own(name: str, module: BoundModule | None, path: str, seed: int, h
         fresh = {id(parameter) for parameter in module.projector_parameters()}
     initialise([binding for binding in bindings if id(binding.tensor) in fresh], seed)
     bindings = [binding for binding in bindings if id(binding.tensor) not in fresh]
-    source = together(host, lambda: HuggingFaceSource(path))
+    source = all_ranks_or_raise(host, lambda: HuggingFaceSource(path))
     check_tensors(origin, source, bindings, None, host)
-    together(host, lambda: load(bindings, source, origin))
+    all_ranks_or_raise(host, lambda: load(bindings, source, origin))
 
 
 @dataclass(frozen=True)
@@ -109,10 +109,10 @@ class Start:
     """Leave the optimizer and the step count at their beginning."""
 
 
-def find_start(foundation: Foundation) -> Start | None:
+def find_start(setup: RunSetup) -> Start | None:
     """The checkpoint that `checkpoint.resume`, else `checkpoint.init_from`, asks for. Collective."""
-    host, options = foundation.groups.host, foundation.config.checkpoint
-    found = checkpoint.resolve(options.resume, Path(foundation.config.run.dir) / "checkpoints", host=host)
+    host, options = setup.groups.host, setup.config.checkpoint
+    found = checkpoint.resolve(options.resume, Path(setup.config.run.dir) / "checkpoints", host=host)
     if found is not None:
         return Start(found, weights_only=False)
     if options.init_from is None:
@@ -120,15 +120,15 @@ def find_start(foundation: Foundation) -> Start | None:
     return Start(checkpoint.initial(options.init_from, host=host), weights_only=True)
 
 
-def restore(foundation: Foundation, start: Start, optimizers: dict[str, ModuleOptimizer]) -> int:
+def restore(setup: RunSetup, start: Start, optimizers: dict[str, ModuleOptimizer]) -> int:
     """Load a checkpoint; the number of steps that are finished. Collective.
 
     Only weights: decoders that the checkpoint does not hold, and adapters on a module that has none in it, keep their
     first values.
     """
-    host, path = foundation.groups.host, start.checkpoint
-    recorded = recorded_adapters(foundation, path)
-    check_adapters(foundation, start, recorded)
+    host, path = setup.groups.host, start.checkpoint
+    recorded = recorded_adapters(setup, path)
+    check_adapters(setup, start, recorded)
     modules = [
         optimizer.module
         for name, optimizer in optimizers.items()
@@ -137,20 +137,20 @@ def restore(foundation: Foundation, start: Start, optimizers: dict[str, ModuleOp
     fresh = {binding.name for module in modules for binding in module.adapter_bindings()}
     if start.weights_only:
         held = recorded_state(path).get("decoders", [])
-        absent = [name for name in foundation.layout.decoders if name in optimizers and name not in held]
+        absent = [name for name in setup.layout.decoders if name in optimizers and name not in held]
         fresh |= {binding.name for name in absent for binding in optimizers[name].bindings}
     state = checkpoint.load(path, optimizers, host=host, weights_only=start.weights_only, keep=fresh)
-    step, steps = int(state["step"]), foundation.config.train.steps
-    if foundation.platform.rank == 0:
+    step, steps = int(state["step"]), setup.config.train.steps
+    if setup.platform.rank == 0:
         done = f"; train.steps={steps} leaves nothing to do" if step >= steps else ""
         print(f"resumed from {path} after {step} steps{done}" if step else f"weights of {path}", flush=True)
     return step
 
 
-def recorded_adapters(foundation: Foundation, path: Path) -> dict[str, float]:
+def recorded_adapters(setup: RunSetup, path: Path) -> dict[str, float]:
     """The scale of a checkpoint's adapters on modules of the layout."""
     recorded = recorded_state(path).get("lora", {})
-    return {name: scale for name, scale in recorded.items() if name in foundation.layout.grids}
+    return {name: scale for name, scale in recorded.items() if name in setup.layout.grids}
 
 
 def recorded_state(path: Path) -> dict[str, Any]:
@@ -159,9 +159,9 @@ def recorded_state(path: Path) -> dict[str, Any]:
     return {} if isinstance(marker, str) else marker["trainer"]
 
 
-def check_adapters(foundation: Foundation, start: Start, recorded: Mapping[str, float]) -> None:
+def check_adapters(setup: RunSetup, start: Start, recorded: Mapping[str, float]) -> None:
     """Raise `ConfigError` where a checkpoint's adapters would be left out or count with another factor."""
-    expected, key = foundation.config.lora_scales, "checkpoint.resume"
+    expected, key = setup.config.lora_scales, "checkpoint.resume"
     names = set(recorded) | set(expected)
     if start.weights_only:
         names, key = set(recorded), "checkpoint.init_from"

@@ -17,7 +17,7 @@ from mimo_gemma4.errors import ConfigError
 
 
 @dataclass(frozen=True)
-class Foundation:
+class RunSetup:
     """What every part of a run stands on."""
 
     config: Config
@@ -27,7 +27,7 @@ class Foundation:
     groups: ProcessGroups
 
 
-def lay_foundation(config: Config) -> Foundation:
+def set_up_run(config: Config) -> RunSetup:
     """Join the other ranks, place the modules and create their groups. Collective over all ranks."""
     hf_config = load_model_config(config.model, config.modules)
     platform = create_platform(
@@ -36,7 +36,7 @@ def lay_foundation(config: Config) -> Foundation:
     layout = build_layout(config.layout, dist.get_world_size(), ranks_per_host())
     check_decoder_names(layout, hf_config)
     torch.manual_seed(config.run.seed)  # on all devices; a checkpoint keeps the generators' states
-    return Foundation(config, hf_config, layout, platform, create_process_groups(layout, platform))
+    return RunSetup(config, hf_config, layout, platform, create_process_groups(layout, platform))
 
 
 def check_decoder_names(layout: Layout, hf_config: Mapping[str, Any]) -> None:

@@ -1,8 +1,8 @@
 """Executes the actions of one global step on this rank."""
 
+from collections import defaultdict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 
@@ -10,25 +10,17 @@ from mimo_gemma4.data.collate import LanguageBatch
 from mimo_gemma4.data.loader import StepData
 from mimo_gemma4.data.manifest import Microbatch, StepManifest
 from mimo_gemma4.distributed.layout import LANGUAGE
-from mimo_gemma4.distributed.p2p import Arrival
+from mimo_gemma4.distributed.p2p import PendingRecv
 from mimo_gemma4.distributed.pipeline import Shapes
 from mimo_gemma4.encoders.base import StagedEncoder
 from mimo_gemma4.language.model import Gemma4LanguageModel
-from mimo_gemma4.model.bridge import Route
+from mimo_gemma4.model.bridge import Bridge, Route
 from mimo_gemma4.model.mimo_model import LocalTokens, Media, MimoModel
 from mimo_gemma4.train.profiling import Span, unrecorded
-from mimo_gemma4.train.schedule import Action, plan_step
+from mimo_gemma4.train.schedule import Action, ActionKind, plan_step
 from mimo_gemma4.train.usage import Stopwatch
 
-Key = tuple[str, int]
-"""Module and round: what an action is about."""
 Observer = Callable[[LanguageBatch, Microbatch, Media], None]
-
-WAITING = (
-    *("receive_hidden", "receive_gradient", "receive_rows", "receive_row_gradients"),
-    *("receive_states", "receive_state_gradients"),
-)
-"""Kinds of actions in which a rank waits for others."""
 
 
 @dataclass
@@ -42,7 +34,7 @@ class StepTotals:
     tokens: int = 0
     """Real positions of this rank's language lane, padding excluded (host: the manifest knows)."""
     decoder_losses: dict[str, torch.Tensor] = field(default_factory=dict)
-    """fp64 scalar by decoder that this rank holds: the loss summed over its lane's rows."""
+    """fp64 scalar by decoder that this rank holds: the loss summed over its lane's soft tokens."""
 
 
 class StepRunner:
@@ -61,14 +53,18 @@ class StepRunner:
         Args:
             data: this rank's inputs.
             train: false leaves out the backward pass and the gradient transfers.
-            observe: called on language ranks when a microbatch has gone through all stages, with the rows that were put
-                in place on the first; on an idle lane with a microbatch of no rows. It may use the pipeline.
+            observe: called on language ranks when a microbatch has gone through all stages, with the soft tokens that
+                the first has put in place; on an idle lane with an empty microbatch. It may use the pipeline.
         """
         self._finished_stopwatch, self._stopwatch = self._stopwatch, Stopwatch(self.model.platform.device)
-        execution = _Execution(self.model, self._stopwatch, data, train, observe)
+        execution = _Execution(self.model, data, train, observe)
         with torch.set_grad_enabled(train):
             for action in self.plan(data.manifest, train, observed=observe is not None):
-                with self.span(action.module, action.kind, action.round):
+                # A rank with a language module counts transfers of other modules as its waiting, too.
+                waiting = action.waits and self.model.language is not None
+                module, kind = LANGUAGE if waiting else action.module, "wait" if action.waits else "busy"
+                span = self.span(action.module, action.kind, action.microbatch)
+                with span, self._stopwatch.measure(module, kind):
                     execution.perform(action)
         for bridge in self.model.bridges.values():
             bridge.drain()
@@ -93,148 +89,188 @@ class StepRunner:
         return self._finished_stopwatch.collect()
 
 
-@dataclass(frozen=True)
-class _InFlight:
-    """A microbatch of a module's stage that waits for its backward pass."""
+@dataclass
+class _Work:
+    """One microbatch of one module on this rank: what is on its way, has arrived, or waits for gradients.
 
-    arrived: list[torch.Tensor]
+    Of the language model or an encoder it is the rank's stage; of an encoder or decoder, also the edge to the language
+    model, at either end. What has been used is taken out, so that its memory is free.
+    """
+
+    # --- a stage's passes ---
+    inputs: list[torch.Tensor] = field(default_factory=list)
     """What the previous stage sent: leaves, which collect gradients where that stage has a backward pass."""
-    outputs: list[torch.Tensor]
-    """What the next stage was sent, an encoder's rows, or the loss and what decoders were given that send a gradient
-    back; on an idle lane, what its experts served."""
+    outputs: list[torch.Tensor] = field(default_factory=list)
+    """What waits for its backward pass: what the next stage was sent, an encoder's soft tokens, or the loss and what
+    decoders were given that return a gradient; on an idle lane, what its experts served."""
+    output_gradients: list[torch.Tensor] = field(default_factory=list)
+    """Gradients of `outputs` that have arrived; the loss needs none."""
+    tokens: LocalTokens | None = None
+    """This rank's tokens of the language microbatch, until the forward pass is done."""
+    returning_decoders: list[str] = field(default_factory=list)
+    """On the last language stage: the decoders whose states are among `outputs`, in their order there."""
+
+    # --- an edge ---
+    route: Route | None = None
+    """This rank's part of the edge."""
+    soft_tokens: torch.Tensor | None = None
+    """At the language end of an encoder's edge: its soft tokens among the local tokens [n, H], a leaf."""
+    states: torch.Tensor | None = None
+    """Of a decoder's edge: hidden states [n, H], given by the language model or, a leaf, received by the decoder."""
+    state_gradients: torch.Tensor | None = None
+    """Of a decoder's edge: gradients of `states`, made by the decoder or received by the language model."""
+
+    pending: dict[str, PendingRecv] = field(default_factory=dict)
+    """What is posted and not yet waited for, by `recv_…`."""
 
 
 class _Execution:
-    """State of one step: what waits for gradients, what is on its way or has arrived, totals."""
+    """State of one step: the work of every module and microbatch, and totals."""
 
-    def __init__(
-        self,
-        model: MimoModel,
-        stopwatch: Stopwatch,
-        data: StepData,
-        train: bool,
-        observe: Observer | None,
-    ):
-        self.model, self.data, self.train = model, data, train
+    def __init__(self, model: MimoModel, data: StepData, train: bool, observe: Observer | None):
+        self.model, self.data, self.train, self.observe = model, data, train, observe
         self.trained_from: Mapping[str, int] = model.trained_from if train else {}
-        self.stopwatch, self.observe = stopwatch, observe
-        self.routes: dict[Key, Route] = {}
-        self.received: dict[Key, torch.Tensor] = {}
-        self.tokens: dict[int, LocalTokens] = {}
-        self.moving: dict[tuple[str, str, int], Arrival] = {}
-        self.hidden: dict[Key, list[torch.Tensor]] = {}
-        self.given: dict[Key, torch.Tensor] = {}
-        self.states: dict[Key, torch.Tensor] = {}
-        self.gradients: dict[Key, list[torch.Tensor | None]] = {}
-        self.returning: dict[Key, list[torch.Tensor]] = {}
-        self.in_flight: dict[Key, _InFlight] = {}
+        self.work: defaultdict[tuple[str, int], _Work] = defaultdict(_Work)
         zero = torch.zeros((), dtype=torch.float64, device=model.platform.device)
         losses = {name: zero.clone() for name in model.decoders}
         self.totals = StepTotals(zero.clone(), zero.clone(), decoder_losses=losses)
         self.lane = -1
         if model.language is not None:
             self.lane = model.layout.language.coordinate(model.rank).dp
-            slots = [slot for slot in data.manifest.samples if slot.lane == self.lane]
-            self.totals.tokens = sum(slot.length for slot in slots)
+            self.totals.tokens = sum(sample.length for sample in data.manifest.samples if sample.lane == self.lane)
 
     def perform(self, action: Action) -> None:
-        """Do one action and note the time it took; a rank with a language module counts transfers as its waiting."""
-        moving = action.kind in WAITING
-        waiting = "language" if moving and self.model.language is not None else action.module
-        with self.stopwatch.measure(waiting, "wait" if moving else "busy"):
-            getattr(self, f"_{action.kind}")((action.module, action.round))
+        """Do one action."""
+        PERFORM[action.kind](self, action.module, action.microbatch)
 
     # --- passes ---
 
-    def _forward(self, key: Key) -> None:
-        if not self._microbatch(key[1]).rows:  # the lane idles; its peers on its stage do so alike
+    def forward(self, module: str, number: int) -> None:
+        """A language stage's forward pass, its loss on the last stage."""
+        work = self.work[module, number]
+        if not self._microbatch(number).sequences:  # the lane idles; its peers on its stage do so alike
             served = self._language.serve_experts()
             if served is not None and self.train:
-                self.in_flight[key] = _InFlight([], [served])
+                work.outputs = [served]
             return
-        tokens, arrived = self._local_tokens(key[1]), self.hidden.pop(key, [])
-        outputs = self.model.run_stage(tokens, self.model.stage_inputs(tokens, self._media(key[1]), arrived))
-        leaving = outputs.flat()
+        tokens, work.tokens = self._tokens(number), None
+        outputs = self.model.run_stage(tokens, self.model.stage_inputs(tokens, self._media(number), work.inputs))
+        work.outputs = outputs.flat()
         if self._language.stage.last:
             loss = self._language.loss(outputs.hidden, tokens.labels)
             self.totals.loss_sum += loss.detach()
             self.totals.loss_tokens += (tokens.labels >= 0).sum()
-            leaving = [loss, *self._give_states(outputs.hidden, key[1])]
-        self.in_flight[key] = _InFlight(arrived, leaving)
-        del self.tokens[key[1]]
+            work.outputs = [loss]
+            self._give_states(outputs.hidden, number)
+        if not self.train:
+            work.inputs = []
         if self.observe is None:
-            self._release_media(key[1])
+            self._release_media(number)
 
-    def _encode(self, key: Key) -> None:
-        arrived = self.hidden.pop(key, [])
-        with torch.set_grad_enabled(self._returns(key[0])):
-            output = self.model.encode(key[0], self.data.media[key], arrived)
-        self.in_flight[key] = _InFlight(arrived, [output])
+    def _give_states(self, hidden: torch.Tensor, number: int) -> None:
+        """Take decoders' states out of the final hidden states [S/(cp*tp), B, H] (local)."""
+        work = self.work[LANGUAGE, number]
+        for name in self.model.layout.decoders:
+            positions = self._route(name, number).positions
+            if not len(positions):
+                continue
+            states = hidden.flatten(0, 1).index_select(0, self.model.platform.put(positions))  # [n, H]
+            self.work[name, number].states = states
+            if name in self.trained_from:
+                work.outputs.append(states)
+                work.returning_decoders.append(name)
 
-    def _backward(self, key: Key) -> None:
-        waiting = self.in_flight.pop(key, None)
-        if waiting is None:  # the lane idles
+    def encode(self, module: str, number: int) -> None:
+        """A stage of an encoder's forward pass."""
+        work = self.work[module, number]
+        returns = self._returns(module)
+        with torch.set_grad_enabled(returns):
+            work.outputs = [self.model.encode(module, self.data.media[module, number], work.inputs)]
+        if not returns:
+            work.inputs = []
+
+    def backward(self, module: str, number: int) -> None:
+        """A stage's backward pass, of the language model or an encoder."""
+        work = self.work[module, number]
+        outputs, work.outputs = work.outputs, []
+        if not outputs:  # the lane idles
             return
-        gradients: Any = self.gradients.pop(key, None)
-        torch.autograd.backward(waiting.outputs, gradients)
-        if returning := [tensor for tensor in waiting.arrived if tensor.requires_grad]:
-            self.returning[key] = returning
+        received, work.output_gradients = work.output_gradients, []
+        gradients: list[torch.Tensor | None] | None = [*received] or None
+        if work.returning_decoders:  # beside the loss, which needs no gradient
+            gradients = [None, *(self._taken_state_gradients(name, number) for name in work.returning_decoders)]
+        torch.autograd.backward(outputs, gradients)
+        work.inputs = [tensor for tensor in work.inputs if tensor.requires_grad]
 
-    _encoder_backward = _backward
-
-    def _decode(self, key: Key) -> None:
-        name, states = key[0], self.states.pop(key)
-        loss = self.model.decode(name, states, self.data.media[key])
-        self.totals.decoder_losses[name] += loss.detach()
+    def decode(self, module: str, number: int) -> None:
+        """A decoder's forward and backward pass."""
+        work = self.work[module, number]
+        states, work.states = work.states, None
+        assert states is not None
+        loss = self.model.decode(module, states, self.data.media[module, number])
+        self.totals.decoder_losses[module] += loss.detach()
         if loss.requires_grad:
-            (self.model.config.module(name).loss_weight * loss).backward()
-        if name in self.trained_from:
-            self.gradients[key] = [states.grad]
+            (self.model.config.module(module).loss_weight * loss).backward()
+        if module in self.trained_from:
+            work.state_gradients = states.grad
 
-    def _observe(self, key: Key) -> None:
+    def watch(self, module: str, number: int) -> None:
+        """Let whoever watches look at the microbatch."""
         assert self.observe is not None
-        self.observe(self.data.language[key[1]], self._microbatch(key[1]), self._media(key[1]))
-        self._release_media(key[1])
+        self.observe(self.data.language[number], self._microbatch(number), self._media(number))
+        self._release_media(number)
 
     # --- between the stages of a module ---
 
-    def _expect_hidden(self, key: Key) -> None:
-        self.moving["hidden", *key] = self.model.pipelines[key[0]].forward.expect(self._hidden_shapes(key))
+    def post_recv_forward(self, module: str, number: int) -> None:
+        """Make room for what the previous stage sends."""
+        posted = self.model.pipelines[module].forward.post_recv(self._input_shapes(module, number))
+        self.work[module, number].pending["recv_forward"] = posted
 
-    def _receive_hidden(self, key: Key) -> None:
-        returns = self._returns(key[0], -1)
-        self.hidden[key] = [tensor.requires_grad_(returns) for tensor in self.moving.pop(("hidden", *key)).wait()]
+    def recv_forward(self, module: str, number: int) -> None:
+        """Wait for what the previous stage sends."""
+        work, returns = self.work[module, number], self._returns(module, -1)
+        work.inputs = [tensor.requires_grad_(returns) for tensor in work.pending.pop("recv_forward").wait()]
 
-    def _send_hidden(self, key: Key) -> None:
-        self.model.pipelines[key[0]].forward.send(self._leaving(key))
+    def send_forward(self, module: str, number: int) -> None:
+        """Send the next stage what it works on."""
+        self.model.pipelines[module].forward.send(self._leaving(module, number))
 
-    def _expect_gradient(self, key: Key) -> None:
-        shapes = [tuple(tensor.shape) for tensor in self.in_flight[key].outputs]
-        self.moving["gradient", *key] = self.model.pipelines[key[0]].backward.expect(shapes)
+    def post_recv_backward(self, module: str, number: int) -> None:
+        """Make room for the gradients of what the next stage was sent."""
+        work = self.work[module, number]
+        shapes = [tuple(tensor.shape) for tensor in work.outputs]
+        work.pending["recv_backward"] = self.model.pipelines[module].backward.post_recv(shapes)
 
-    def _receive_gradient(self, key: Key) -> None:
-        self.gradients[key] = [*self.moving.pop(("gradient", *key)).wait()]
+    def recv_backward(self, module: str, number: int) -> None:
+        """Wait for the gradients of what the next stage was sent."""
+        work = self.work[module, number]
+        work.output_gradients = work.pending.pop("recv_backward").wait()
 
-    def _send_gradient(self, key: Key) -> None:
-        gradients = [tensor.grad for tensor in self.returning.pop(key)]
-        assert all(gradient is not None for gradient in gradients), "a stage was sent what it does not use"
-        self.model.pipelines[key[0]].backward.send(gradients)  # type: ignore[arg-type]
+    def send_backward(self, module: str, number: int) -> None:
+        """Send the previous stage the gradients of what it sent."""
+        work = self.work[module, number]
+        inputs, work.inputs = work.inputs, []
+        gradients = [tensor.grad for tensor in inputs if tensor.grad is not None]
+        assert len(gradients) == len(inputs), "a stage was sent what it does not use"
+        self.model.pipelines[module].backward.send(gradients)
 
-    def _hidden_shapes(self, key: Key) -> Shapes:
+    def _input_shapes(self, module: str, number: int) -> Shapes:
         """Shapes of what the previous stage of a module sends."""
-        name, round_ = key
-        if name == LANGUAGE:
-            tokens = self._local_tokens(round_)
+        if module == LANGUAGE:
+            tokens = self._tokens(number)
             return self._language.received_shapes(tokens.input_ids, tokens.context)
-        encoder = self.model.encoders[name]
+        encoder = self.model.encoders[module]
         assert isinstance(encoder, StagedEncoder)
-        return [encoder.hidden_shape(self.data.media[key])]
+        return [encoder.hidden_shape(self.data.media[module, number])]
 
-    def _leaving(self, key: Key) -> list[torch.Tensor]:
+    def _leaving(self, module: str, number: int) -> list[torch.Tensor]:
         """What a stage sends on; it is forgotten where nothing comes back for it."""
-        if self._returns(key[0]):
-            return self.in_flight[key].outputs
-        return self.in_flight.pop(key).outputs
+        work = self.work[module, number]
+        outputs = work.outputs
+        if not self._returns(module):
+            work.outputs = []
+        return outputs
 
     def _returns(self, module: str, step: int = 0) -> bool:
         """Whether this rank's stage of a module, or the one `step` further on, has a backward pass."""
@@ -245,99 +281,132 @@ class _Execution:
 
     # --- between encoders and language ---
 
-    def _post_rows(self, key: Key) -> None:
-        route = self._route(key)
-        rows = self._leaving(key)[0] if route.module.rows else None
-        self.moving["rows", *key] = self.model.bridges[key[0]].post_to_language(route, rows)
+    def post_soft_tokens(self, module: str, number: int) -> None:
+        """Start the transfer of an encoder's soft tokens, at either end or both."""
+        route = self._route(module, number)
+        leaving = self._leaving(module, number)[0] if route.module.needed else None
+        posted = self._bridge(module).post_to_language(route, leaving)
+        self.work[module, number].pending["recv_soft_tokens"] = posted
 
-    _send_rows = _expect_rows = _post_rows
+    def recv_soft_tokens(self, module: str, number: int) -> None:
+        """Wait for the soft tokens among the local tokens."""
+        work = self.work[module, number]
+        pending = work.pending.pop("recv_soft_tokens")
+        received = self._bridge(module).recv_in_language(self._route(module, number), pending)
+        if len(received):
+            work.soft_tokens = received.requires_grad_(module in self.trained_from)
 
-    def _receive_rows(self, key: Key) -> None:
-        arrival = self.moving.pop(("rows", *key))
-        rows = self.model.bridges[key[0]].receive_in_language(self.routes[key], arrival)
-        if len(rows):
-            self.received[key] = rows.requires_grad_(key[0] in self.trained_from)
+    def post_soft_token_gradients(self, module: str, number: int) -> None:
+        """Start the transfer of the gradients of an encoder's soft tokens, at either end or both."""
+        work = self.work[module, number]
+        soft_tokens, work.soft_tokens = work.soft_tokens, None
+        gradients = None if soft_tokens is None else soft_tokens.grad
+        posted = self._bridge(module).post_to_module(self._route(module, number), gradients)
+        work.pending["recv_soft_token_gradients"] = posted
 
-    def _post_row_gradients(self, key: Key) -> None:
-        rows = self.received.pop(key, None)
-        gradients = None if rows is None else rows.grad
-        self.moving["row_gradients", *key] = self.model.bridges[key[0]].post_to_module(self.routes[key], gradients)
-
-    _send_row_gradients = _expect_row_gradients = _post_row_gradients
-
-    def _receive_row_gradients(self, key: Key) -> None:
-        arrival = self.moving.pop(("row_gradients", *key))
-        self.gradients[key] = [self.model.bridges[key[0]].receive_in_module(self.routes[key], arrival)]
+    def recv_soft_token_gradients(self, module: str, number: int) -> None:
+        """Wait for the gradients of the encoder's output."""
+        work = self.work[module, number]
+        pending = work.pending.pop("recv_soft_token_gradients")
+        work.output_gradients = [self._bridge(module).recv_in_module(self._route(module, number), pending)]
 
     # --- between language and decoders ---
 
-    def _give_states(self, hidden: torch.Tensor, round_: int) -> list[torch.Tensor]:
-        """Take the rows for decoders out of the final hidden states; those of them that a gradient comes back for."""
-        returning = []
-        for name in self.model.layout.decoders:
-            positions = self._route((name, round_)).positions
-            if len(positions):
-                given = hidden.flatten(0, 1).index_select(0, self.model.platform.put(positions))
-                self.given[name, round_] = given
-                returning += [given] if name in self.trained_from else []
-        return returning
+    def post_states(self, module: str, number: int) -> None:
+        """Start the transfer of a decoder's states, at either end or both."""
+        work = self.work[module, number]
+        given, work.states = work.states, None
+        work.pending["recv_states"] = self._bridge(module).post_to_module(self._route(module, number), given)
 
-    def _post_states(self, key: Key) -> None:
-        bridge = self.model.bridges[key[0]]
-        self.moving["states", *key] = bridge.post_to_module(self._route(key), self.given.pop(key, None))
+    def recv_states(self, module: str, number: int) -> None:
+        """Wait for the states that the decoder works on."""
+        work = self.work[module, number]
+        pending = work.pending.pop("recv_states")
+        states = self._bridge(module).recv_in_module(self._route(module, number), pending)
+        work.states = states.requires_grad_(module in self.trained_from)
 
-    _send_states = _expect_states = _post_states
+    def post_state_gradients(self, module: str, number: int) -> None:
+        """Start the transfer of the gradients of a decoder's states, at either end or both."""
+        work = self.work[module, number]
+        gradients, work.state_gradients = work.state_gradients, None
+        posted = self._bridge(module).post_to_language(self._route(module, number), gradients)
+        work.pending["recv_state_gradients"] = posted
 
-    def _receive_states(self, key: Key) -> None:
-        arrival = self.moving.pop(("states", *key))
-        states = self.model.bridges[key[0]].receive_in_module(self.routes[key], arrival)
-        self.states[key] = states.requires_grad_(key[0] in self.trained_from)
+    def recv_state_gradients(self, module: str, number: int) -> None:
+        """Wait for the gradients of the states that the language model has given."""
+        work = self.work[module, number]
+        pending = work.pending.pop("recv_state_gradients")
+        work.state_gradients = self._bridge(module).recv_in_language(self._route(module, number), pending)
 
-    def _post_state_gradients(self, key: Key) -> None:
-        (gradients,) = self.gradients.pop(key, [None])
-        self.moving["state_gradients", *key] = self.model.bridges[key[0]].post_to_language(self.routes[key], gradients)
-
-    _send_state_gradients = _expect_state_gradients = _post_state_gradients
-
-    def _receive_state_gradients(self, key: Key) -> None:
-        arrival = self.moving.pop(("state_gradients", *key))
-        returned = self.model.bridges[key[0]].receive_in_language(self.routes[key], arrival)
-        if len(returned):
-            # The loss needs none; what was given follows in the layout's order, as decoders have their turn.
-            self.gradients.setdefault((LANGUAGE, key[1]), [None]).append(returned)
+    def _taken_state_gradients(self, decoder: str, number: int) -> torch.Tensor:
+        work = self.work[decoder, number]
+        gradients, work.state_gradients = work.state_gradients, None
+        assert gradients is not None, f"decoder {decoder} has returned no gradient for microbatch {number}"
+        return gradients
 
     # --- what a pass works on ---
 
-    def _route(self, key: Key) -> Route:
-        """This rank's part of a round of an edge."""
-        if key not in self.routes:
-            self.routes[key] = self.model.bridges[key[0]].route(self.data.manifest, key[1])
-        return self.routes[key]
+    def _bridge(self, module: str) -> Bridge:
+        return self.model.bridges[module]
+
+    def _route(self, module: str, number: int) -> Route:
+        """This rank's part of a microbatch on an edge."""
+        work = self.work[module, number]
+        if work.route is None:
+            work.route = self._bridge(module).route(self.data.manifest, number)
+        return work.route
 
     @property
     def _language(self) -> Gemma4LanguageModel:
         assert self.model.language is not None
         return self.model.language
 
-    def _microbatch(self, round_: int) -> Microbatch:
-        return self.data.manifest.microbatch(self.lane, round_)
+    def _microbatch(self, number: int) -> Microbatch:
+        return self.data.manifest.microbatch(self.lane, number)
 
-    def _local_tokens(self, round_: int) -> LocalTokens:
+    def _tokens(self, number: int) -> LocalTokens:
         """This rank's tokens of a microbatch, cut when they are first asked for."""
-        if round_ not in self.tokens:
-            self.tokens[round_] = self.model.local_tokens(self.data.language[round_], self._microbatch(round_))
-        return self.tokens[round_]
+        work = self.work[LANGUAGE, number]
+        if work.tokens is None:
+            work.tokens = self.model.local_tokens(self.data.language[number], self._microbatch(number))
+        return work.tokens
 
-    def _media(self, round_: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        """Positions and rows that the bridges have brought for a microbatch."""
-        return [
-            (self.routes[name, round_].positions, self.received[name, round_])
-            for name in self.model.bridges
-            if (name, round_) in self.received
-        ]
+    def _media(self, number: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """Positions and soft tokens that the bridges have brought for a microbatch."""
+        brought = ((name, self.work[name, number].soft_tokens) for name in self.model.bridges)
+        return [(self._route(name, number).positions, tokens) for name, tokens in brought if tokens is not None]
 
-    def _release_media(self, round_: int) -> None:
-        """Forget the rows that nothing goes back for."""
+    def _release_media(self, number: int) -> None:
+        """Forget the soft tokens that no gradient goes back for."""
         for name in self.model.bridges:
             if name not in self.trained_from:
-                self.received.pop((name, round_), None)
+                self.work[name, number].soft_tokens = None
+
+
+PERFORM: Mapping[ActionKind, Callable[[_Execution, str, int], None]] = {
+    "forward": _Execution.forward,
+    "backward": _Execution.backward,
+    "encode": _Execution.encode,
+    "encoder_backward": _Execution.backward,
+    "decode": _Execution.decode,
+    "observe": _Execution.watch,
+    "post_recv_forward": _Execution.post_recv_forward,
+    "recv_forward": _Execution.recv_forward,
+    "send_forward": _Execution.send_forward,
+    "post_recv_backward": _Execution.post_recv_backward,
+    "recv_backward": _Execution.recv_backward,
+    "send_backward": _Execution.send_backward,
+    "post_recv_soft_tokens": _Execution.post_soft_tokens,
+    "send_soft_tokens": _Execution.post_soft_tokens,
+    "recv_soft_tokens": _Execution.recv_soft_tokens,
+    "post_recv_soft_token_gradients": _Execution.post_soft_token_gradients,
+    "send_soft_token_gradients": _Execution.post_soft_token_gradients,
+    "recv_soft_token_gradients": _Execution.recv_soft_token_gradients,
+    "post_recv_states": _Execution.post_states,
+    "send_states": _Execution.post_states,
+    "recv_states": _Execution.recv_states,
+    "post_recv_state_gradients": _Execution.post_state_gradients,
+    "send_state_gradients": _Execution.post_state_gradients,
+    "recv_state_gradients": _Execution.recv_state_gradients,
+}
+"""How each kind of action is done. Both ends of an edge post one batch, so sending and receiving are one method."""

@@ -12,13 +12,13 @@ from mimo_gemma4.config import Config
 from mimo_gemma4.data.dataset import BadSample
 from mimo_gemma4.data.loader import StepData, StepLoader
 from mimo_gemma4.data.manifest import StepManifest
-from mimo_gemma4.distributed.collective_errors import together
+from mimo_gemma4.distributed.collective_errors import all_ranks_or_raise
 from mimo_gemma4.distributed.layout import LANGUAGE
 from mimo_gemma4.errors import DataError, NumericsError
 from mimo_gemma4.flops import peak_flops
 from mimo_gemma4.model.mimo_model import MimoModel
 from mimo_gemma4.optim.module_optimizer import ModuleOptimizer, learning_rate
-from mimo_gemma4.optim.step_reduction import Agreement, StepAgreement, StepReport, sample_hash
+from mimo_gemma4.optim.step_reduction import StepReduction, StepReport, StepResults, sample_hash
 from mimo_gemma4.train.evaluate import Evaluator
 from mimo_gemma4.train.metrics import MetricsLog, mean_losses
 from mimo_gemma4.train.profiling import FOLDER, TRAINER, Tracer
@@ -70,9 +70,9 @@ class Trainer:
         self.loader, self.evaluator, self.step = loader, evaluator, finished_steps
         self.tracer = Tracer(config.profile.numbers, Path(config.run.dir) / FOLDER, model.layout, model.platform)
         self.runner = StepRunner(model, self.tracer.span)
-        self.agreement = StepAgreement(model.layout, config.optim.clip_grad, model.platform.device)
+        self.agreement = StepReduction(model.layout, config.optim.clip_grad, model.platform.device)
         self.meter = UsageMeter(model, loader.planner.dataset)
-        self.log = together(
+        self.log = all_ranks_or_raise(
             model.groups.host, lambda: MetricsLog(config, finished_steps + 1) if model.rank == 0 else None
         )
         self._tell_bad(None, [*loader.dataset.unusable, *loader.dataset.too_long])
@@ -106,7 +106,7 @@ class Trainer:
         if self.log is not None:
             self.log.close()
 
-    def train_step(self) -> Agreement:
+    def train_step(self) -> StepResults:
         """One optimizer step on every module of this rank."""
         device = self.model.platform.device
         start = now(device)
@@ -133,7 +133,7 @@ class Trainer:
         self._pending = _Pending(step, StepReport(agreement), rates, self._measured, measured)
         return agreement
 
-    def agree(self, totals: StepTotals, data: StepData, previous: StepManifest | None = None) -> Agreement:
+    def agree(self, totals: StepTotals, data: StepData, previous: StepManifest | None = None) -> StepResults:
         """The fused reduction of this step's totals, and of the usage of the `previous` step, over all ranks."""
         usage = None
         if previous is not None:
@@ -152,12 +152,12 @@ class Trainer:
         """Hash of the items that this rank's encoders were given less that of the items it waits for, per lane."""
         layout, rank = self.model.layout, self.model.rank
         difference = torch.zeros(layout.language.dp, dtype=torch.float64)
-        for name, items in data.encoded.items():
+        for name, items in data.items.items():
             at = layout.grids[name].coordinate(rank)
             if at.tp == at.pp == 0:  # one rank tells of the items of a lane
                 for lane, identity in items:
                     difference[lane] += sample_hash([identity])
-        if self.agreement.tells_tokens:
+        if self.agreement.reports_tokens:
             difference[layout.language.coordinate(rank).dp] -= sample_hash(data.expected)
         return self.model.platform.put(difference)
 
@@ -199,8 +199,8 @@ class Trainer:
         self._check(pending, result)
         if self.log is not None:
             self.log.step(self._record(pending, result))
-            passed_over = pending.measured.manifest.passed_over
-            self._tell_bad(pending.step, [self.loader.bad[index] for index in passed_over])
+            skipped_samples = pending.measured.manifest.skipped_samples
+            self._tell_bad(pending.step, [self.loader.bad[index] for index in skipped_samples])
 
     def _tell_bad(self, step: int | None, samples: Iterable[BadSample]) -> None:
         """Record samples that are not trained on; `step` is None for those that were found by indexing."""
@@ -211,8 +211,8 @@ class Trainer:
         """Stop at the first step that did not happen as planned; equal on every rank, so all of them stop."""
         lanes = [lane for lane, difference in enumerate(result["hash_difference"]) if difference]
         if lanes:
-            slots = [slot for slot in pending.measured.manifest.samples if slot.lane in lanes]
-            keys = [self.loader.dataset.key(slot.index) for slot in slots]
+            samples = [sample for sample in pending.measured.manifest.samples if sample.lane in lanes]
+            keys = [self.loader.dataset.key(sample.index) for sample in samples]
             raise DataError(
                 f"step {pending.step}: encoders and language lanes {lanes} worked on different media items; this rank "
                 f"planned the samples {keys}. Every host must see the same shards under data.train.shards"
@@ -228,7 +228,9 @@ class Trainer:
 
     def _decoder_losses(self, manifest: StepManifest, sums: Sequence[float]) -> dict[str, float | None]:
         decoders = self.model.layout.decoders
-        return mean_losses(dict(zip(decoders, sums, strict=True)), {name: manifest.rows_of(name) for name in decoders})
+        return mean_losses(
+            dict(zip(decoders, sums, strict=True)), {name: manifest.soft_tokens_of(name) for name in decoders}
+        )
 
     def _record(self, pending: _Pending, result: Mapping[str, Any]) -> dict[str, Any]:
         seconds, modules = pending.measured.seconds, {}

@@ -111,12 +111,12 @@ class UsageMeter:
         if (at.tp, at.cp, at.pp) != (0, 0, 0):
             return 0.0
         if name == "language":
-            lengths = [slot.length for slot in manifest.samples if slot.lane == at.dp]
+            lengths = [sample.length for sample in manifest.samples if sample.lane == at.dp]
             return text_flops(self.model.text, lengths).training(frozen=self.passes[name] == 2)
-        slots = [slot for slot in manifest.media if slot.modality == name and slot.encoder_lane == at.dp]
+        media = [item for item in manifest.media if item.module == name and item.module_lane == at.dp]
         if name in self.model.decoders:
-            return self.model.decoders[name].flops(slot.rows for slot in slots) * self.passes[name]
-        items = [self.dataset.media(slot.index)[slot.ordinal] for slot in slots]
+            return self.model.decoders[name].flops(item.soft_tokens for item in media) * self.passes[name]
+        items = [self.dataset.media(item.index)[item.ordinal] for item in media]
         encoder = self.model.encoders[name]
         forward = encoder.flops(item.header for item in items if item.media_type != "video")
         forward += encoder.frame_flops(item.header for item in items if item.media_type == "video")

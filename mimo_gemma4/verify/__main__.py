@@ -18,12 +18,12 @@ import torch.distributed as dist
 from torch import nn
 
 from mimo_gemma4.config import load_config
-from mimo_gemma4.distributed.collective_errors import together
+from mimo_gemma4.distributed.collective_errors import all_ranks_or_raise
 from mimo_gemma4.distributed.platform import destroy_distributed
 from mimo_gemma4.errors import ConfigError, MimoError, tell
 from mimo_gemma4.model.mimo_model import PRECISIONS
 from mimo_gemma4.train.build import build_model
-from mimo_gemma4.train.setup import Foundation, lay_foundation
+from mimo_gemma4.train.setup import RunSetup, set_up_run
 from mimo_gemma4.verify.parity import Deviation, GreedyAgreement, Outputs, deviation
 from mimo_gemma4.verify.sequences import DatasetSequences, RandomSequences, Sequences
 
@@ -58,20 +58,20 @@ def hf_parity(options: argparse.Namespace, arguments: list[str]) -> int:
     config = load_config(arguments)
     if config.model.hf_path is None:
         raise ConfigError("hf-parity compares with a Hugging Face directory: set `model.hf_path`")
-    foundation = lay_foundation(config)
-    host = foundation.groups.host
+    setup = set_up_run(config)
+    host = setup.groups.host
     sequences: Sequences
     if options.random_tokens:
-        sequences = RandomSequences(foundation, options.samples, options.random_tokens)
+        sequences = RandomSequences(setup, options.samples, options.random_tokens)
     else:
-        sequences = DatasetSequences(foundation, options.samples)
-    device = torch.device(options.reference_device or foundation.platform.device)
+        sequences = DatasetSequences(setup, options.samples)
+    device = torch.device(options.reference_device or setup.platform.device)
 
     def reference() -> tuple[list[Outputs], Deviation] | None:
-        return _reference(foundation, sequences, device) if foundation.platform.rank == 0 else None
+        return _reference(setup, sequences, device) if setup.platform.rank == 0 else None
 
-    told = together(host, reference)
-    model = build_model(foundation)
+    told = all_ranks_or_raise(host, reference)
+    model = build_model(setup)
     for module in model.modules.values():
         module.eval()
     with torch.no_grad():
@@ -82,14 +82,14 @@ def hf_parity(options: argparse.Namespace, arguments: list[str]) -> int:
         found = Deviation.join([deviation(mine, true) for mine, true in zip(ours, truth, strict=True)])
         passed = [_report(found, peer, config.model.precision)]
     dist.broadcast_object_list(passed, src=0, group=host)
-    foundation.groups.destroy()
+    setup.groups.destroy()
     destroy_distributed()
     return 0 if passed[0] else 1
 
 
-def _reference(foundation: Foundation, sequences: Sequences, device: torch.device) -> tuple[list[Outputs], Deviation]:
+def _reference(setup: RunSetup, sequences: Sequences, device: torch.device) -> tuple[list[Outputs], Deviation]:
     """The truth, and the deviation of the peer from it."""
-    path, precision = str(foundation.config.model.hf_path), foundation.config.model.precision
+    path, precision = str(setup.config.model.hf_path), setup.config.model.precision
     numbers = range(sequences.count)
     with _transformers_model(path, torch.float32, "eager", device) as model:
         truth = [_transformers_outputs(model, sequences.reference_inputs(number)) for number in numbers]

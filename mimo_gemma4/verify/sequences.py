@@ -15,7 +15,7 @@ from mimo_gemma4.language.config import Gemma4TextConfig
 from mimo_gemma4.model.mimo_model import Media, MimoModel
 from mimo_gemma4.partition import sequence_multiple
 from mimo_gemma4.train.build import build_conversation_encoder, build_loader, open_dataset, prepare_shards
-from mimo_gemma4.train.setup import Foundation
+from mimo_gemma4.train.setup import RunSetup
 from mimo_gemma4.train.step import StepRunner
 from mimo_gemma4.verify.parity import Outputs
 
@@ -38,14 +38,14 @@ class Sequences(Protocol):
 class RandomSequences:
     """Text of random token ids, equal on every rank; every language lane computes all of them."""
 
-    def __init__(self, foundation: Foundation, count: int, length: int) -> None:
+    def __init__(self, setup: RunSetup, count: int, length: int) -> None:
         """`count` sequences of `length` tokens, rounded up to what the layout can cut."""
-        self.count, self.foundation = count, foundation
-        language = foundation.layout.language
+        self.count, self.setup = count, setup
+        language = setup.layout.language
         multiple = sequence_multiple(language.cp, language.tp if language.sequence_parallel else 1)
         length = -(-length // multiple) * multiple
-        text = Gemma4TextConfig.from_hf(foundation.hf_config)
-        generator = torch.Generator().manual_seed(foundation.config.run.seed)
+        text = Gemma4TextConfig.from_hf(setup.hf_config)
+        generator = torch.Generator().manual_seed(setup.config.run.seed)
         self.ids = torch.randint(text.vocab_size, (count, length), generator=generator)
         for placeholder in text.placeholder_ids:
             self.ids.masked_fill_(self.ids == placeholder, text.pad_token_id)
@@ -65,20 +65,20 @@ class RandomSequences:
             places = [(row, row, length) for row in range(rows)]
             part = compute(model, batch, Microbatch(lane, 0, rows, length, ()), [], places)
             parts = [part] if lane == 0 else []
-        return gather(parts, self.foundation.groups.host)
+        return gather(parts, self.setup.groups.host)
 
 
 class DatasetSequences:
     """The first samples of `data.train`, media included, through the data pipeline and the encoders of the layout."""
 
-    def __init__(self, foundation: Foundation, count: int) -> None:
+    def __init__(self, setup: RunSetup, count: int) -> None:
         """Open the shards; collective."""
-        prepare_shards(foundation)
-        self.encoder = build_conversation_encoder(foundation)
-        self.dataset = open_dataset(foundation, "train", foundation.config.data.train, self.encoder)
+        prepare_shards(setup)
+        self.encoder = build_conversation_encoder(setup)
+        self.dataset = open_dataset(setup, "train", setup.config.data.train, self.encoder)
         self.count = min(count, len(self.dataset))
-        one_batch = replace(foundation.config.eval, samples=self.count, batch_size=self.count)
-        self.foundation = replace(foundation, config=replace(foundation.config, eval=one_batch))
+        one_batch = replace(setup.config.eval, samples=self.count, batch_size=self.count)
+        self.setup = replace(setup, config=replace(setup.config, eval=one_batch))
 
     def reference_inputs(self, number: int) -> dict[str, torch.Tensor]:
         """Token ids, and the media as transformers' model takes them. Raises `ConfigError` for a foreign encoder."""
@@ -95,7 +95,7 @@ class DatasetSequences:
                     "out of `layout` and use --random-tokens"
                 )
             inputs |= processor.transformers_inputs(decoded)
-        if "vision_config" in self.foundation.hf_config:
+        if "vision_config" in self.setup.hf_config:
             inputs["mm_token_type_ids"] = self._media_types(inputs["input_ids"])
         return inputs
 
@@ -104,23 +104,23 @@ class DatasetSequences:
         parts: list[Part] = []
 
         def observe(batch: LanguageBatch, microbatch: Microbatch, media: Media) -> None:
-            if not microbatch.rows:
+            if not microbatch.sequences:
                 assert model.language is not None
                 model.language.serve_experts()
                 return
-            places = [(slot.index, slot.row, slot.length) for slot in microbatch.samples]
+            places = [(planned.index, planned.sequence, planned.length) for planned in microbatch.samples]
             parts.append(compute(model, batch, microbatch, media, places))
 
-        loader = build_loader(self.foundation, self.dataset, train=False)
+        loader = build_loader(self.setup, self.dataset, train=False)
         StepRunner(model).run(loader.load(0), train=False, observe=observe)
         loader.close()
-        return gather(parts, self.foundation.groups.host)
+        return gather(parts, self.setup.groups.host)
 
     def _media_types(self, ids: torch.Tensor) -> torch.Tensor:
         """transformers' numbers of the modalities at soft tokens: 1 images, 2 video, 3 audio; 0 elsewhere."""
         types = torch.zeros_like(ids)
         for number, name in enumerate(("image_token_id", "video_token_id", "audio_token_id"), start=1):
-            types.masked_fill_(ids == self.foundation.hf_config.get(name, -1), number)
+            types.masked_fill_(ids == self.setup.hf_config.get(name, -1), number)
         return types
 
 
@@ -165,13 +165,13 @@ def compute(
     for handle in handles:
         handle.remove()
     index, tp = adapter.token_index(microbatch.seq_length), language.tp_group
-    logits = torch.empty(microbatch.rows, len(index), 0) if final is None else language.logits(final).cpu()
+    logits = torch.empty(microbatch.sequences, len(index), 0) if final is None else language.logits(final).cpu()
     states_at = index.chunk(tp.size())[tp.rank()] if language.config.sequence_parallel else index
     if not language.config.sequence_parallel and tp.rank() > 0:
         hidden = {}
     words = logits.shape[-1]
     first = tp.rank() * words
-    shape = (microbatch.rows, microbatch.seq_length)
+    shape = (microbatch.sequences, microbatch.seq_length)
     return Part(places, shape, states_at, hidden, index, slice(first, first + words), logits)
 
 

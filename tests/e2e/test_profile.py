@@ -48,10 +48,10 @@ def test_the_named_steps_hold_every_action_of_the_schedule(run: Path):
         once = {"load": 1, "reduce_gradients": 1, "agree": 1, "optimizer_step": 1}
         pictures = counted[0]["encode"]  # some microbatches are text alone
         assert 1 <= pictures <= MICROBATCHES
-        moves = ("send_rows", "expect_row_gradients", "receive_row_gradients")
+        moves = ("send_soft_tokens", "post_recv_soft_token_gradients", "recv_soft_token_gradients")
         assert counted[0] == once | dict.fromkeys(("encode", *moves, "encoder_backward"), pictures)
-        assert counted[1].items() >= (once | {"forward": MICROBATCHES, "send_hidden": MICROBATCHES}).items()
-        assert counted[2].items() >= (once | {"backward": MICROBATCHES, "send_gradient": MICROBATCHES}).items()
+        assert counted[1].items() >= (once | {"forward": MICROBATCHES, "send_forward": MICROBATCHES}).items()
+        assert counted[2].items() >= (once | {"backward": MICROBATCHES, "send_backward": MICROBATCHES}).items()
 
 
 def test_clocks_agree(run: Path):

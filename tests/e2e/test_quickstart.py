@@ -14,7 +14,7 @@ from PIL import Image
 from mimo_gemma4.config import load_config
 from mimo_gemma4.data.quickstart import ensure_shards
 from mimo_gemma4.train.build import build_trainer
-from mimo_gemma4.train.setup import lay_foundation
+from mimo_gemma4.train.setup import set_up_run
 from tests.dist.harness import run_ranks
 from tests.e2e.training_runs import Outcome, train_on_rank
 
@@ -69,7 +69,7 @@ def test_a_short_quickstart_reads_held_out_digits(tmp_path: Path, digits: list[s
 def accuracy_without_images(rank: int, arguments: list[str]) -> tuple[float, float] | None:
     """Exact match of the trained model, and again with a projector of zeros, so that every image's rows are zero."""
     config = load_config(arguments)
-    trainer = build_trainer(lay_foundation(config))
+    trainer = build_trainer(set_up_run(config))
     seeing = trainer.evaluate()
     with torch.no_grad():
         for encoder in trainer.model.encoders.values():

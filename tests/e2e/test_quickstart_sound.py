@@ -13,7 +13,7 @@ from mimo_gemma4.data import digits_and_tones
 from mimo_gemma4.data.quickstart import ensure_shards
 from mimo_gemma4.train.build import build_trainer
 from mimo_gemma4.train.report import write_report
-from mimo_gemma4.train.setup import lay_foundation
+from mimo_gemma4.train.setup import set_up_run
 from tests.dist.harness import run_ranks
 from tests.e2e.training_runs import Outcome, train_on_rank
 
@@ -34,7 +34,7 @@ def shard_arguments(folder: Path) -> list[str]:
 def train_and_count_kinds(rank: int, arguments: list[str]) -> Counter[str]:
     """Train; the modules that feed a microbatch, `audio+vision` for example, by how many microbatches they feed."""
     config = load_config(arguments)
-    trainer = build_trainer(lay_foundation(config))
+    trainer = build_trainer(set_up_run(config))
     trainer.fit()
     if rank == 0:
         write_report(trainer)

@@ -35,8 +35,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def check(rank: int, arguments: list[str], error: float = 0.0) -> int:
     build_model = verify.build_model
 
-    def build_wrong_model(foundation):  # noqa: ANN001, ANN202
-        model = build_model(foundation)
+    def build_wrong_model(setup):  # noqa: ANN001, ANN202
+        model = build_model(setup)
         for encoder in model.encoders.values():
             encoder.projector_parameters()[0].data *= 1 + error
         if model.language is not None:

@@ -39,7 +39,7 @@ HOST = [
     span("trainer.step[5]", 0, 100),
     span("trainer.load[5]", 0, 10),
     span("language.forward[0]", 10, 40),
-    span("language.receive_gradient[0]", 40, 55),
+    span("language.recv_backward[0]", 40, 55),
     span("language.backward[0]", 55, 95),
     span("language.optimizer_step[5]", 95, 100),
     span("Optimizer.step#AdamW.step", 96, 99),
@@ -53,7 +53,7 @@ def test_spans_of_the_host_where_there_is_no_device():
     assert list(steps) == [5, 6]
     first = steps[5]
     assert (first.rank, first.begin) == (3, BASE / 1e9)
-    actions = ["load", "forward", "receive_gradient", "backward", "optimizer_step"]
+    actions = ["load", "forward", "recv_backward", "backward", "optimizer_step"]
     assert [bar.name.action for bar in first.bars] == actions
     shares = first.shares()
     expected = dict(forward=0.3, backward=0.4, optimizer=0.05, encode=0.0, busy=0.75, wait=0.25, hidden=0.0)
@@ -65,10 +65,10 @@ def test_kernels_decide_where_there_is_a_device():
     """The host is done with the forward pass after 3 ms, the device after 40; a transfer runs beside it."""
     events = [
         span("trainer.step[5]", 0, 10),
-        span("vision.receive_rows[1]", 0, 1),
+        span("vision.recv_soft_tokens[1]", 0, 1),
         span("language.forward[0]", 1, 3),
         span("language.backward[0]", 3, 9),
-        span("language.send_gradient[0]", 9, 10),
+        span("language.send_backward[0]", 9, 10),
         *kernel(1, 0.5, 5, 30),
         *kernel(2, 1.5, 10, 20),
         *kernel(3, 2.5, 35, 40),
@@ -79,7 +79,7 @@ def test_kernels_decide_where_there_is_a_device():
     origin = BASE / 1e9
     assert (step.begin - origin, step.end - origin) == pytest.approx((0.005, 0.105), abs=1e-6)
     assert [(bar.name.action, bar.kind) for bar in step.bars] == [
-        ("receive_rows", "wait"), ("forward", "forward"), ("backward", "backward")
+        ("recv_soft_tokens", "wait"), ("forward", "forward"), ("backward", "backward")
     ]  # fmt: skip
     expected = dict(forward=0.3, backward=0.55, busy=0.85, wait=0.15, hidden=0.2, encode=0.0, optimizer=0.0)
     assert step.shares() == pytest.approx(expected, abs=1e-5)

@@ -13,7 +13,7 @@ from transformers import Gemma4ForConditionalGeneration
 from mimo_gemma4.config import load_config
 from mimo_gemma4.convert.__main__ import main
 from mimo_gemma4.train.build import build_trainer
-from mimo_gemma4.train.setup import lay_foundation
+from mimo_gemma4.train.setup import set_up_run
 from mimo_gemma4.train.trainer import Trainer
 from tests.dist.checkpoint.test_resume import same_bits, whole_tensors
 from tests.dist.harness import run_ranks
@@ -47,7 +47,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def trainer_of(folder: Path, run: str, overrides: list[str]) -> Trainer:
     config = load_config([f"config={folder}/run.yaml", f"run.dir={folder}/{run}", *overrides])
-    return build_trainer(lay_foundation(config))
+    return build_trainer(set_up_run(config))
 
 
 def train(rank: int, folder: Path, run: str, overrides: list[str], steps: int) -> torch.Tensor | None:

@@ -10,7 +10,7 @@ from mimo_gemma4.checkpoint import save_load as checkpoint
 from mimo_gemma4.config import OptimConfig
 from mimo_gemma4.errors import CheckpointError
 from mimo_gemma4.optim.module_optimizer import ModuleOptimizer
-from mimo_gemma4.optim.step_reduction import StepAgreement
+from mimo_gemma4.optim.step_reduction import StepReduction
 from tests.checkpoint_reader import whole_tensors
 from tests.dist.harness import run_ranks
 from tests.dist.optim.toy_modules import SHAPES, TRAINABLE, Grids, ToyModule, loss, samples, toy_world
@@ -32,7 +32,7 @@ class Run:
             module = ToyModule(name, groups.tp, dtype, seed)
             module.requires_grad_(name not in frozen)
             self.optimizers[name] = ModuleOptimizer(module, groups, CONFIG)
-        self.agreement = StepAgreement(layout, CONFIG.clip_grad, torch.device("cpu"))
+        self.agreement = StepReduction(layout, CONFIG.clip_grad, torch.device("cpu"))
 
     def train(self, steps: range) -> None:
         for step in steps:

@@ -16,7 +16,7 @@ from mimo_gemma4.errors import CheckpointError
 from mimo_gemma4.optim.module_optimizer import ModuleOptimizer
 from mimo_gemma4.train.build import build_model, build_modules
 from mimo_gemma4.train.initial_weights import Start, fill, find_start, restore
-from mimo_gemma4.train.setup import Foundation, lay_foundation
+from mimo_gemma4.train.setup import RunSetup, set_up_run
 from tests.checkpoint_reader import whole_tensors
 from tests.dist.harness import run_ranks
 from tests.e2e.training_runs import Outcome, step_records, train_on_rank, write_config
@@ -30,13 +30,13 @@ APART = {"vision": {"ranks": 1}, "language": {"ranks": 1}}
 LANGUAGE = "model.language_model."
 
 
-def foundation(arguments: list[str]) -> Foundation:
-    return lay_foundation(load_config(arguments))
+def setup(arguments: list[str]) -> RunSetup:
+    return set_up_run(load_config(arguments))
 
 
 def loaded_wrongly(rank: int, arguments: list[str], source: Path) -> list[str]:
     """Bindings that do not hold what the files of `source` hold there, after either way of loading."""
-    base = foundation(arguments)
+    base = setup(arguments)
     tensors = stored_tensors(source)
     wrong: list[str] = []
     start = find_start(base)
@@ -89,7 +89,7 @@ def test_a_text_only_directory_loads_into_the_language_module(tmp_path: Path) ->
 
 
 def first_tensors(rank: int, arguments: list[str], source: Path) -> list[str]:
-    base = foundation(arguments)
+    base = setup(arguments)
     model = build_model(base)
     tensors = stored_tensors(source)
     bindings = [binding for module in model.modules.values() for binding in module.bindings()]
@@ -98,7 +98,7 @@ def first_tensors(rank: int, arguments: list[str], source: Path) -> list[str]:
 
 
 def refusal(rank: int, arguments: list[str]) -> str:
-    base = foundation(arguments)
+    base = setup(arguments)
     with pytest.raises(CheckpointError) as caught:
         build_model(base)
     return str(caught.value)

@@ -42,9 +42,11 @@ def replaced(rank, shard):
     for step in range(3):
         data = loader.load(step)
         learned = {
-            slot.sample: int((batch.labels[slot.row, slot.start : slot.start + slot.length] != -100).sum())
-            for slot in data.manifest.samples
-            if slot.lane == rank - 1 and (batch := data.language[slot.microbatch]) is not None
+            planned.batch_index: int(
+                (batch.labels[planned.sequence, planned.start : planned.start + planned.length] != -100).sum()
+            )
+            for planned in data.manifest.samples
+            if planned.lane == rank - 1 and (batch := data.language[planned.microbatch]) is not None
         }
         found.append((data.manifest, loader.faults(data.manifest), learned))
     loader.close()
@@ -55,7 +57,7 @@ def test_all_ranks_replace_a_corrupt_image_that_one_of_them_finds(tmp_path):
     results = run_ranks(RANKS, replaced, shard_with_one_corrupt_image(tmp_path))
     for step in range(3):
         manifest = results[0][step][0]
-        assert [slot.index for slot in manifest.samples] == [0, 1, 2, 3, 5, 5]
+        assert [planned.index for planned in manifest.samples] == [0, 1, 2, 3, 5, 5]
         assert all(result[step][:2] == (manifest, {"image": 1}) for result in results)
         learned = {sample: count for result in results for sample, count in result[step][2].items()}
         assert learned == dict.fromkeys(range(6), 2)

@@ -63,16 +63,16 @@ def read_steps(rank, sources, lanes, encoders, workers, steps):
     for step in steps:
         data = loader.load(step)
         content = {}
-        for slot in data.manifest.samples:
-            if slot.lane == rank:
-                batch = data.language[slot.microbatch]
-                where = (slot.row, slice(slot.start, slot.start + slot.length))
+        for planned in data.manifest.samples:
+            if planned.lane == rank:
+                batch = data.language[planned.microbatch]
+                where = (planned.sequence, slice(planned.start, planned.start + planned.length))
                 tokens = batch.input_ids[where].tolist(), batch.labels[where].tolist()
-                content[slot.sample, dataset.key(slot.index)] = tokens
-        for slot in data.manifest.media:
-            if slot.encoder_lane == rank:
-                rows = data.media["vision", slot.microbatch]["tiles"][slot.encoder_offset :][: slot.rows]
-                content[slot.sample, dataset.key(slot.index), slot.ordinal] = rows.tolist()
+                content[planned.batch_index, dataset.key(planned.index)] = tokens
+        for planned in data.manifest.media:
+            if planned.module_lane == rank:
+                rows = data.media["vision", planned.microbatch]["tiles"][planned.module_offset :][: planned.soft_tokens]
+                content[planned.batch_index, dataset.key(planned.index), planned.ordinal] = rows.tolist()
         found.append((content, loader.faults(data.manifest)))
         owned += owned_ranges(dataset, data.manifest, rank)
     loader.close()
@@ -85,7 +85,7 @@ def owned_ranges(dataset, manifest, rank):
         for s in manifest.samples
         if s.lane == rank
     ]
-    media = [dataset.media(s.index)[s.ordinal] for s in manifest.media if s.encoder_lane == rank]
+    media = [dataset.media(s.index)[s.ordinal] for s in manifest.media if s.module_lane == rank]
     return {*documents, *((item.shard, item.offset) for item in media)}
 
 

@@ -99,7 +99,7 @@ def check(rank: int, config: LayoutConfig) -> None:
         assert set(held) == set(SPANS) - ({"pos_embd"} if later else set())
         for field, group in held.items():
             check_collective(group, expected_members(layout.grids[name], rank, SPANS[field]))
-    check_bridges(layout, rank, groups.bridge_forward, groups.bridge_backward)
+    check_bridges(layout, rank, groups.bridge_to_language, groups.bridge_to_module)
     check_collective(groups.host, list(range(layout.world_size)))
     check_sharing(rank, groups.modules)
     groups.destroy()
@@ -154,7 +154,7 @@ def check_one_rank(rank: int, config: LayoutConfig) -> None:
     assert set(groups.modules) == set(config.modules)
     for collection in groups.modules.values():
         assert all(group.size() == 1 for group in groups_of(collection).values())
-    for bridge in (*groups.bridge_forward.values(), *groups.bridge_backward.values()):
+    for bridge in (*groups.bridge_to_language.values(), *groups.bridge_to_module.values()):
         check_collective(bridge, [0])
     groups.destroy()
 

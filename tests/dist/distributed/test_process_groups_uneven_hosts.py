@@ -24,7 +24,7 @@ modules = {"audio": ModuleLayout(1), "vision": ModuleLayout(2, tp=2), "language"
 layout = build_layout(modules, dist.get_world_size(), hosts)
 groups = create_process_groups(layout, platform)
 sums = []
-members = [groups.host, *groups.bridge_forward.values(), *(held.intra_dist_opt for held in groups.modules.values())]
+members = [groups.host, *groups.bridge_to_language.values(), *(held.intra_dist_opt for held in groups.modules.values())]
 for group in members:
     if group is not None:
         total = torch.tensor([2 ** platform.rank])

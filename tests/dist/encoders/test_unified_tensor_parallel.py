@@ -17,9 +17,16 @@ HF_CONFIG = {
     ),
     "audio_config": dict(model_type="gemma4_unified_audio", audio_embed_dim=16),
 }
+DRAWN = torch.Generator().manual_seed(1)
 INPUTS = {  # rows that 2 and 4 ranks do not divide, and fewer rows than ranks
-    "vision": [{"pixel_values": torch.rand(rows, 48), "positions": torch.randint(0, 9, (rows, 2))} for rows in (11, 1)],
-    "audio": [{"waveforms": torch.rand(rows, 16)} for rows in (7, 2)],
+    "vision": [
+        {
+            "pixel_values": torch.rand(rows, 48, generator=DRAWN),
+            "positions": torch.randint(0, 9, (rows, 2), generator=DRAWN),
+        }
+        for rows in (11, 1)
+    ],
+    "audio": [{"waveforms": torch.rand(rows, 16, generator=DRAWN)} for rows in (7, 2)],
 }
 
 

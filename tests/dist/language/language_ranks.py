@@ -120,7 +120,7 @@ def rank_result(rank: int, case: Case) -> RankResult:
     held = [cp_token_index(LENGTH, case.cp, other) for other in range(case.cp)]
     mine = held[cp_rank]
     rows_mine = mine.chunk(case.tp)[tp_rank] if case.sequence_parallel else mine
-    rows = batch.media_rows.clone().requires_grad_()
+    rows = batch.media_soft_tokens.clone().requires_grad_()
 
     embeddings = model.embed(batch.input_ids[:, mine])
     media = batch.media[:, rows_mine].t().unsqueeze(-1)

@@ -80,8 +80,8 @@ LENGTH = 48
 class Batch:
     """Random rows of LENGTH tokens with documents, padding, ignored labels, media rows and a genuine padding token.
 
-    Everything is [rows, LENGTH] but `media_rows` [rows, LENGTH, H], of which only those on images and videos count:
-    audio tokens are left without rows, so that they show as what they embed as.
+    Everything is [B, LENGTH] but `media_soft_tokens` [B, LENGTH, H], of which only those on images and videos count:
+    audio tokens are left without, so that they show as what they embed as.
     """
 
     def __init__(self, variant: str) -> None:
@@ -92,7 +92,7 @@ class Batch:
         self.input_ids[0, 18] = padding
         self.labels = torch.randint(0, text["vocab_size"], shape, generator=generator)
         self.labels[torch.rand(shape, generator=generator) < 0.3] = -100
-        self.media_rows = torch.randn(*shape, text["hidden_size"], generator=generator)
+        self.media_soft_tokens = torch.randn(*shape, text["hidden_size"], generator=generator)
         self.positions, self.segments, self.types = (torch.zeros(shape, dtype=torch.long) for _ in range(3))
         self.spans: list[tuple[int, slice]] = []
         for row, documents in enumerate(DOCUMENTS):
@@ -154,7 +154,7 @@ def huggingface_model(variant: str, attention: str = "eager") -> PreTrainedModel
 def huggingface_results(variant: str, attention: str = "eager") -> Reference:
     """Every document a row of its own through the whole model: its placeholders, masks and padding, no packing."""
     model, batch = huggingface_model(variant, attention), Batch(variant)
-    rows = batch.media_rows.clone().requires_grad_()
+    rows = batch.media_soft_tokens.clone().requires_grad_()
     outputs = {
         name: BaseModelOutputWithPooling(pooler_output=[rows[batch.types == kind]])
         for name, kind in (("image", 1), ("video", 2))

@@ -142,7 +142,7 @@ def all_results(rank: int, cases: list[Case]) -> list[dict[str, Any]]:
     return [rank_result(rank, case) for case in cases]
 
 
-def together(results: list[dict[str, Any]]) -> tuple[float, dict[str, torch.Tensor]]:
+def all_ranks_or_raise(results: list[dict[str, Any]]) -> tuple[float, dict[str, torch.Tensor]]:
     """Loss and gradients of all ranks; what every tensor parallel rank has whole counts once."""
     gradients: dict[str, torch.Tensor] = {}
     for result in results:
@@ -163,8 +163,8 @@ def check(cases: list[Case]) -> None:
         here = [case for case in cases if case.tp * case.cp == world]
         ranks = run_ranks(world, all_results, here, timeout=280)
         for number, case in enumerate(here):
-            loss, gradients = together([results[number] for results in ranks])
-            expected_loss, expected = together([references[case.alone]])
+            loss, gradients = all_ranks_or_raise([results[number] for results in ranks])
+            expected_loss, expected = all_ranks_or_raise([references[case.alone]])
             if abs(loss - expected_loss) > 1e-5 * expected_loss:
                 found.append(f"{case}: loss {loss}, expected {expected_loss}")
             # 1e-5 of each gradient, plus 1e-7 of all for those that almost vanish: rounding of fp32 sums of this depth

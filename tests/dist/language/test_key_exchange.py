@@ -10,7 +10,13 @@ import torch.distributed as dist
 
 from mimo_gemma4.language.attention_context import MaskRule, attention_context, visible_runs
 from mimo_gemma4.language.config import FULL, SLIDING, Gemma4TextConfig
-from mimo_gemma4.language.key_exchange import GatherExchange, HaloExchange, arrive, depart, plan_exchange
+from mimo_gemma4.language.key_exchange import (
+    GatherExchange,
+    HaloExchange,
+    finish_exchange,
+    plan_exchange,
+    start_exchange,
+)
 from mimo_gemma4.language.model import Gemma4LanguageModel
 from mimo_gemma4.partition import cp_token_index
 from mimo_gemma4.weights.bindings import initialise
@@ -118,7 +124,7 @@ def check_exchange(exchange, held: list[torch.Tensor], seen: list[list[int]], ra
     whole = [torch.randn(size, 2, 3, 4, generator=generator) for _ in range(2)]
     weights = [[torch.randn(size, 2, 3, 4, generator=generator) for _ in range(2)] for _ in held]
     local = tuple(state[held[rank]].requires_grad_() for state in whole)
-    arrived = arrive(depart(exchange, local))
+    arrived = finish_exchange(start_exchange(exchange, local))
     for state, keys in zip(whole, arrived, strict=True):
         assert torch.equal(keys, state[seen[rank]])
     torch.autograd.backward(arrived, [weight[seen[rank]] for weight in weights[rank]])

@@ -57,8 +57,8 @@ class Recorder(TorchDispatchMode):
 def recorded() -> Iterator[list[str]]:
     """What happens, with the moments at which an exchange is launched and waited for."""
     recorder = Recorder()
-    there, back = (recorder.named(GatherExchange, method, "depart") for method in ("send", "send_back"))
-    with recorder, there, back, recorder.named(Transit, "wait", "arrive"):
+    there, back = (recorder.named(GatherExchange, method, "start") for method in ("send", "send_back"))
+    with recorder, there, back, recorder.named(Transit, "wait", "finish"):
         yield recorder.events
 
 
@@ -96,6 +96,6 @@ def events_of_rank(rank: int, key_value_heads: int) -> tuple[list[str], list[str
 def test_queries_are_projected_while_keys_travel(key_value_heads: int) -> None:
     for forward, backward in run_ranks(TP * CP, events_of_rank, key_value_heads):
         # The second gather is the exchange itself.
-        assert forward[:6] == ["gather", "keys and values", "depart", "gather", "query", "arrive"]
-        ours = ("depart", "arrive", "gradient of query", "gradient of keys and values")
+        assert forward[:6] == ["gather", "keys and values", "start", "gather", "query", "finish"]
+        ours = ("start", "finish", "gradient of query", "gradient of keys and values")
         assert [event for event in backward if event in ours] == [ours[0], ours[2], ours[1], ours[3]]

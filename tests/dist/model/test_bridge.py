@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 
 from benchmarks.traffic import Message, Traffic
-from mimo_gemma4.data.manifest import MediaSlot, Microbatch, SampleSlot, StepManifest
+from mimo_gemma4.data.manifest import Microbatch, PlannedMedia, PlannedSample, StepManifest
 from mimo_gemma4.distributed.layout import ModuleLayout, build_layout
 from mimo_gemma4.distributed.platform import Platform
 from mimo_gemma4.distributed.process_groups import create_process_groups
@@ -52,40 +52,40 @@ def random_manifest(
     for lane in range(target_dp):
         for number in range(rounds):
             count = generator.choice([0, 1, 3])
-            slots, row, start = [], 0, 0
+            items, row, start = [], 0, 0
             for _ in range(count):
                 media = [generator.randint(1, 9) for _ in range(generator.choice([0, 1, 1, 3]))]
                 length = sum(media) + 3 + len(media)
                 padded = -(-length // multiples[1]) * multiples[1] if packed else length
-                slots.append(SampleSlot(sample, sample, lane, number, row, start, length, padded))
+                items.append(PlannedSample(sample, sample, lane, number, row, start, length, padded))
                 position = start + 1
                 for ordinal, rows in enumerate(media):
                     pending.append((sample, ordinal, rows, lane, number, row, position))
                     position += rows + 1
                 sample += 1
                 row, start = (0, start + padded) if packed else (row + 1, 0)
-            longest = start if packed else max((s.length for s in slots), default=0)
+            longest = start if packed else max((s.length for s in items), default=0)
             multiple = multiples[2] if packed else multiples[0]
             seq_length = -(-longest // multiple) * multiple
             rows = min(count, 1) if packed else count
-            microbatches.append(Microbatch(lane, number, rows, seq_length, tuple(slots), packed))
+            microbatches.append(Microbatch(lane, number, rows, seq_length, tuple(items), packed))
     media_slots, filled = [], {}
     for sample_, ordinal, rows, lane, number, row, position in pending:
-        encoder_lane = generator.randrange(source_dp)
-        offset = filled.get((number, encoder_lane), 0)
-        filled[number, encoder_lane] = offset + rows
+        module_lane = generator.randrange(source_dp)
+        offset = filled.get((number, module_lane), 0)
+        filled[number, module_lane] = offset + rows
         media_slots.append(
-            MediaSlot("vision", sample_, sample_, ordinal, rows, lane, number, row, position, encoder_lane, offset)
+            PlannedMedia("vision", sample_, sample_, ordinal, rows, lane, number, row, position, module_lane, offset)
         )
     return StepManifest(seed, rounds, tuple(microbatches), tuple(media_slots))
 
 
-def row_value(slot: MediaSlot, i: int) -> float:
-    return slot.sample * 1000 + slot.ordinal * 100 + i + 1.0
+def row_value(planned: PlannedMedia, i: int) -> float:
+    return planned.batch_index * 1000 + planned.ordinal * 100 + i + 1.0
 
 
-def gradient_value(slot: MediaSlot, i: int) -> float:
-    return -row_value(slot, i) - 0.5
+def gradient_value(planned: PlannedMedia, i: int) -> float:
+    return -row_value(planned, i) - 0.5
 
 
 def bridge_rank(rank: int, case: tuple, seeds: list[int]) -> None:
@@ -104,8 +104,8 @@ def bridge_rank(rank: int, case: tuple, seeds: list[int]) -> None:
         layout,
         "vision",
         rank,
-        forward_group=groups.bridge_forward["vision"],
-        backward_group=groups.bridge_backward["vision"],
+        forward_group=groups.bridge_to_language["vision"],
+        backward_group=groups.bridge_to_module["vision"],
         module_tp_group=groups.modules["vision"].tp if rank in vision else None,
         language_tp_group=groups.modules["language"].tp if rank in language else None,
         hidden_size=WIDTH,
@@ -116,7 +116,7 @@ def bridge_rank(rank: int, case: tuple, seeds: list[int]) -> None:
     multiples = (sequence_multiple(cp, sp), segment_multiple(cp), pack_multiple(cp, sp))
     for seed in seeds:
         manifest = random_manifest(seed, vision.dp, language.dp, 3, multiples, packed)
-        for round_ in range(manifest.rounds):
+        for round_ in range(manifest.num_microbatches):
             check_round(bridge, manifest, round_, rank, sp)
     bridge.drain()
     groups.destroy()
@@ -126,10 +126,12 @@ def check_round(bridge: Bridge, manifest: StepManifest, round_: int, rank: int, 
     vision, language = bridge.module, bridge.language
     rows, returns = None, torch.empty(0)
     if rank in vision:
-        slots = manifest.encoded("vision", round_, vision.coordinate(rank).dp)
-        if slots:
-            rows = as_rows([row_value(slot, i) for slot in slots for i in range(slot.rows)], bridge)
-            returns = torch.tensor([gradient_value(slot, i) for slot in slots for i in range(slot.rows)])
+        items = manifest.items_of_module("vision", round_, vision.coordinate(rank).dp)
+        if items:
+            rows = as_rows([row_value(planned, i) for planned in items for i in range(planned.soft_tokens)], bridge)
+            returns = torch.tensor(
+                [gradient_value(planned, i) for planned in items for i in range(planned.soft_tokens)]
+            )
     expected, gradient_at = {}, {}
     if rank in language:
         expected, gradient_at = oracle(manifest, round_, language, language.coordinate(rank), sp)
@@ -137,11 +139,11 @@ def check_round(bridge: Bridge, manifest: StepManifest, round_: int, rank: int, 
     positions = route.positions.tolist()
     assert sorted(positions) == sorted(expected)
     with Traffic() as there:
-        received = bridge.receive_in_language(route, bridge.post_to_language(route, rows))
+        received = bridge.recv_in_language(route, bridge.post_to_language(route, rows))
     check_rows(received, torch.tensor([expected[position] for position in positions]))
     gradients = as_rows([gradient_at[position] for position in positions], bridge) if positions else None
     with Traffic() as back:
-        returned = bridge.receive_in_module(route, bridge.post_to_module(route, gradients))
+        returned = bridge.recv_in_module(route, bridge.post_to_module(route, gradients))
     check_rows(returned, returns)
     if rank in language:
         sharers = language.tp // sp
@@ -182,15 +184,15 @@ def check_crossings(arriving: list[Message], leaving: list[Message], rows: int, 
 def oracle(manifest: StepManifest, round_: int, language, at, sp: int) -> tuple[dict, dict]:  # noqa: ANN001
     """What this language rank must receive, by flat position, computed from whole sequences."""
     microbatch = manifest.microbatch(at.dp, round_)
-    if not microbatch.rows:
+    if not microbatch.sequences:
         return {}, {}
-    whole = torch.zeros(microbatch.seq_length, microbatch.rows)
+    whole = torch.zeros(microbatch.seq_length, microbatch.sequences)
     gradient = torch.zeros_like(whole)
-    for slot in manifest.media:
-        if (slot.lane, slot.microbatch) == (at.dp, round_):
-            for i in range(slot.rows):
-                whole[slot.start + i, slot.row] = row_value(slot, i)
-                gradient[slot.start + i, slot.row] = gradient_value(slot, i)
+    for planned in manifest.media:
+        if (planned.lane, planned.microbatch) == (at.dp, round_):
+            for i in range(planned.soft_tokens):
+                whole[planned.start + i, planned.sequence] = row_value(planned, i)
+                gradient[planned.start + i, planned.sequence] = gradient_value(planned, i)
     index = cp_token_index(microbatch.seq_length, language.cp, at.cp, microbatch.segment_starts)
     if sp > 1:
         index = index.chunk(sp)[at.tp]

@@ -10,7 +10,7 @@ from torch import nn
 
 from mimo_gemma4.config import OptimConfig
 from mimo_gemma4.optim.module_optimizer import ModuleOptimizer
-from mimo_gemma4.optim.step_reduction import StepAgreement
+from mimo_gemma4.optim.step_reduction import StepReduction
 from mimo_gemma4.weights.bindings import Binding
 from tests.dist.harness import run_ranks
 from tests.dist.optim.toy_modules import toy_world
@@ -70,7 +70,7 @@ def norm(rank: int, tp: int) -> float:
         if binding.tensor.requires_grad:
             binding.view(binding.tensor.main_grad).copy_(gradient(binding.name)[binding.index])
     optimizer.module.head.main_grad[12 - min(12, 16 // tp * language.tp.rank()) :].fill_(100.0)  # padding never counts
-    agreed = StepAgreement(layout, None, torch.device("cpu")).reduce({"language": optimizer})
+    agreed = StepReduction(layout, None, torch.device("cpu")).reduce({"language": optimizer})
     return agreed.grad_norm.item()  # no loss tokens: N is 1
 
 

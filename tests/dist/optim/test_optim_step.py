@@ -13,7 +13,7 @@ import torch.distributed as dist
 
 from mimo_gemma4.config import OptimConfig
 from mimo_gemma4.optim.module_optimizer import ModuleOptimizer, learning_rate
-from mimo_gemma4.optim.step_reduction import StepAgreement, StepReport
+from mimo_gemma4.optim.step_reduction import StepReduction, StepReport
 from tests.dist.harness import run_ranks
 from tests.dist.optim.toy_modules import (
     TRAINABLE,
@@ -44,7 +44,7 @@ def train(rank: int, grids: Grids, frozen: tuple[str, ...]) -> dict[str, Any]:
     for name in modules.keys() & set(frozen):
         modules[name].requires_grad_(False)
     optimizers = {name: ModuleOptimizer(module, groups.modules[name], CONFIG) for name, module in modules.items()}
-    agreement = StepAgreement(layout, CONFIG.clip_grad, torch.device("cpu"))
+    agreement = StepReduction(layout, CONFIG.clip_grad, torch.device("cpu"))
     reports = []
     for step in range(1, STEPS + 1):
         counts: dict[str, Any] = {}
@@ -123,7 +123,7 @@ def skip_nonfinite(rank: int) -> list[Any]:
     poison = float("nan") if rank == 1 else 1.0  # one data-parallel lane of the encoder
     loss(optimizer.module(samples(1, 0) * poison)).backward()
     optimizer.finish_gradients()
-    agreed = StepAgreement(layout, CONFIG.clip_grad, torch.device("cpu")).reduce({name: optimizer}, 1.0, 1.0, 1.0)
+    agreed = StepReduction(layout, CONFIG.clip_grad, torch.device("cpu")).reduce({name: optimizer}, 1.0, 1.0, 1.0)
     optimizer.apply(agreed, 0.1)
     same = all(torch.equal(old, b.view()) for old, b in zip(before, optimizer.bindings, strict=True))
     clean = all(torch.count_nonzero(shard.state["exp_avg"]) == 0 for shard in optimizer.trainable_shards)
@@ -144,7 +144,7 @@ def empty_step(rank: int) -> dict[str, Any]:
     optimizer = ModuleOptimizer(ToyModule("language", language.tp), language, CONFIG)
     optimizer.zero_gradients()
     optimizer.finish_gradients()
-    agreed = StepAgreement(layout, 1.0, torch.device("cpu"), dist.group.WORLD).reduce(
+    agreed = StepReduction(layout, 1.0, torch.device("cpu"), dist.group.WORLD).reduce(
         {"language": optimizer},
         hash_difference=torch.tensor([0.0, 5.0 if rank == 0 else -3.0], dtype=torch.float64),
         usage=SimpleNamespace(modules=torch.tensor([[1.0, 2.0, rank]], dtype=torch.float64), memory_gib=1.0 + rank),

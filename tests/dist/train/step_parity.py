@@ -20,10 +20,10 @@ import torch.distributed as dist
 
 from mimo_gemma4.config import load_config
 from mimo_gemma4.config.presets import load_model_config
-from mimo_gemma4.distributed.p2p import Arrival
+from mimo_gemma4.distributed.p2p import PendingRecv
 from mimo_gemma4.model.bridge import Bridge, Route
 from mimo_gemma4.train.build import build_trainer
-from mimo_gemma4.train.setup import lay_foundation
+from mimo_gemma4.train.setup import set_up_run
 from tests.dist.harness import in_turn, run_ranks
 from tests.vlm_reference import (
     IMAGES,
@@ -198,8 +198,8 @@ def step_on_rank(rank: int, folder: Path, overrides: list[str]) -> tuple[dict, l
     """The step's results, and this rank's pieces of the gradient: (name, shape, index, values)."""
     config = load_config([f"config={folder}/run.yaml", *overrides])
     config.run.dir = f"{config.run.dir}/{os.getppid()}"
-    foundation = lay_foundation(config)
-    trainer = build_trainer(foundation)
+    setup = set_up_run(config)
+    trainer = build_trainer(setup)
     data = trainer.loader.load(STEP)
     for optimizer in trainer.optimizers.values():
         optimizer.zero_gradients()
@@ -210,9 +210,7 @@ def step_on_rank(rank: int, folder: Path, overrides: list[str]) -> tuple[dict, l
     pieces = []
     for optimizer in trainer.optimizers.values():
         trainable = [parameter for parameter in optimizer.module.parameters() if parameter.requires_grad]
-        whole = {
-            id(parameter): torch.zeros(parameter.numel(), device=foundation.platform.device) for parameter in trainable
-        }
+        whole = {id(parameter): torch.zeros(parameter.numel(), device=setup.platform.device) for parameter in trainable}
         for shard in optimizer.trainable_shards:
             whole[id(shard.tensor)][shard.start : shard.end] = shard.gradient
         for parameter in trainable:  # ZeRO-1 shards of the replicas make one gradient
@@ -227,7 +225,7 @@ def step_on_rank(rank: int, folder: Path, overrides: list[str]) -> tuple[dict, l
     result = {name: float(getattr(agreement, name)) for name in ("loss", "loss_tokens", "grad_norm")}
     result["hashes"] = agreement.hash_difference.abs().sum().item()
     result["decoder_losses"] = agreement.decoder_losses.tolist()
-    foundation.groups.destroy()
+    setup.groups.destroy()
     return result, pieces
 
 
@@ -235,7 +233,7 @@ def step_with_wrong_row(rank: int, folder: Path, overrides: list[str], method: s
     """As `step_on_rank`, but rank 2 multiplies the first row that it gives to `method` of a bridge once by `factor`."""
     post, done = getattr(Bridge, method), []
 
-    def post_wrongly(self: Bridge, route: Route, rows: torch.Tensor | None) -> Arrival:
+    def post_wrongly(self: Bridge, route: Route, rows: torch.Tensor | None) -> PendingRecv:
         if rows is not None and rank == 2 and not done:
             rows = rows.clone()
             rows[0] *= factor

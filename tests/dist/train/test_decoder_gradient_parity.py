@@ -84,8 +84,8 @@ def decoder_step(folder: Path) -> Reference:
         hidden = normed.pop()[0]
         for item in dataset.media(index):
             image = dataset.encoder.processors["image"].decode(read_range(item.shard, item.offset, item.size))
-            colours = image["pixel_values"].view(item.rows, -1, 3).mean(dim=1)
-            told = decoder["fc2"](F.gelu(decoder["fc1"](hidden[item.start : item.start + item.rows])))
+            colours = image["pixel_values"].view(item.soft_tokens, -1, 3).mean(dim=1)
+            told = decoder["fc2"](F.gelu(decoder["fc1"](hidden[item.start : item.start + item.soft_tokens])))
             squares.append(0.5 * (told - colours).square().sum())
         return output
 

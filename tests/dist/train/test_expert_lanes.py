@@ -13,7 +13,7 @@ import pytest
 from mimo_gemma4.checkpoint import save_load as checkpoint
 from mimo_gemma4.config import load_config
 from mimo_gemma4.train.build import build_trainer
-from mimo_gemma4.train.setup import lay_foundation
+from mimo_gemma4.train.setup import set_up_run
 from mimo_gemma4.train.trainer import Trainer
 from tests.dist.checkpoint.test_resume import same_bits, whole_tensors
 from tests.dist.harness import run_ranks
@@ -75,7 +75,7 @@ def test_answers(experts: Prepared) -> None:
 
 
 def trainer_of(folder: Path, case: Case) -> Trainer:
-    return build_trainer(lay_foundation(load_config([f"config={folder}/run.yaml", *case.overrides])))
+    return build_trainer(set_up_run(load_config([f"config={folder}/run.yaml", *case.overrides])))
 
 
 def saved(folder: Path, trainer: Trainer) -> Path:

@@ -17,7 +17,7 @@ from mimo_gemma4.data.tokenizer import byte_tokenizer, media_tokens
 from mimo_gemma4.encoders.registry import build_processor
 from mimo_gemma4.train.build import build_trainer
 from mimo_gemma4.train.greedy_answers import Answer, greedy_answers
-from mimo_gemma4.train.setup import lay_foundation
+from mimo_gemma4.train.setup import set_up_run
 from mimo_gemma4.train.step import StepRunner
 from tests.dist.harness import run_ranks
 from tests.vlm_reference import SAMPLES, transformers_media, write_model, write_shards
@@ -83,7 +83,7 @@ def transformers_answers(rank: int, folder: Path) -> list[list[int]]:
 def own_answers(rank: int, folder: Path, overrides: list[str]) -> list[tuple[Answer, int]]:
     """This rank's answers, each with the number of positions that its row leaves for one."""
     config = load_config([f"config={folder}/run.yaml", *overrides])
-    trainer = build_trainer(lay_foundation(config))
+    trainer = build_trainer(set_up_run(config))
     loader, runner, answers = trainer.evaluator.loader, StepRunner(trainer.model), []
 
     def observe(batch, microbatch, media) -> None:  # noqa: ANN001
@@ -91,8 +91,8 @@ def own_answers(rank: int, folder: Path, overrides: list[str]) -> list[tuple[Ans
             trainer.model, batch, microbatch, media,
             max_new_tokens=MAX_NEW_TOKENS, stop_ids=loader.dataset.encoder.stop_ids,
         )  # fmt: skip
-        for slot, answer in zip(microbatch.samples, found, strict=True):
-            prompt = int((batch.labels[slot.row] != -100).int().argmax()) + 1
+        for planned, answer in zip(microbatch.samples, found, strict=True):
+            prompt = int((batch.labels[planned.sequence] != -100).int().argmax()) + 1
             answers.append((answer, microbatch.seq_length - prompt))
 
     for step in range(loader.planner.steps):

@@ -9,7 +9,7 @@ import torch
 from mimo_gemma4.config import load_config
 from mimo_gemma4.model.bridge import Bridge
 from mimo_gemma4.train.build import build_trainer
-from mimo_gemma4.train.setup import lay_foundation
+from mimo_gemma4.train.setup import set_up_run
 from tests.dist.harness import run_ranks
 from tests.vlm_reference import write_shards
 
@@ -64,7 +64,7 @@ def two_steps(rank: int, folder: Path, overrides: list[str]) -> Steps:
 
     Bridge.post_to_module = counted
     config = load_config([f"config={folder}/run.yaml", *overrides])
-    trainer = build_trainer(lay_foundation(config))
+    trainer = build_trainer(set_up_run(config))
     bindings = [
         binding
         for module in trainer.model.modules.values()

@@ -23,7 +23,7 @@ from mimo_gemma4.distributed.layout import Layout, build_layout
 from mimo_gemma4.partition import cp_token_index
 from mimo_gemma4.train.build import build_trainer
 from mimo_gemma4.train.schedule import Action
-from mimo_gemma4.train.setup import lay_foundation
+from mimo_gemma4.train.setup import set_up_run
 from tests.dist.harness import run_ranks
 from tests.dist.train.step_parity import Case, write_run
 from tests.dist.train.test_expert_lanes import TEXT
@@ -51,7 +51,7 @@ class Step:
 
 
 def third_step(rank: int, folder: Path, overrides: list[str]) -> Step:
-    trainer = build_trainer(lay_foundation(load_config([f"config={folder}/run.yaml", *overrides, "train.steps=4"])))
+    trainer = build_trainer(set_up_run(load_config([f"config={folder}/run.yaml", *overrides, "train.steps=4"])))
     for _ in range(2):
         trainer.train_step()
     start, batches = dist.batch_isend_irecv, 0
@@ -90,11 +90,11 @@ def planned_rows(layout: Layout, manifest: StepManifest) -> Counter[tuple[int, i
     """(round, encoder rank, language rank) → rows that travel between them, encoder TP being 1."""
     language = layout.language
     sources: dict[tuple[int, int, int, int], list[int]] = defaultdict(list)
-    for slot in manifest.media:
-        source = layout.grids["vision"].rank_at(dp=slot.encoder_lane)
-        held = holders(layout, manifest.microbatch(slot.lane, slot.microbatch))
-        for position in range(slot.start, slot.start + slot.rows):
-            sources[slot.microbatch, slot.lane, *held[position]].append(source)
+    for planned in manifest.media:
+        source = layout.grids["vision"].rank_at(dp=planned.module_lane)
+        held = holders(layout, manifest.microbatch(planned.lane, planned.microbatch))
+        for position in range(planned.start, planned.start + planned.soft_tokens):
+            sources[planned.microbatch, planned.lane, *held[position]].append(source)
     rows: Counter[tuple[int, int, int]] = Counter()
     for (round_, lane, cp, tp), of_rows in sources.items():
         size = len(of_rows) if language.sequence_parallel else -(-len(of_rows) // language.tp)
@@ -137,7 +137,7 @@ def check_gathers(layout: Layout, steps: list[Step], planned: Counter[tuple[int,
     for rank in language.ranks:
         at, expected = language.coordinate(rank), Counter[int]()
         peers = [language.rank_at(tp=tp, cp=at.cp, dp=at.dp) for tp in range(language.tp)]
-        for round_ in range(steps[rank].manifest.rounds):
+        for round_ in range(steps[rank].manifest.num_microbatches):
             parts = [sum(planned[round_, source, peer] for source in layout.grids["vision"].ranks) for peer in peers]
             expected[max(parts) * language.tp] += any(parts)
         gathers = [message for member, message in on(steps, "language.tp") if member == rank]
@@ -175,4 +175,4 @@ def test_row_counts_of_experts_are_the_only_integers(tmp_path: Path) -> None:
         assert {(m.operation, m.dtype, m.shape) for m in integers} <= {
             ("alltoall_base_", torch.int64, (TEXT["num_experts"],))
         }
-        assert len(integers) == (layers * manifest.rounds if rank in layout.language else 0)
+        assert len(integers) == (layers * manifest.num_microbatches if rank in layout.language else 0)

@@ -17,7 +17,7 @@ import torch
 from mimo_gemma4.config import load_config
 from mimo_gemma4.errors import NumericsError
 from mimo_gemma4.train.build import build_trainer
-from mimo_gemma4.train.setup import lay_foundation
+from mimo_gemma4.train.setup import set_up_run
 from mimo_gemma4.train.step import StepTotals
 from mimo_gemma4.train.trainer import Trainer
 from tests.dist.harness import run_ranks
@@ -76,12 +76,12 @@ def no_blocking_reads() -> Iterator[list[torch.cuda.Event]]:
 def trainer_of(folder: Path, case: Case) -> Iterator[Trainer]:
     """A trainer of the layout in bf16; its groups are torn down in the end."""
     options = ["model.precision=bf16", "train.steps=100", f"train.global_batch_size={SAMPLES}"]
-    foundation = lay_foundation(load_config([f"config={folder}/run.yaml", *case.overrides, *options]))
-    trainer = build_trainer(foundation)
+    setup = set_up_run(load_config([f"config={folder}/run.yaml", *case.overrides, *options]))
+    trainer = build_trainer(setup)
     yield trainer
     trainer.close()
     torch.cuda.synchronize()
-    foundation.groups.destroy()
+    setup.groups.destroy()
 
 
 def main_weights(trainer: Trainer) -> list[torch.Tensor]:

@@ -17,7 +17,7 @@ class MeanProcessor(TileProcessor):
         return {"means": super().decode(data)["tiles"].mean(dim=1)}
 
     def placeholder(self, header) -> dict[str, torch.Tensor]:  # noqa: ANN001
-        return {"means": torch.zeros(self.rows(header))}
+        return {"means": torch.zeros(self.soft_tokens(header))}
 
     def collate(self, items: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
         return {"means": torch.cat([item["means"] for item in items])}
@@ -49,25 +49,33 @@ def test_targets_lie_where_the_manifest_says(tmp_path, packing: bool):
     for step in range(3):
         data = [loader.load(step) for loader in loaders]
         manifest = data[0].manifest
-        slots = [slot for slot in manifest.media if slot.modality == "means"]
-        of_encoder = [slot for slot in manifest.media if slot.modality == "vision"]
-        assert sorted(map(place, slots)) == sorted(map(place, of_encoder)) and slots
-        assert manifest.rows_of("means") == manifest.rows_of("vision")
-        assert {slot.encoder_lane for slot in slots} == set(range(DECODER_LANES))
+        items = [planned for planned in manifest.media if planned.module == "means"]
+        of_encoder = [planned for planned in manifest.media if planned.module == "vision"]
+        assert sorted(map(place, items)) == sorted(map(place, of_encoder)) and items
+        assert manifest.soft_tokens_of("means") == manifest.soft_tokens_of("vision")
+        assert {planned.module_lane for planned in items} == set(range(DECODER_LANES))
         assert manifest.imbalance["means"].after <= manifest.imbalance["means"].before
-        for slot in slots:
-            targets = data[slot.encoder_lane].media["means", slot.microbatch]["means"]
-            item = dataset.media(slot.index)[slot.ordinal]
+        for planned in items:
+            targets = data[planned.module_lane].media["means", planned.microbatch]["means"]
+            item = dataset.media(planned.index)[planned.ordinal]
             with open(item.shard, "rb") as file:
                 file.seek(item.offset)
                 expected = TileProcessor().decode(file.read(item.size))["tiles"].mean(dim=1)
-            assert torch.equal(targets[slot.encoder_offset : slot.encoder_offset + slot.rows], expected)
+            assert torch.equal(targets[planned.module_offset : planned.module_offset + planned.soft_tokens], expected)
         for lane in range(2):  # the identities that modules were given are those that the lane tells of
-            given = [name for rank in data for items in rank.encoded.values() for at, name in items if at == lane]
+            given = [name for rank in data for items in rank.items.values() for at, name in items if at == lane]
             assert sorted(given) == sorted(data[lane].expected)
     for loader in loaders:
         loader.close()
 
 
-def place(slot) -> tuple:  # noqa: ANN001
-    return slot.sample, slot.ordinal, slot.rows, slot.lane, slot.microbatch, slot.row, slot.start
+def place(planned) -> tuple:  # noqa: ANN001
+    return (
+        planned.batch_index,
+        planned.ordinal,
+        planned.soft_tokens,
+        planned.lane,
+        planned.microbatch,
+        planned.sequence,
+        planned.start,
+    )

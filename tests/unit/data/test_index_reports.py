@@ -122,7 +122,7 @@ def test_media_are_matched_in_message_order_numbered_together_or_apart(tmp_path)
     )
     dataset = open_dataset(shard, TileProcessor(), SoundProcessor())
     assert [dataset.key(index) for index in range(3)] == ["x", "y/y", "z"]
-    assert [[item.rows for item in dataset.media(index)] for index in range(3)] == [[1, 5, 3], [1, 5, 3], [2]]
+    assert [[item.soft_tokens for item in dataset.media(index)] for index in range(3)] == [[1, 5, 3], [1, 5, 3], [2]]
     assert [item.modality for item in dataset.media(0)] == ["vision", "audio", "vision"]
 
 
@@ -152,11 +152,11 @@ def test_sidecars_are_read_back_and_follow_the_shard(tmp_path, monkeypatch):
 
 def test_another_processor_or_template_is_indexed_anew(tmp_path):
     class Doubled(TileProcessor):
-        def rows(self, header):
-            return 2 * super().rows(header)
+        def soft_tokens(self, header):
+            return 2 * super().soft_tokens(header)
 
     shard = mixed_shard(tmp_path / "a.tar", 1, 1)
-    rows = [open_dataset(shard, processor).media(0)[0].rows for processor in (TileProcessor(), Doubled())]
+    rows = [open_dataset(shard, processor).media(0)[0].soft_tokens for processor in (TileProcessor(), Doubled())]
     assert rows[1] == 2 * rows[0]
     assert byte_encoder().fingerprint != byte_encoder(Doubled()).fingerprint
 

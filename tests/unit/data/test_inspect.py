@@ -29,7 +29,7 @@ def test_samples_are_shown_as_they_are_trained_on(shard, capsys):
     lines = capsys.readouterr().out.splitlines()
     encoder = build_encoder(ModelConfig(preset="gemma4_tiny"))
     dataset = ShardDataset.open(shard, encoder, seq_length=512, on_bad_sample="skip", max_bad_fraction=1.0)
-    encoded, rows = dataset.encode(0), dataset.media(0)[0].rows
+    encoded, rows = dataset.encode(0), dataset.media(0)[0].soft_tokens
     text = "\n".join(lines)
     assert "── first · sample 1 of 3" in text and "── second · sample 2 of 3" in text
     assert (

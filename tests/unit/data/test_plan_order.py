@@ -32,7 +32,7 @@ def test_samples_of_a_step_are_the_same_in_every_layout_and_epochs_are_permutati
     plan = planner(dataset, lanes, encoders, packing=packing, row_multiple=4, total_multiple=16)
     seen = []
     for step in range(7):
-        chosen = [slot.index for slot in plan.plan(step).samples]
+        chosen = [planned.index for planned in plan.plan(step).samples]
         assert chosen == reference.samples(step)
         seen += chosen
     size = len(dataset)
@@ -54,10 +54,10 @@ def test_every_sample_and_media_item_has_one_place(dataset, lanes, encoders, pac
     sizes = {"global_batch_size": global_batch_size, "row_multiple": 4, "total_multiple": 16}
     plan = planner(dataset, lanes, encoders, packing=packing, **sizes)
     manifest = plan.plan(2)
-    assert [slot.sample for slot in manifest.samples] == list(range(global_batch_size))
-    assert len(manifest.microbatches) == lanes * manifest.rounds
+    assert [planned.batch_index for planned in manifest.samples] == list(range(global_batch_size))
+    assert len(manifest.microbatches) == lanes * manifest.num_microbatches
     for lane in range(lanes):
-        for number in range(manifest.rounds):
+        for number in range(manifest.num_microbatches):
             microbatch = manifest.microbatch(lane, number)
             assert (microbatch.lane, microbatch.number) == (lane, number)
             check_rows(microbatch, packing)
@@ -65,53 +65,61 @@ def test_every_sample_and_media_item_has_one_place(dataset, lanes, encoders, pac
 
 
 def check_rows(microbatch, packing):
-    slots = microbatch.samples
-    assert list(slots) == sorted(slots, key=lambda slot: (slot.row, slot.start))
-    assert bool(slots) == bool(microbatch.rows) == bool(microbatch.seq_length)
+    placed = microbatch.samples
+    assert list(placed) == sorted(placed, key=lambda planned: (planned.sequence, planned.start))
+    assert bool(placed) == bool(microbatch.sequences) == bool(microbatch.seq_length)
     if packing:
-        assert microbatch.rows <= 1 and microbatch.seq_length % 16 == 0
-        assert all(slot.padded_length == -(-slot.length // 4) * 4 for slot in slots)
-        assert all(after.start == slot.start + slot.padded_length for slot, after in pairwise(slots))
-        assert sum(slot.padded_length for slot in slots) <= 2 * 120, "two packs of data.seq_length"
-        assert microbatch.seq_length - sum(slot.padded_length for slot in slots) < 16
+        assert microbatch.sequences <= 1 and microbatch.seq_length % 16 == 0
+        assert all(planned.padded_length == -(-planned.length // 4) * 4 for planned in placed)
+        assert all(after.start == planned.start + planned.padded_length for planned, after in pairwise(placed))
+        assert sum(planned.padded_length for planned in placed) <= 2 * 120, "two packs of data.seq_length"
+        assert microbatch.seq_length - sum(planned.padded_length for planned in placed) < 16
     else:
-        assert [slot.row for slot in slots] == list(range(microbatch.rows)) and microbatch.rows <= 2
-        assert all(slot.start == 0 and slot.padded_length == slot.length for slot in slots)
-        assert microbatch.seq_length == -(-max((slot.length for slot in slots), default=0) // 4) * 4
+        assert [planned.sequence for planned in placed] == list(
+            range(microbatch.sequences)
+        ) and microbatch.sequences <= 2
+        assert all(planned.start == 0 and planned.padded_length == planned.length for planned in placed)
+        assert microbatch.seq_length == -(-max((planned.length for planned in placed), default=0) // 4) * 4
 
 
 def check_media(dataset, manifest, encoders):
-    expected = [(s.sample, n) for s in manifest.samples for n in range(len(dataset.media(s.index)))]
-    assert sorted((slot.sample, slot.ordinal) for slot in manifest.media) == sorted(expected)
-    samples = {slot.sample: slot for slot in manifest.samples}
-    for slot in manifest.media:
-        sample, item = samples[slot.sample], dataset.media(slot.index)[slot.ordinal]
-        assert (slot.lane, slot.microbatch, slot.row) == (sample.lane, sample.microbatch, sample.row)
-        assert (slot.start, slot.rows) == (sample.start + item.start, item.rows)
-    by_lane = [manifest.encoded("vision", r, lane) for r in range(manifest.rounds) for lane in range(encoders)]
-    assert tuple(slot for slots in by_lane for slot in slots) == manifest.media
-    for slots in by_lane:
-        assert [slot.encoder_offset for slot in slots] == [sum(s.rows for s in slots[:n]) for n in range(len(slots))]
+    expected = [(s.batch_index, n) for s in manifest.samples for n in range(len(dataset.media(s.index)))]
+    assert sorted((planned.batch_index, planned.ordinal) for planned in manifest.media) == sorted(expected)
+    samples = {planned.batch_index: planned for planned in manifest.samples}
+    for planned in manifest.media:
+        sample, item = samples[planned.batch_index], dataset.media(planned.index)[planned.ordinal]
+        assert (planned.lane, planned.microbatch, planned.sequence) == (sample.lane, sample.microbatch, sample.sequence)
+        assert (planned.start, planned.soft_tokens) == (sample.start + item.start, item.soft_tokens)
+    by_lane = [
+        manifest.items_of_module("vision", r, lane)
+        for r in range(manifest.num_microbatches)
+        for lane in range(encoders)
+    ]
+    assert tuple(planned for placed in by_lane for planned in placed) == manifest.media
+    for placed in by_lane:
+        assert [planned.module_offset for planned in placed] == [
+            sum(s.soft_tokens for s in placed[:n]) for n in range(len(placed))
+        ]
 
 
 def test_lanes_and_encoders_are_balanced(dataset):
     manifest = planner(dataset, 4, 3, global_batch_size=23, packing=True).plan(0)
     tokens, rows = Counter(), Counter()
-    for slot in manifest.samples:
-        tokens[slot.lane] += slot.padded_length
-    for slot in manifest.media:
-        rows[slot.microbatch, slot.encoder_lane] += slot.rows
-    longest = max(slot.length for slot in manifest.samples)
+    for planned in manifest.samples:
+        tokens[planned.lane] += planned.padded_length
+    for planned in manifest.media:
+        rows[planned.microbatch, planned.module_lane] += planned.soft_tokens
+    longest = max(planned.length for planned in manifest.samples)
     assert max(tokens.values()) - min(tokens.values()) <= longest
-    for number in range(manifest.rounds):
+    for number in range(manifest.num_microbatches):
         lanes = [rows[number, lane] for lane in range(3)]
-        assert max(lanes) - min(lanes) <= max(slot.rows for slot in manifest.media), lanes
+        assert max(lanes) - min(lanes) <= max(planned.soft_tokens for planned in manifest.media), lanes
 
 
 def test_few_samples_are_spread_over_the_lanes(dataset):
     for packing in (False, True):
         manifest = planner(dataset, 4, 1, global_batch_size=5, microbatch_size=4, packing=packing).plan(0)
-        assert manifest.rounds == 1 and {slot.lane for slot in manifest.samples} == {0, 1, 2, 3}
+        assert manifest.num_microbatches == 1 and {planned.lane for planned in manifest.samples} == {0, 1, 2, 3}
 
 
 def test_a_sample_as_long_as_the_limit_is_packed_alone_whatever_its_padding(tmp_path):
@@ -159,10 +167,10 @@ def test_balance_evens_out_a_skewed_batch(tmp_path, packing):
     options = {"global_batch_size": 48, "microbatch_size": 1, "shuffle": False, "packing": packing}
     manifest = planner(dataset, 4, 4, sample_cost=cost, **options).plan(0)
     lanes, encoders = [0.0] * 4, [0.0] * 4
-    for slot in manifest.samples:
-        lanes[slot.lane] += cost(slot.length)
+    for planned in manifest.samples:
+        lanes[planned.lane] += cost(planned.length)
     for item in manifest.media:
-        encoders[item.encoder_lane] += item.rows
+        encoders[item.module_lane] += item.soft_tokens
     for name, loads in (("language", lanes), ("vision", encoders)):
         imbalance = manifest.imbalance[name]
         assert imbalance.after == pytest.approx(max(loads) / (sum(loads) / 4))
@@ -180,7 +188,7 @@ def test_packs_are_balanced_by_cost_not_by_length(tmp_path):
 
     def short_samples(manifest):
         lane = manifest.samples[0].lane
-        return sum(slot.lane == lane for slot in manifest.samples) - 1
+        return sum(planned.lane == lane for planned in manifest.samples) - 1
 
     assert short_samples(by_cost) < short_samples(by_length)
     assert by_cost.imbalance["language"].after < 1.05
@@ -194,4 +202,4 @@ def test_bad_samples_give_their_places_to_the_next_of_the_order(dataset):
     expected[4] = expected[5] = order[6]
     expected[-1] = order[0]
     assert plan.samples(0, bad) == expected and plan.samples(0) == order
-    assert sorted(plan.plan(0, bad).passed_over) == sorted([order[4], order[5], order[5], order[-1]])
+    assert sorted(plan.plan(0, bad).skipped_samples) == sorted([order[4], order[5], order[5], order[-1]])

@@ -49,24 +49,24 @@ def test_every_sample_and_every_row_is_where_the_manifest_says(dataset, lanes, e
     for step in (0, 1, 2):
         data = [loader.load(step) for loader in ranks]
         manifest = data[0].manifest
-        assert all(other.manifest == manifest and not manifest.passed_over for other in data)
+        assert all(other.manifest == manifest and not manifest.skipped_samples for other in data)
         for microbatch in manifest.microbatches:
             batch = data[microbatch.lane].language[microbatch.number]
-            assert batch.input_ids.shape == (microbatch.rows, microbatch.seq_length)
+            assert batch.input_ids.shape == (microbatch.sequences, microbatch.seq_length)
             covered = torch.zeros_like(batch.segments, dtype=torch.bool)
-            for slot in microbatch.samples:
-                where = (slot.row, slice(slot.start, slot.start + slot.length))
-                encoded = dataset.encode(slot.index)
+            for planned in microbatch.samples:
+                where = (planned.sequence, slice(planned.start, planned.start + planned.length))
+                encoded = dataset.encode(planned.index)
                 assert batch.input_ids[where].tolist() == encoded.input_ids.tolist()
                 assert batch.labels[where].tolist() == encoded.labels.tolist()
-                assert batch.positions[where].tolist() == list(range(slot.length))
+                assert batch.positions[where].tolist() == list(range(planned.length))
                 assert len(batch.segments[where].unique()) == 1 and batch.segments[where][0] > 0
                 covered[where] = True
             assert (batch.labels[~covered] == -100).all()
             for tensor in (batch.input_ids, batch.positions, batch.segments, batch.groups):
                 assert not tensor[~covered].any()
-            for row in range(microbatch.rows):
-                numbers = [s for s in microbatch.samples if s.row == row]
+            for row in range(microbatch.sequences):
+                numbers = [s for s in microbatch.samples if s.sequence == row]
                 assert batch.segments[row].unique().tolist()[-len(numbers) :] == list(range(1, len(numbers) + 1))
         check_groups_and_tiles(dataset, data)
     for loader in ranks:
@@ -76,17 +76,27 @@ def test_every_sample_and_every_row_is_where_the_manifest_says(dataset, lanes, e
 def check_groups_and_tiles(dataset, data):
     manifest = data[0].manifest
     expected_groups = {key: torch.zeros_like(batch.groups) for key, batch in all_batches(data).items()}
-    for slot in sorted(manifest.media, key=lambda slot: (slot.lane, slot.microbatch, slot.row, slot.start)):
-        groups = expected_groups[slot.lane, slot.microbatch]
-        groups[slot.row, slot.start : slot.start + slot.rows] = groups[slot.row].max() + 1
-        ids = data[slot.lane].language[slot.microbatch].input_ids[slot.row, slot.start : slot.start + slot.rows]
+    for planned in sorted(
+        manifest.media, key=lambda planned: (planned.lane, planned.microbatch, planned.sequence, planned.start)
+    ):
+        groups = expected_groups[planned.lane, planned.microbatch]
+        groups[planned.sequence, planned.start : planned.start + planned.soft_tokens] = (
+            groups[planned.sequence].max() + 1
+        )
+        ids = (
+            data[planned.lane]
+            .language[planned.microbatch]
+            .input_ids[planned.sequence, planned.start : planned.start + planned.soft_tokens]
+        )
         assert (ids == 6).all()
-        tiles = data[slot.encoder_lane].media["vision", slot.microbatch]["tiles"]
-        item = dataset.media(slot.index)[slot.ordinal]
+        tiles = data[planned.module_lane].media["vision", planned.microbatch]["tiles"]
+        item = dataset.media(planned.index)[planned.ordinal]
         with open(item.shard, "rb") as file:
             file.seek(item.offset)
             alone = TileProcessor().decode(file.read(item.size))["tiles"]
-        torch.testing.assert_close(tiles[slot.encoder_offset : slot.encoder_offset + slot.rows], alone, rtol=0, atol=0)
+        torch.testing.assert_close(
+            tiles[planned.module_offset : planned.module_offset + planned.soft_tokens], alone, rtol=0, atol=0
+        )
     for key, batch in all_batches(data).items():
         assert batch.groups.tolist() == expected_groups[key].tolist()
 
@@ -151,8 +161,8 @@ def test_the_next_good_sample_takes_the_place_of_a_corrupt_one(tmp_path, caplog)
     data = [loader.load(step) for step in range(2)]
     loader.close()
     for step in data:
-        assert [slot.index for slot in step.manifest.samples] == [0, 1, 4, 4, 4, 5]
-        assert step.manifest.passed_over == (2, 3, 3)
+        assert [planned.index for planned in step.manifest.samples] == [0, 1, 4, 4, 4, 5]
+        assert step.manifest.skipped_samples == (2, 3, 3)
         assert loader.faults(step.manifest) == {"image": 3}
         assert step.media["vision", 0]["tiles"].any()
     told = [line for line in caplog.messages if "left out" in line]
@@ -165,7 +175,7 @@ def test_one_pass_leaves_out_a_corrupt_sample(tmp_path):
     [loader] = loaders(
         dataset, 1, 1, shuffle=False, repeat=False, global_batch_size=2, step_options=MANY_MAY_BE_BAD
     )  # fmt: skip
-    assert [[slot.index for slot in loader.load(step).manifest.samples] for step in range(3)] == [[0], [], [4, 5]]
+    assert [[planned.index for planned in loader.load(step).manifest.samples] for step in range(3)] == [[0], [], [4, 5]]
     loader.close()
 
 
@@ -190,7 +200,7 @@ def test_corrupt_media_fail_or_exceed_the_allowed_share(tmp_path):
     with pytest.raises(DataError, match="2 samples met so far .*max_bad_fraction=0.3 of 6"):
         strict.load(0)
     [tolerant] = loaders(dataset, 1, 1, shuffle=False, step_options={**MANY_MAY_BE_BAD, "max_bad_fraction": 0.4})
-    assert [len(tolerant.load(step).manifest.passed_over) for step in range(3)] == [2, 2, 2]
+    assert [len(tolerant.load(step).manifest.skipped_samples) for step in range(3)] == [2, 2, 2]
     for each in (loader, strict, tolerant):
         each.close()
 

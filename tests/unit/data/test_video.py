@@ -95,7 +95,7 @@ def test_frames_are_read_by_number_and_only_sampled_ones_are_shown(tmp_path: Pat
     assert [item.header for item in media] == [MediaHeader(8, 8 * (1 + name)) for name in (1, 2, 4, 5, 0, 1)]
     encoded = dataset.encode(0)
     assert encoded.media_starts == tuple(item.start for item in media)
-    assert all((encoded.input_ids[item.start : item.start + item.rows] == 11).all() for item in media)
+    assert all((encoded.input_ids[item.start : item.start + item.soft_tokens] == 11).all() for item in media)
 
 
 @pytest.mark.parametrize(

@@ -99,7 +99,7 @@ def test_expanded_ids_equal_those_of_transformers(
     encoder = ConversationEncoder(byte_tokenizer(), [processor], {"audio": MediaTokens(8, 9, 10)})
     text, _ = encoder.template.answers(messages)
     expected = reference(text=[text], audio=[waveform], add_special_tokens=False)
-    rows = processor.rows(MediaHeader(samples=length, sample_rate=16_000))
+    rows = processor.soft_tokens(MediaHeader(samples=length, sample_rate=16_000))
     encoded = encoder.encode(messages, [rows])
     assert encoded.input_ids.tolist() == expected["input_ids"][0]
     types = np.array(expected["mm_token_type_ids"][0])
@@ -128,7 +128,7 @@ def test_rows_are_known_from_the_header_at_any_rate(processor: Gemma4AudioProces
     for rate in (8_000, 44_100):  # cut to 30 seconds
         data = encode(np.zeros(31 * rate, np.float32), rate, "FLAC", "PCM_16")
         header = header_of(data, "flac")
-        assert (len(processor.decode(data)["features"]), processor.rows(header)) == (2999, 750)
+        assert (len(processor.decode(data)["features"]), processor.soft_tokens(header)) == (2999, 750)
 
 
 def test_what_lies_beyond_30_seconds_changes_nothing(processor: Gemma4AudioProcessor):
@@ -170,7 +170,7 @@ def test_damaged_files_raise_value_error(name: str, processor: Gemma4AudioProces
 @pytest.mark.parametrize(("samples", "rate"), [(0, 16_000), (160, 16_000), (80, 8_000), (100, 0)])
 def test_sounds_without_a_token_are_refused(samples: int, rate: int, processor: Gemma4AudioProcessor):
     with pytest.raises(ValueError, match=f"sound of {samples} samples at {rate} Hz"):
-        processor.rows(MediaHeader(samples=samples, sample_rate=rate))
+        processor.soft_tokens(MediaHeader(samples=samples, sample_rate=rate))
 
 
 @pytest.mark.parametrize("policy", ["skip", "fail"])
@@ -199,6 +199,6 @@ def test_a_sound_that_turns_out_damaged_is_a_bad_sample(policy: str, processor: 
             loader.load(0)
         return
     data = loader.load(0)
-    assert [slot.index for slot in data.manifest.samples] == [0, 0]  # the good sound stands in
+    assert [planned.index for planned in data.manifest.samples] == [0, 0]  # the good sound stands in
     assert [(sample.key, sample.fault) for sample in loader.bad.values()] == [("b", "audio")]
     assert data.media["audio", 0]["sounds"].bincount().tolist() == [13, 13]  # rows of half a second

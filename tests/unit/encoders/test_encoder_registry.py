@@ -76,7 +76,7 @@ def train_the_guide_s_encoder(rank: int, folder: str) -> None:
     Image.new("RGB", (40, 30), (255, 255, 255)).save(buffer, "PNG")
     header = MediaHeader(width=40, height=30)
     items = [processor.decode(buffer.getvalue()), processor.placeholder(header), processor.decode(buffer.getvalue())]
-    rows = encoder(**processor.collate(items)).view(3, processor.rows(header), 8)
+    rows = encoder(**processor.collate(items)).view(3, processor.soft_tokens(header), 8)
     assert torch.equal(rows[0], rows[2]) and not torch.allclose(rows[0], rows[1])
     rows.square().sum().backward()
     assert all(parameter.grad.isfinite().all() for parameter in encoder.parameters())

@@ -84,7 +84,7 @@ def test_rows_and_gradients(siglip: tuple[Path, SiglipModel], activation_checkpo
     reference.zero_grad()
     encoder, processor = build(folder, activation_checkpointing), build_processor("vision", configuration(folder)[1])
     rows = encoder(**processor.collate([processor.decode(data) for data in FILES]))
-    assert rows.shape == (sum(processor.rows(MediaHeader()) for _ in FILES), HIDDEN)
+    assert rows.shape == (sum(processor.soft_tokens(MediaHeader()) for _ in FILES), HIDDEN)
 
     preprocess = SiglipImageProcessorPil(size={"height": 24, "width": 24})
     pixels = preprocess([Image.open(io.BytesIO(data)) for data in FILES], return_tensors="pt")["pixel_values"]

@@ -147,7 +147,7 @@ def test_squares_are_the_merged_patches_of_transformers(budget: int):
             row, top, left = line // 3 * across + column // 3, line % 3 * 16, column % 3 * 16
             expected[row, top : top + 16, left : left + 16] = patch
         inputs = processor.collate([processor.decode(picture(width, height))])
-        assert processor.rows(MediaHeader(width=width, height=height)) == count == len(inputs["pixel_values"])
+        assert processor.soft_tokens(MediaHeader(width=width, height=height)) == count == len(inputs["pixel_values"])
         np.testing.assert_allclose(inputs["pixel_values"].numpy(), expected.reshape(count, -1), rtol=0, atol=1e-6)
         places = torch.arange(count)
         assert torch.equal(inputs["positions"], torch.stack([places % across, places // across], dim=1))
@@ -171,7 +171,7 @@ def test_samples_equal_the_feature_extractor_of_transformers():
         item = processor.decode(data)
         np.testing.assert_array_equal(item["waveforms"].numpy(), expected["input_features"][0])
         header = MediaHeader(samples=samples, sample_rate=16_000)
-        assert processor.rows(header) == expected["input_features_mask"].sum() == len(item["waveforms"])
+        assert processor.soft_tokens(header) == expected["input_features_mask"].sum() == len(item["waveforms"])
         assert processor.placeholder(header)["waveforms"].shape == item["waveforms"].shape
 
 
@@ -183,7 +183,7 @@ def test_rows_are_known_before_resampling(samples: int, rate: int):
         with pytest.raises(ValueError, match="the sound is empty"):
             processor.decode(sound(samples, rate))
         return
-    assert len(processor.decode(sound(samples, rate, channels=2))["waveforms"]) == processor.rows(header) <= 750
+    assert len(processor.decode(sound(samples, rate, channels=2))["waveforms"]) == processor.soft_tokens(header) <= 750
 
 
 def test_configurations_that_do_not_fit_are_refused():

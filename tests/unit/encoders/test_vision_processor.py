@@ -79,7 +79,7 @@ def test_patches_and_positions_equal_transformers(name: str):
         inputs["pixel_values"][by_line], expected["pixel_values"][0, :count], rtol=0, atol=1e-6, check_dtype=True
     )  # one rounding of x / 255 against x * (1 / 255)
     header = MediaHeader(width=stored.width, height=stored.height)  # before EXIF rotation, as an index reads it
-    assert processor.rows(header) * 9 == count == inputs["lengths"][0]
+    assert processor.soft_tokens(header) * 9 == count == inputs["lengths"][0]
     placeholder = processor.placeholder(header)
     assert {key: tensor.shape for key, tensor in placeholder.items()} == {key: t.shape for key, t in item.items()}
     assert not placeholder["pixel_values"].any()

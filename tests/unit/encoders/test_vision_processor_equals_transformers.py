@@ -72,7 +72,7 @@ def test_pixels_positions_and_soft_tokens(reference: PilProcessor, part: int):
         inputs = processor.collate([processor.decode(data)])
 
         soft_tokens = int(expected["num_soft_tokens_per_image"][0])
-        assert processor.rows(MediaHeader(width=stored.width, height=stored.height)) == soft_tokens
+        assert processor.soft_tokens(MediaHeader(width=stored.width, height=stored.height)) == soft_tokens
         x, y = inputs["positions"].T  # ordered by soft token here, by line of the image in transformers
         by_line = torch.argsort(y * 20_000 + x)
         patches = soft_tokens * 9
@@ -101,7 +101,7 @@ def test_expanded_ids_and_token_types(tmp_path: Path, budget: int):
         text = reference.tokenizer.apply_chat_template(messages, tokenize=False)
         pictures = [[Image.new("RGB", shape) for shape in shapes]] if images else None
         expected = reference(text=[text], images=pictures, add_special_tokens=False, return_tensors="np")
-        rows = [processor.rows(MediaHeader(width=width, height=height)) for width, height in shapes]
+        rows = [processor.soft_tokens(MediaHeader(width=width, height=height)) for width, height in shapes]
         encoded = encoder.encode(messages, rows)
         np.testing.assert_array_equal(encoded.input_ids, expected["input_ids"][0])
         types = np.zeros(encoded.length, np.int64)

@@ -19,7 +19,7 @@ from transformers import AutoConfig, Gemma4ForConditionalGeneration
 
 from mimo_gemma4.config import Config, load_config
 from mimo_gemma4.config.presets import load_model_config
-from mimo_gemma4.data.manifest import MediaSlot, Microbatch, SampleSlot, StepManifest
+from mimo_gemma4.data.manifest import Microbatch, PlannedMedia, PlannedSample, StepManifest
 from mimo_gemma4.distributed.layout import LANGUAGE, Layout, build_layout
 from mimo_gemma4.distributed.platform import CPU, Platform, install
 from mimo_gemma4.distributed.process_groups import create_process_groups
@@ -155,8 +155,8 @@ def tensors_of(recipe: Recipe) -> dict[str, tuple[int, ...]]:
 @pytest.mark.parametrize("name", PRESETS)
 def test_the_schedule_runs(name: str):
     recipe = Recipe(name)
-    layout, rounds = recipe.layout, 3 * recipe.layout.language.pp + 2
-    manifest = illustrated_step(layout, rounds)
+    layout, count = recipe.layout, 3 * recipe.layout.language.pp + 2
+    manifest = illustrated_step(layout, count)
     world = World(
         layout,
         manifest,
@@ -167,28 +167,28 @@ def test_the_schedule_runs(name: str):
     for encoder in layout.encoders:
         connect(world, encoder)
     timeline = simulate(world, world.plans())
-    passes = 2 * rounds
+    passes = 2 * count
     assert all(timeline.busy[rank] >= passes for rank in layout.language.ranks)
     assert all(timeline.in_flight[rank, LANGUAGE] <= layout.language.pp for rank in layout.language.ranks)
 
 
-def illustrated_step(layout: Layout, rounds: int) -> StepManifest:
+def illustrated_step(layout: Layout, count: int) -> StepManifest:
     """Every lane trains on a row a round; of four rows, three have an item of each encoder, dealt out in turn."""
     lanes = range(layout.language.dp)
     microbatches = [
-        Microbatch(lane, number, 1, 8, (SampleSlot(0, 0, lane, number, 0, 0, 8, 8),))
+        Microbatch(lane, number, 1, 8, (PlannedSample(0, 0, lane, number, 0, 0, 8, 8),))
         for lane in lanes
-        for number in range(rounds)
+        for number in range(count)
     ]
     media, offsets = [], {}
     for encoder in layout.encoders:
-        for number in range(rounds):
+        for number in range(count):
             for lane in lanes:
                 item = number * layout.language.dp + lane
                 if item % 4 == 3:
                     continue
-                encoder_lane = item % layout.grids[encoder].dp
-                offset = offsets.get((encoder, number, encoder_lane), 0)
-                offsets[encoder, number, encoder_lane] = offset + 2
-                media.append(MediaSlot(encoder, item, item, 0, 2, lane, number, 0, 0, encoder_lane, offset))
-    return StepManifest(0, rounds, tuple(microbatches), tuple(media))
+                module_lane = item % layout.grids[encoder].dp
+                offset = offsets.get((encoder, number, module_lane), 0)
+                offsets[encoder, number, module_lane] = offset + 2
+                media.append(PlannedMedia(encoder, item, item, 0, 2, lane, number, 0, 0, module_lane, offset))
+    return StepManifest(0, count, tuple(microbatches), tuple(media))

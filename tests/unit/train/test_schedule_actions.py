@@ -25,7 +25,7 @@ def test_no_layout_deadlocks_and_all_work_is_done_once_within_its_memory():
         timeline = simulate(world, plans, blocking=True)
         if number % 10 == 0:  # waiting for less, as the timelines below do
             assert simulate(world, plans).in_flight == timeline.in_flight
-        depth, rounds = pipeline_depth(world.layout), world.manifest.rounds
+        depth, microbatches = pipeline_depth(world.layout), world.manifest.num_microbatches
         for rank, plan in enumerate(plans):
             if number % 10 == 0:
                 counted = complete(world, rank)
@@ -33,7 +33,7 @@ def test_no_layout_deadlocks_and_all_work_is_done_once_within_its_memory():
             for name in world.layout.modules_of(rank):
                 most, stage = timeline.in_flight.get((rank, name), 0), world.stage(name, rank)
                 if name == LANGUAGE and world.train:
-                    assert most <= min(rounds, depth - stage)
+                    assert most <= min(microbatches, depth - stage)
                 elif name in world.layout.decoders:
                     assert most == 0
                 elif world.returns(name, rank):
@@ -64,9 +64,9 @@ def test_stages_of_an_encoder_before_the_first_that_trains_have_no_backward_pass
     kinds = [{action.kind for action in plan if action.module == "vision"} for plan in world.plans()[:3]]
     for stage in range(3):
         assert ("encoder_backward" in kinds[stage]) == (stage >= first)
-        assert ("expect_gradient" in kinds[stage]) == (first <= stage < 2)
-        assert ("send_gradient" in kinds[stage]) == (stage > first)
-        assert ("receive_row_gradients" in kinds[stage]) == (stage == 2)
+        assert ("post_recv_backward" in kinds[stage]) == (first <= stage < 2)
+        assert ("send_backward" in kinds[stage]) == (stage > first)
+        assert ("recv_soft_token_gradients" in kinds[stage]) == (stage == 2)
 
 
 def decoding_cost(action: Action, rank: int) -> float:
@@ -88,7 +88,9 @@ def test_a_decoder_on_its_own_rank_works_while_the_last_stage_goes_on(stages: in
     assert times[2].seconds == pytest.approx(times[0].seconds + 16.0)
 
 
-@pytest.mark.parametrize("kind", ["send_states", "expect_states", "send_state_gradients", "expect_state_gradients"])
+@pytest.mark.parametrize(
+    "kind", ["send_states", "post_recv_states", "send_state_gradients", "post_recv_state_gradients"]
+)
 def test_an_action_of_a_decoder_left_out_is_caught(kind: str):
     world = with_decoder(pipeline(2, 4, vision=2), own_rank=True)
     plans = world.plans()
@@ -99,7 +101,7 @@ def test_an_action_of_a_decoder_left_out_is_caught(kind: str):
         simulate(world, plans)
 
 
-@pytest.mark.parametrize("kind", ["send_states", "decode", "receive_state_gradients"])
+@pytest.mark.parametrize("kind", ["send_states", "decode", "recv_state_gradients"])
 def test_two_rounds_of_a_decoder_swapped_are_caught(kind: str):
     world = with_decoder(pipeline(2, 6, vision=2), own_rank=True)
     plans = world.plans()
@@ -114,7 +116,7 @@ def test_a_lane_that_is_empty_moves_nothing_and_still_takes_its_passes():
     empty = Microbatch(0, 1, 0, 0, ())
     world.manifest = StepManifest(0, 3, (*world.manifest.microbatches[:1], empty, *world.manifest.microbatches[2:]), ())
     for plan in world.plans():
-        assert {action.kind for action in plan if action.round == 1} == {"forward", "backward"}
+        assert {action.kind for action in plan if action.microbatch == 1} == {"forward", "backward"}
     simulate(world, world.plans())
 
 
@@ -130,8 +132,8 @@ def language(kind: str, round_: int) -> Action:
 @pytest.mark.parametrize(
     ("one", "other", "error"),
     [
-        (Action("expect_rows", 1, "vision"), Action("expect_rows", 2, "vision"), Disorder),
-        (language("send_hidden", 0), language("send_hidden", 1), Disorder),
+        (Action("post_recv_soft_tokens", 1, "vision"), Action("post_recv_soft_tokens", 2, "vision"), Disorder),
+        (language("send_forward", 0), language("send_forward", 1), Disorder),
         (language("forward", 1), language("forward", 2), Disorder),
     ],
     ids=["rows", "hidden states", "forward"],
@@ -148,7 +150,7 @@ def test_two_rounds_swapped_on_one_rank_are_caught(one: Action, other: Action, e
 def test_a_backward_pass_before_its_forerunners_deadlocks():
     world = pipeline(2, 4)
     plans = world.plans()
-    for kind in ("expect_gradient", "receive_gradient"):  # the first stage asks for the gradient one forward too early
+    for kind in ("post_recv_backward", "recv_backward"):  # the first stage asks for the gradient one forward too early
         plans[0].remove(language(kind, 0))
         plans[0].insert(plans[0].index(language("forward", 0)), language(kind, 0))
     with pytest.raises(Deadlock):
@@ -161,7 +163,7 @@ def test_room_made_a_microbatch_early_deadlocks_where_ranks_wait_for_what_they_p
     world = pipeline(2, 6, vision=run_ahead)
     plans = world.plans()
     simulate(world, plans, blocking=True)
-    rooms = [Action("expect_rows", number, "vision") for number in range(6)]
+    rooms = [Action("post_recv_soft_tokens", number, "vision") for number in range(6)]
     places = [plans[1].index(room) for room in rooms]
     for place, following in zip(places, rooms[1:], strict=False):
         plans[1][place] = following
@@ -172,7 +174,7 @@ def test_room_made_a_microbatch_early_deadlocks_where_ranks_wait_for_what_they_p
         simulate(world, plans, blocking=True)
 
 
-@pytest.mark.parametrize("kind", ["send_hidden", "send_gradient", "expect_hidden", "expect_gradient"])
+@pytest.mark.parametrize("kind", ["send_forward", "send_backward", "post_recv_forward", "post_recv_backward"])
 def test_an_action_left_out_is_caught(kind: str):
     world = pipeline(3, 4)
     plans = world.plans()
@@ -183,8 +185,8 @@ def test_an_action_left_out_is_caught(kind: str):
 
 @pytest.mark.parametrize(
     ("kind", "rank"),
-    [("send_rows", 0), ("expect_rows", 1), ("receive_rows", 1)]
-    + [("send_row_gradients", 1), ("expect_row_gradients", 0), ("receive_row_gradients", 0)],
+    [("send_soft_tokens", 0), ("post_recv_soft_tokens", 1), ("recv_soft_tokens", 1)]
+    + [("send_soft_token_gradients", 1), ("post_recv_soft_token_gradients", 0), ("recv_soft_token_gradients", 0)],
 )
 def test_a_transfer_of_rows_left_out_is_caught(kind: str, rank: int):
     world = pipeline(2, 4, vision=2)
@@ -199,7 +201,7 @@ class Parted(World):
 
     def batch(self, action: Action, rank: int) -> tuple[tuple, set[Message]] | None:
         handed = super().batch(action, rank)
-        end = {"expect_rows": 1, "send_rows": 0}.get(action.kind)
+        end = {"post_recv_soft_tokens": 1, "send_soft_tokens": 0}.get(action.kind)
         if handed is None or end is None:
             return handed
         return handed[0], {message for message in handed[1] if message[end] == rank}
@@ -212,7 +214,7 @@ def test_ranks_at_both_ends_that_expect_before_they_send_deadlock():
         world.rows["vision", number] = [(0, 1), (1, 0)]
     plans = world.plans()
     for plan in plans:
-        place = plan.index(Action("send_rows", 0, "vision"))
-        plan.insert(place, Action("expect_rows", 0, "vision"))
+        place = plan.index(Action("send_soft_tokens", 0, "vision"))
+        plan.insert(place, Action("post_recv_soft_tokens", 0, "vision"))
     with pytest.raises(Deadlock):
         simulate(world, plans)
