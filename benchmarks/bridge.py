@@ -2,10 +2,11 @@
 
     torchrun --nproc-per-node 4 benchmarks/bridge.py
 
-A round takes an encoder's rows to the language ranks that hold their tokens and the rows' gradients back, in bf16. Both
-ways take turns; a turn is several rounds, one after the other, between two barriers. Before that their results are
-compared. Bytes are counted by interception: those that reach a rank, of all messages of a round, and those among them
-that come from the other grid, which may be on another host. On a CPU (`--tiny`) sizes are tiny and times mean nothing.
+A microbatch takes an encoder's soft tokens to the language ranks that hold them and their gradients back, in bf16. Both
+ways take turns; a turn is several microbatches, one after the other, between two barriers. Before that their results
+are compared. Bytes are counted by interception: those that reach a rank, of all messages of a microbatch, and those
+among them that come from the other grid, which may be on another host. On a CPU (`--tiny`) sizes are tiny and times
+mean nothing.
 """
 
 import argparse
@@ -29,7 +30,7 @@ from mimo_gemma4.partition import sequence_multiple
 WARM_UP, TIMED, ROUNDS = 3, 15, 4
 DTYPE = torch.bfloat16
 SIZES = [(280, 1, 2560), (280, 16, 2560), (1120, 16, 2560), (1120, 16, 5376)]
-"""Rows of an image, images of a round, width."""
+"""Soft tokens of an image, images of a microbatch, width."""
 TINY = [(7, 1, 16), (9, 4, 16)]
 GRIDS = [(1, 2, False), (1, 2, True), (2, 2, False), (2, 2, True)]
 """TP of the encoder, TP of the language model, sequence parallelism."""
@@ -45,13 +46,13 @@ def layout_of(encoder_tp: int, language_tp: int, sequence_parallel: bool) -> Lay
     return Layout(grids, dist.get_world_size(), "disjoint")
 
 
-def one_round(rows: int, images: int, multiple: int) -> StepManifest:
+def one_microbatch(soft_tokens: int, images: int, multiple: int) -> StepManifest:
     """A step of one microbatch: a sample that begins with its images, each between two tokens."""
-    length = images * (rows + 2) + 16
+    length = images * (soft_tokens + 2) + 16
     sample = PlannedSample(0, 0, 0, 0, 0, 0, length, length)
     padded = -(-length // multiple) * multiple
     media = [
-        PlannedMedia("vision", 0, 0, image, rows, 0, 0, 0, image * (rows + 2) + 1, 0, image * rows)
+        PlannedMedia("vision", 0, 0, image, soft_tokens, 0, 0, 0, image * (soft_tokens + 2) + 1, 0, image * soft_tokens)
         for image in range(images)
     ]
     return StepManifest(0, 1, (Microbatch(0, 0, 1, padded, (sample,)),), tuple(media))
@@ -59,14 +60,14 @@ def one_round(rows: int, images: int, multiple: int) -> StepManifest:
 
 @dataclass(frozen=True)
 class Way:
-    """One way to do a round on this rank."""
+    """One way to move a microbatch on this rank."""
 
     forward: Callable[[], torch.Tensor | None]
-    """Moves the rows; what arrives here."""
+    """Moves the soft tokens; what arrives here."""
     backward: Callable[[], torch.Tensor | None]
-    """Moves the gradients, which are twice the rows; what arrives here."""
+    """Moves the gradients, which are twice the soft tokens; what arrives here."""
 
-    def round(self) -> None:
+    def move(self) -> None:
         """There and back."""
         self.forward()
         self.backward()
@@ -84,40 +85,43 @@ class Edge:
         self.leaders = LeaderBridge(self.source, self.target, DTYPE, platform.device)
         self.sends, self.receives = self.rank in self.source, self.rank in self.target
 
-    def ways(self, rows_per_image: int, images: int, width: int) -> dict[str, Way]:
-        """Both ways for rounds of this size, checked; an idle rank's do nothing."""
+    def ways(self, soft_tokens_per_image: int, images: int, width: int) -> dict[str, Way]:
+        """Both ways for microbatches of this size, checked; an idle rank's do nothing."""
         if not (self.sends or self.receives):
             return dict.fromkeys(("bridge", "leaders"), Way(lambda: None, lambda: None))
         multiple = sequence_multiple(1, self.target.tp if self.target.sequence_parallel else 1)
-        manifest, device = one_round(rows_per_image, images, multiple), self.platform.device
+        manifest, device = one_microbatch(soft_tokens_per_image, images, multiple), self.platform.device
         generator = torch.Generator(device).manual_seed(0)
-        rows = torch.randn(rows_per_image * images, width, generator=generator, device=device).to(DTYPE)
-        positions = torch.tensor(
-            [planned.start + row for planned in manifest.media for row in range(planned.soft_tokens)]
-        ).to(device)
+        vectors = torch.randn(soft_tokens_per_image * images, width, generator=generator, device=device).to(DTYPE)
+        positions = torch.tensor([item.start + i for item in manifest.media for i in range(item.soft_tokens)]).to(
+            device
+        )
         gradient = torch.zeros(manifest.microbatches[0].seq_length, width, dtype=DTYPE, device=device)
-        gradient[positions] = 2 * rows
+        gradient[positions] = 2 * vectors
         if self.receives and self.target.sequence_parallel:
             gradient = gradient.chunk(self.target.tp)[self.target.coordinate(self.rank).tp]
-        bridge, brought = self._bridge(manifest, rows, gradient)
-        leaders = self._leaders(rows, gradient, positions)
-        self._check("bridge", bridge, brought, rows)
-        self._check("leaders", leaders, rows, rows)
+        bridge, brought = self._bridge(manifest, vectors, gradient)
+        leaders = self._leaders(vectors, gradient, positions)
+        self._check("bridge", bridge, brought, vectors)
+        self._check("leaders", leaders, vectors, vectors)
         return {"bridge": bridge, "leaders": leaders}
 
-    def _bridge(self, manifest: StepManifest, rows: torch.Tensor, gradient: torch.Tensor) -> tuple[Way, torch.Tensor]:
-        """The way, and the rows that it should bring here, from the gradient [S/tp (local), H] of the sequence."""
+    def _bridge(
+        self, manifest: StepManifest, vectors: torch.Tensor, gradient: torch.Tensor
+    ) -> tuple[Way, torch.Tensor]:
+        """The way, and the soft tokens that it should bring here, from the gradient [S/tp (local), H] of the
+        sequence."""
         forward_group, backward_group = self.groups.bridge_to_language["vision"], self.groups.bridge_to_module["vision"]
         assert forward_group is not None and backward_group is not None
         bridge = Bridge(
             self.layout,
             "vision",
             self.rank,
-            forward_group=forward_group,
-            backward_group=backward_group,
+            to_language_group=forward_group,
+            to_module_group=backward_group,
             module_tp_group=self.groups.modules["vision"].tp if self.sends else None,
             language_tp_group=self.groups.modules["language"].tp if self.receives else None,
-            hidden_size=rows.shape[1],
+            hidden_size=vectors.shape[1],
             dtype=DTYPE,
             platform=self.platform,
         )
@@ -125,8 +129,8 @@ class Edge:
         returning = gradient[route.positions.to(gradient.device)]
 
         def forward() -> torch.Tensor | None:
-            arrived = bridge.recv_in_language(route, bridge.post_to_language(route, rows if self.sends else None))
-            return arrived if self.receives else None
+            received = bridge.recv_in_language(route, bridge.post_to_language(route, vectors if self.sends else None))
+            return received if self.receives else None
 
         def backward() -> torch.Tensor | None:
             arrival = bridge.post_to_module(route, returning if self.receives else None)
@@ -136,39 +140,39 @@ class Edge:
 
         return Way(forward, backward), returning / 2
 
-    def _leaders(self, rows: torch.Tensor, gradient: torch.Tensor, positions: torch.Tensor) -> Way:
-        source = rows if self.sends else None
-        returning = gradient if self.leaders.gathers else 2 * rows
+    def _leaders(self, vectors: torch.Tensor, gradient: torch.Tensor, positions: torch.Tensor) -> Way:
+        source = vectors if self.sends else None
+        returning = gradient if self.leaders.gathers else 2 * vectors
         return Way(
             lambda: self.leaders.forward(source),
             lambda: self.leaders.backward(returning if self.receives else None, positions),
         )
 
-    def _check(self, name: str, way: Way, brought: torch.Tensor, rows: torch.Tensor) -> None:
+    def _check(self, name: str, way: Way, brought: torch.Tensor, vectors: torch.Tensor) -> None:
         """Compare what arrives with what should."""
-        arrived, returned = way.forward(), way.backward()
+        received, returned = way.forward(), way.backward()
         if self.receives and len(brought):
-            assert arrived is not None and torch.equal(arrived, brought), f"{name}: other rows arrived"
+            assert received is not None and torch.equal(received, brought), f"{name}: other soft tokens received"
         if self.sends:
-            assert returned is not None and torch.equal(returned, 2 * rows), f"{name}: other gradients came back"
+            assert returned is not None and torch.equal(returned, 2 * vectors), f"{name}: other gradients came back"
 
 
 def microseconds(way: Way, device: torch.device) -> float:
-    """Time of a round, mean of several in a row, until all that they enqueued is done."""
+    """Time of a microbatch, mean of several in a row, until all that they enqueued is done."""
     dist.barrier(group=dist.group.WORLD)
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     begin = time.perf_counter()
     for _ in range(ROUNDS):
-        way.round()
+        way.move()
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return 1e6 * (time.perf_counter() - begin) / ROUNDS
 
 
 def measured(ways: dict[str, Way], device: torch.device) -> dict[str, tuple[float, float, float, float]]:
-    """By way: microseconds of a round on the slowest rank; megabytes that reach the busiest rank and all ranks, and of
-    the latter those that come from the other grid.
+    """By way: microseconds of a microbatch on the slowest rank; megabytes that reach the busiest rank and all ranks,
+    and of the latter those that come from the other grid.
     """
     times: dict[str, list[float]] = {name: [] for name in ways}
     for turn in range(WARM_UP + TIMED):
@@ -179,7 +183,7 @@ def measured(ways: dict[str, Way], device: torch.device) -> dict[str, tuple[floa
     found = {}
     for name, way in ways.items():
         with Traffic() as traffic:
-            way.round()
+            way.move()
         crossing = sum(message.received for message in traffic.messages if message.operation == "recv_")
         mine = torch.tensor([median(times[name]), traffic.received / 1e6, crossing / 1e6], device=device)
         slowest, total = mine.clone(), mine.clone()
@@ -200,19 +204,21 @@ def main() -> None:
         if encoder_tp + language_tp > dist.get_world_size():
             continue
         edge = Edge(platform, encoder_tp, language_tp, sequence_parallel)
-        for rows, images, width in TINY if options.tiny else SIZES:
-            found = measured(edge.ways(rows, images, width), platform.device)
+        for soft_tokens, images, width in TINY if options.tiny else SIZES:
+            found = measured(edge.ways(soft_tokens, images, width), platform.device)
             (ours, *megabytes), (theirs, *their_megabytes) = found["bridge"], found["leaders"]
             grids = f"{encoder_tp} -> TP {language_tp}{' SP' if sequence_parallel else ''}"
-            cells = [grids, f"{rows * images} x {width}", f"{ours:.0f}", f"{theirs:.0f}", f"{theirs / ours:.2f}"]
+            cells = [grids, f"{soft_tokens * images} x {width}", f"{ours:.0f}", f"{theirs:.0f}", f"{theirs / ours:.2f}"]
             pairs = zip(megabytes, their_megabytes, strict=True)
             table.append([*cells, *(f"{size:.3g}" for pair in pairs for size in pair)])
         edge.groups.destroy()
     if platform.rank == 0:
-        print(f"{dist.get_world_size()} ranks, bf16, rows there and gradients back; the slowest rank's median time")
+        print(
+            f"{dist.get_world_size()} ranks, bf16, soft tokens there and gradients back; the slowest rank's median time"
+        )
         columns = [
             "grids",
-            "rows",
+            "soft tokens",
             "bridge us",
             "leaders us",
             "ratio",

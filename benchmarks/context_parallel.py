@@ -210,7 +210,7 @@ def measured(ways: list[Way], tokens: int, device: torch.device) -> list[list[st
 
 
 def main() -> None:
-    """StepResults with one rank, then the table."""
+    """Agreement with one rank, then the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokens", type=int, nargs="+", default=[16384, 32768, 65536])
     parser.add_argument("--tiny", action="store_true", help="tiny widths, for a CPU")

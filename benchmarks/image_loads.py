@@ -1,4 +1,4 @@
-"""Samples with images for benchmarks: how heavy they are, and shards of them that nobody waits for."""
+"""Samples with images for benchmarks: their operations, and shards that are quick to write and to decode."""
 
 import io
 import json
@@ -17,23 +17,23 @@ from mimo_gemma4.language.config import Gemma4TextConfig
 from mimo_gemma4.media import MediaHeader
 
 TEXT_TOKENS = 300
-"""About as many tokens of text has a sample: a byte is a token."""
+"""Text tokens of a sample, approximately: a byte is a token."""
 
 
 @dataclass(frozen=True)
 class Load:
-    """What samples look like, and how many make a step."""
+    """Images of a sample, and samples of a step."""
 
     name: str
     images: int
-    """Images of a sample."""
+    """Number of images of a sample."""
     size: tuple[int, int]
-    """Their width and height in pixels: those of so many soft tokens, so that nothing is resized."""
+    """Width and height of an image in pixels, chosen for `soft_tokens` so that it is not resized."""
     soft_tokens: int
     samples: int
-    """Samples of a step."""
+    """Number of samples of a step."""
     seq_length: int
-    """Longest pack."""
+    """Length of the longest pack."""
 
 
 LOADS = [Load("light", 1, (960, 672), 280, 144, 5120), Load("heavy", 4, (1920, 1344), 1120, 8, 5120)]
@@ -49,29 +49,29 @@ class Operations:
 
     @classmethod
     def of(cls, hf_config: dict[str, Any], load: Load) -> "Operations":
-        """Count those of a sample of `load`."""
+        """Operations of a sample of `load`."""
         text, vision = Gemma4TextConfig.from_hf(hf_config), Gemma4VisionConfig.from_config(hf_config)
         images, (width, height) = Gemma4ImageProcessor.from_config(hf_config), load.size
         header = MediaHeader(width=width, height=height)
-        rows = images.soft_tokens(header)
-        image = images.cost(header) + 2.0 * vision.hidden_size * text.hidden_size * rows
-        return cls(load.images * image, text_flops(text, [load.images * rows + TEXT_TOKENS]).forward)
+        soft_tokens = images.soft_tokens(header)
+        image = images.cost(header) + 2.0 * vision.hidden_size * text.hidden_size * soft_tokens
+        return cls(load.images * image, text_flops(text, [load.images * soft_tokens + TEXT_TOKENS]).forward)
 
     @property
     def vision_share(self) -> float:
-        """Of both modules' operations."""
+        """The encoder's share of the operations of both modules."""
         return self.vision / (self.vision + self.language)
 
 
 def with_byte_tokens(hf_config: dict[str, Any]) -> dict[str, Any]:
-    """The model with the byte-level tokenizer's ids for images and videos in place of its own."""
+    """The model configuration with the byte-level tokenizer's ids of images and videos."""
     image, video = (byte_media_tokens()[media_type] for media_type in ("image", "video"))
     ids = {"boi_token_id": image.begin, "image_token_id": image.soft, "eoi_token_id": image.end}
     return hf_config | ids | {"video_token_id": video.soft}
 
 
 def write_shard(path: Path, load: Load) -> None:
-    """The samples of a step. Images of one colour are quickly written and decoded, and cost a tower what others do."""
+    """Write the samples of a step. Their images have one colour, which is quick to write and to decode."""
     text = "What can be seen here? ".ljust(TEXT_TOKENS // 2, ".")
     answer = {"type": "text", "text": text}
     question = [*({"type": "image"} for _ in range(load.images)), answer]

@@ -1,4 +1,4 @@
-"""Speed and memory of the data pipeline beside a plain webdataset pipeline that decodes the same, in one run.
+"""Speed and memory of the data pipeline, compared with a plain webdataset pipeline that decodes the same, in one run.
 
 Run with:  python benchmarks/loader.py [--samples 10000] [--folder /tmp/loader_benchmark]
 
@@ -12,7 +12,7 @@ import io
 import os
 import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from itertools import batched, islice
 from pathlib import Path
 from typing import Any
@@ -35,13 +35,13 @@ from mimo_gemma4.media import MediaHeader, MediaTokens
 SAMPLES_PER_SHARD = 1000
 BATCH = 16
 TURN = 20
-"""Batches that a pipeline loads before it is the other's turn."""
+"""Batches that one pipeline loads before the other one's turn."""
 TURNS = 7
 SIZES = ((640, 480), (480, 640), (512, 512), (800, 300))
 
 
 def write_shards(folder: Path, samples: int) -> list[str]:
-    """Shards of one photograph-sized JPEG and a short conversation a sample; written once."""
+    """Shards whose samples are one photograph-sized JPEG and a short conversation; written once."""
     folder.mkdir(parents=True, exist_ok=True)
     pictures = [_picture(number) for number in range(64)]
     paths = []
@@ -73,8 +73,8 @@ def _picture(number: int) -> bytes:
     return buffer.getvalue()
 
 
-def our_batches(dataset: ShardDataset, prefetch: int) -> Iterator[int]:
-    """Tokens of every batch that the project's loader gives."""
+def our_batches(dataset: ShardDataset, prefetch: int) -> Generator[int]:
+    """Tokens of every batch of the project's loader."""
     planner = StepPlanner(
         dataset, global_batch_size=BATCH, microbatch_size=1, seed=1, language_lanes=1, encoder_lanes={"vision": 1},
         packing=True,
@@ -96,8 +96,8 @@ def webdataset_batches(paths: list[str], encoder: ConversationEncoder) -> Iterat
 
     def decode(sample: dict[str, Any]) -> dict[str, Any]:
         with Image.open(io.BytesIO(sample["0.jpg"])) as image:
-            rows = processor.soft_tokens(MediaHeader(width=image.width, height=image.height))
-        conversation = encoder.encode(parse_messages(sample["json"]), [rows])
+            soft_tokens = processor.soft_tokens(MediaHeader(width=image.width, height=image.height))
+        conversation = encoder.encode(parse_messages(sample["json"]), [soft_tokens])
         return {"conversation": conversation, "image": processor.decode(sample["0.jpg"])}
 
     samples = webdataset.WebDataset(paths, shardshuffle=False, empty_check=False).shuffle(100).map(decode)
@@ -119,7 +119,7 @@ def rate(batches: Iterator[int]) -> tuple[float, float]:
 
 
 def memory(dataset: ShardDataset, samples: int) -> None:
-    """Resident memory of this process after so many samples."""
+    """Print the resident memory of this process after a tenth, half and all of `samples`."""
     process = psutil.Process()
     batches = our_batches(dataset, prefetch=1)
     marks = sorted({samples // 10, samples // 2, samples})
@@ -132,7 +132,7 @@ def memory(dataset: ShardDataset, samples: int) -> None:
 
 
 def main() -> None:
-    """Print the table."""
+    """Print the comparison."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--samples", type=int, default=10_000)
     parser.add_argument("--folder", type=Path, default=Path("/tmp/loader_benchmark"))
@@ -153,7 +153,7 @@ def main() -> None:
     for _ in range(TURNS):
         rates["this project"].append(rate(ours))
         rates["webdataset"].append(rate(plain))
-    ours.close()  # type: ignore[attr-defined]
+    ours.close()
     medians = {
         name: [statistics.median(column) for column in zip(*turns, strict=True)] for name, turns in rates.items()
     }

@@ -1,9 +1,9 @@
 """What the devices of all ranks do in a training step: how long transfers hold it up, and how long modules work.
 
-A receiver's wait is exposed from when its rows were ready where they come from, and it had come to need them, until
-they are there; what it waited before is the other module's time, not the transfer's. Packing and posting, which take
-the sender's stream, are exposed throughout. All times are the devices', on one clock: every rank marks its zero behind
-a reduction over all ranks.
+A receiver's wait is exposed from when its soft tokens were ready where they come from, and it had come to need them,
+until they are there; what it waited before is the other module's time, not the transfer's. Packing and posting, which
+take the sender's stream, are exposed throughout. All times are the devices', on one clock: every rank marks its zero
+behind a reduction over all ranks.
 """
 
 import time
@@ -27,7 +27,7 @@ class Span:
 
     module: str
     kind: str
-    round: int
+    microbatch: int
     begin: float
     """Seconds from the step's zero."""
     end: float
@@ -72,7 +72,9 @@ class Timeline:
 def exposed_seconds(layout: Layout, manifest: StepManifest, spans: Sequence[Sequence[Span]]) -> list[float]:
     """By rank, the exposed seconds of a step's transfers, from the spans of all ranks."""
     begun = {
-        (rank, span.kind, span.module, span.round): span.begin for rank, of_rank in enumerate(spans) for span in of_rank
+        (rank, span.kind, span.module, span.microbatch): span.begin
+        for rank, of_rank in enumerate(spans)
+        for span in of_rank
     }
     sources = _sources(layout, manifest)
     exposed = []
@@ -82,7 +84,7 @@ def exposed_seconds(layout: Layout, manifest: StepManifest, spans: Sequence[Sequ
             if span.kind in SENDS:
                 total += span.end - span.begin
             elif span.kind in RECEIVES:
-                first, edge = RECEIVES[span.kind], (span.module, span.round)
+                first, edge = RECEIVES[span.kind], (span.module, span.microbatch)
                 ready = (begun[source, first, *edge] for source in sources[span.kind, *edge, rank])
                 total += max(0.0, span.end - max(span.begin, *ready))
         exposed.append(total)
@@ -104,16 +106,14 @@ RECEIVES = {"recv_soft_tokens": "send_soft_tokens", "recv_soft_token_gradients":
 
 
 def _sources(layout: Layout, manifest: StepManifest) -> dict[tuple[str, str, int, int], set[int]]:
-    """(kind of receiving action, encoder, round, rank) → ranks that what is received comes from."""
+    """(kind of receiving action, encoder, microbatch, rank) → ranks that what is received comes from."""
     sources = defaultdict(set)
-    for planned in manifest.media:
-        encoder, language = layout.grids[planned.module], layout.language
-        above = [encoder.rank_at(tp=tp, dp=planned.module_lane, pp=encoder.pp - 1) for tp in range(encoder.tp)]
-        below = [
-            language.rank_at(tp=tp, cp=cp, dp=planned.lane) for tp in range(language.tp) for cp in range(language.cp)
-        ]
+    for item in manifest.media:
+        encoder, language = layout.grids[item.module], layout.language
+        above = [encoder.rank_at(tp=tp, dp=item.module_lane, pp=encoder.pp - 1) for tp in range(encoder.tp)]
+        below = [language.rank_at(tp=tp, cp=cp, dp=item.lane) for tp in range(language.tp) for cp in range(language.cp)]
         for rank in below:
-            sources["recv_soft_tokens", planned.module, planned.microbatch, rank].update(above)
+            sources["recv_soft_tokens", item.module, item.microbatch, rank].update(above)
         for rank in above:
-            sources["recv_soft_token_gradients", planned.module, planned.microbatch, rank].update(below)
+            sources["recv_soft_token_gradients", item.module, item.microbatch, rank].update(below)
     return sources

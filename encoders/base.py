@@ -1,19 +1,19 @@
-"""What an encoder is: the base class that every file of this package derives from.
+"""The base classes of encoders.
 
-A third party writes one file in this package with a subclass of `Encoder` and a `mimo_gemma4.media.MediaProcessor`;
-`encoders.registry` finds it by its `modality` and `architecture`. `docs/add_an_encoder.md` walks through an example.
+An encoder is one file with a subclass of `Encoder` and a `mimo_gemma4.media.MediaProcessor`; `encoders.registry` finds
+it by its `modality` and `architecture`. `docs/add_an_encoder.md` walks through an example.
 """
 
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterable, Mapping
 from typing import Any, ClassVar, Protocol, Self
 
-import torch
-from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
-from mimo_gemma4.distributed.stages import Stage
+from mimo_gemma4.distributed.module_context import ModuleContext
+from mimo_gemma4.distributed.stages import Stage, cut_evenly
+from mimo_gemma4.errors import LayoutError
 from mimo_gemma4.media import MediaHeader, MediaProcessor
 from mimo_gemma4.weights.bindings import Binding
 
@@ -28,14 +28,14 @@ class ConfiguredProcessor(MediaProcessor, Protocol):
 
 
 class Encoder(nn.Module, ABC):
-    """Media items in, rows of the language model's width out.
+    """Turns media items into soft tokens: vectors of the language model's width.
 
     A subclass sets the three class attributes and `self.config`, and defines `__init__`, `forward`, `flops`, `bindings`
     and `projector_parameters`.
 
-    A replicated parameter that sees only this rank's share of the work under tensor parallelism (a norm over local
-    heads, say) carries `parameter.tp_gradient_partial = True`: its gradient is summed over the tensor parallel group
-    after backward. Gradients of all other replicated parameters must come out equal on those ranks.
+    Tensor-parallel ranks may each apply a parameter that they all hold whole to a share of the work, such as a norm
+    to local heads. Its binding has `gradient_sum=("tp",)`, and its gradient is summed over these ranks after backward.
+    Gradients of all other replicated parameters must come out equal on these ranks.
     """
 
     modality: ClassVar[str]
@@ -45,42 +45,35 @@ class Encoder(nn.Module, ABC):
     processor: ClassVar[type[ConfiguredProcessor]]
     """The host side: file bytes to the keyword arguments of `forward`."""
     frame_processor: ClassVar[type[ConfiguredProcessor] | None] = None
-    """For an encoder that takes videos too, a `mimo_gemma4.media.FrameProcessor`: frames to items like `processor`'s,
-    which its `collate` joins with images."""
+    """For an encoder that takes videos too, a `mimo_gemma4.media.FrameProcessor`. `processor.collate` must be able to
+    join its items with images."""
     config: TransformerConfig
     """Read by megatron-core's data parallelism and optimizer; `calculate_per_token_loss=True`, as losses are sums."""
 
     @abstractmethod
-    def __init__(
-        self,
-        hf_config: dict[str, Any],
-        groups: ProcessGroupCollection,
-        *,
-        language_hidden: int,
-        dtype: torch.dtype,
-        device: torch.device,
-        activation_checkpointing: str = "none",
-    ):
+    def __init__(self, hf_config: dict[str, Any], context: ModuleContext):
         """Build the tower and projector with uninitialised weights; `bindings` says how they are filled.
 
-        `hf_config` is the whole model configuration, `groups.tp` the tensor parallel group, `language_hidden` the width
-        of the output rows, `dtype` that of weights and outputs, and `activation_checkpointing` one of none, selective
-        and full. Raises `ConfigError` or `LayoutError` where the sizes do not fit.
+        Args:
+            hf_config: the whole model configuration, in the shape of a Hugging Face `config.json`.
+            context: process groups, width of the language model, type and device of the weights, and so on.
+
+        Raises `ConfigError` or `LayoutError` where the sizes do not fit.
         """
         super().__init__()
 
     @abstractmethod
     def forward(self, *args: Any, **inputs: Any) -> Tensor:
-        """Encode what `processor.collate` returned, as keyword arguments on the device, into [rows, language_hidden].
+        """Encode items into soft tokens [soft tokens, language_hidden], equal on all tensor-parallel ranks.
 
-        Soft tokens come item by item, `processor.soft_tokens(header)` of each, in the order of the items given to
-        `collate`, and are equal on all tensor-parallel ranks. It must not wait for the device (`.item()`, `.tolist()`,
-        boolean indexing).
+        The keyword arguments are what `processor.collate` returned, tensors on the device. Soft tokens come item by
+        item, `processor.soft_tokens(header)` of each, in the order in which `collate` had the items. It must not wait
+        for the device (`.item()`, `.tolist()`, boolean indexing).
         """
 
     @abstractmethod
     def flops(self, headers: Iterable[MediaHeader]) -> float:
-        """Floating point operations of one forward over these items, summed over tensor parallel ranks."""
+        """Floating point operations of one forward over these items, summed over tensor-parallel ranks."""
 
     def frame_flops(self, headers: Iterable[MediaHeader]) -> float:
         """As `flops`, for frames of videos."""
@@ -88,10 +81,10 @@ class Encoder(nn.Module, ABC):
 
     @abstractmethod
     def bindings(self) -> list[Binding]:
-        """Where every parameter and persistent buffer of this rank lies in the Hugging Face tensors."""
+        """Which slice of which Hugging Face tensor each parameter and persistent buffer of this rank holds."""
 
     def unused_tensors(self) -> Collection[str]:
-        """Names of tensors that Hugging Face files may hold beside the bound ones, and that the model does not use."""
+        """Names of tensors that Hugging Face files may hold beside the bound ones; the model does not use them."""
         return ()
 
     @abstractmethod
@@ -102,41 +95,44 @@ class Encoder(nn.Module, ABC):
 class StagedEncoder(Encoder):
     """An encoder that can be cut into pipeline stages of consecutive layers, `layout.<modality>.pp` of them.
 
-    The first stage has what lies before the layers, the last what lies behind them and the projector; `bindings` and
-    `projector_parameters` tell of what this rank's stage has. Every stage's `forward` is given the inputs. On stages
-    after the first it has one more keyword argument, `hidden`: what the stage before returned. That is, in place of
-    rows, one tensor of hidden states of the weights' type, equal on all tensor parallel ranks, as its gradient must be.
+    The first stage has the modules before the layers, the last has those behind them and the projector; `bindings` and
+    `projector_parameters` list the parameters of this rank's stage. `forward` gets the inputs on every stage. On stages
+    after the first it has one more keyword argument, `hidden`, the output of the previous stage. Stages before the last
+    return one tensor of hidden states of the weights' type; it and its gradient are equal on all tensor-parallel ranks.
     """
 
     stage: Stage
-    """What of the encoder this rank holds."""
+    """The layers that this rank holds."""
     only_first: ClassVar[frozenset[str]]
-    """Arguments of `forward` that the first stage alone reads; the others are given None."""
+    """Arguments of `forward` that only the first stage reads; on other stages they are None."""
 
     @abstractmethod
-    def __init__(
-        self,
-        hf_config: dict[str, Any],
-        groups: ProcessGroupCollection,
-        *,
-        language_hidden: int,
-        dtype: torch.dtype,
-        device: torch.device,
-        stage: Stage,
-        activation_checkpointing: str = "none",
-    ):
-        """Build `stage` of the encoder, as `Encoder` says."""
-        super().__init__(hf_config, groups, language_hidden=language_hidden, dtype=dtype, device=device)
-        self.stage = stage
+    def __init__(self, hf_config: dict[str, Any], context: ModuleContext):
+        """Build stage number `context.pp_rank` of the encoder, `self.stage`. Arguments and errors are `Encoder`'s."""
+        super().__init__(hf_config, context)
+        self.stage = self._cut(hf_config, context)[context.pp_rank]
+
+    @classmethod
+    def _cut(cls, hf_config: dict[str, Any], context: ModuleContext) -> list[Stage]:
+        """The encoder's stages, of about equal cost."""
+        costs, stages = cls.layer_costs(hf_config, context.language_hidden), context.pp_size
+        if len(costs) < stages:
+            raise LayoutError(
+                f"`layout.{cls.modality}.pp` is {stages}, but {cls.modality}_config has {len(costs)} layers, and "
+                "every pipeline stage needs one: lower it"
+            )
+        bounds = cut_evenly(costs, stages)
+        return [Stage(range(*ends), len(costs)) for ends in zip(bounds, bounds[1:], strict=False)]
 
     @classmethod
     @abstractmethod
     def layer_costs(cls, hf_config: dict[str, Any], language_hidden: int) -> list[float]:
         """Forward operations of each layer for an item of the largest size, up to a constant factor.
 
-        What lies before the layers counts as the first's, what lies behind them as the last's. Raises `ConfigError`.
+        The first layer's cost includes everything before the layers, the last layer's everything behind them. Raises
+        `ConfigError`.
         """
 
     @abstractmethod
     def hidden_shape(self, inputs: Mapping[str, Any]) -> tuple[int, ...]:
-        """Shape of the hidden states between stages for what `processor.collate` returned, on the host."""
+        """Shape of the hidden states between stages, from the inputs that `processor.collate` returned, on the host."""

@@ -1,16 +1,16 @@
-"""Gemma 4 audio encoder: conformer tower (`audio_tower`) and projector (`embed_audio`), tensor parallel, no padding.
+"""Gemma 4 audio encoder: conformer tower (`audio_tower`) and projector (`embed_audio`), tensor-parallel, no padding.
 
-All sounds of a call are one concatenation of their frames; convolutions and attention look at where sounds end. Heads
-and channels of the layers are cut over the tensor parallel group; the subsampling and the projections behind the
-layers, together 2 to 3% of the operations of the released models, are computed on all of its ranks. Numerical
-reference: transformers' `Gemma4AudioModel` and `Gemma4MultimodalEmbedder`.
+The sounds of a call are concatenated; convolutions and attention stay inside each sound. Heads and channels of the
+layers are cut over tensor-parallel ranks. The subsampling and the projections behind the layers, 2 to 3% of the
+operations of the released models, are computed on all ranks. Numerical reference: transformers' `Gemma4AudioModel` and
+`Gemma4MultimodalEmbedder`.
 """
 
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from typing import Any, cast
 
 import torch
-from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.mappings import (
     copy_to_tensor_model_parallel_region,
     reduce_from_tensor_model_parallel_region,
@@ -21,7 +21,7 @@ from torch.distributed import ProcessGroup
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from mimo_gemma4.distributed.stages import Stage
+from mimo_gemma4.distributed.module_context import ModuleContext
 from mimo_gemma4.encoders.base import StagedEncoder
 from mimo_gemma4.encoders.gemma4_audio_attention import LocalAttention, embed_distances, visible_keys
 from mimo_gemma4.encoders.gemma4_audio_config import Gemma4AudioConfig, half
@@ -33,7 +33,7 @@ from mimo_gemma4.media import MediaHeader
 from mimo_gemma4.weights.bindings import ONES, Binding, Constant, Normal, bind_replicated, bind_sharded
 
 LAYER_NORM_EPS = 1e-6
-"""Of the norms around attention and feed-forward, whatever `audio_config.rms_norm_eps` says of the others."""
+"""Epsilon of the norms around attention and feed-forward; `audio_config.rms_norm_eps` applies to other norms."""
 
 
 class Gemma4AudioEncoder(StagedEncoder):
@@ -44,56 +44,46 @@ class Gemma4AudioEncoder(StagedEncoder):
     processor = Gemma4AudioProcessor
     only_first = frozenset({"features", "frame_index", "halved_index"})
 
-    def __init__(
-        self,
-        hf_config: dict[str, Any],
-        groups: ProcessGroupCollection,
-        *,
-        language_hidden: int,
-        dtype: torch.dtype,
-        device: torch.device,
-        stage: Stage,
-        activation_checkpointing: str = "none",
-    ):
+    def __init__(self, hf_config: dict[str, Any], context: ModuleContext):
         """Build it as `StagedEncoder` says.
 
         `activation_checkpointing="full"` recomputes the subsampling and every layer in backward, "selective" the scores
         and weights of the attention.
         """
-        super().__init__(hf_config, groups, language_hidden=language_hidden, dtype=dtype, device=device, stage=stage)
+        super().__init__(hf_config, context)
+        tp_group, dtype, stage = context.groups.tp, context.dtype, self.stage
         self.audio = Gemma4AudioConfig.from_config(hf_config)
-        self.language_hidden = language_hidden
-        self.recompute = activation_checkpointing == "full"
+        self.language_hidden = context.language_hidden
+        self.recompute = context.activation_checkpointing == "full"
         self.audio_processor = Gemma4AudioProcessor(self.audio)
-        self.config = _transformer_config(self.audio, groups.tp.size(), dtype)
+        self.config = _transformer_config(self.audio, tp_group.size(), dtype)
+        recompute_attention = context.activation_checkpointing == "selective"
         self.subsampling: Subsampling | None = None
         self.output_proj: nn.Linear | None = None
         self.projector: nn.Linear | None = None
-        with torch.device(device):
+        with torch.device(context.device):
             if stage.first:
                 self.subsampling = Subsampling(self.audio, dtype)
             self.layers = nn.ModuleList(
-                ConformerLayer(
-                    self.audio, self.config, groups.tp, recompute_attention=activation_checkpointing == "selective"
-                )
+                ConformerLayer(self.audio, self.config, tp_group, recompute_attention=recompute_attention)
                 for _ in stage.layers
             )
             if stage.last:
                 self.output_proj = nn.Linear(self.audio.hidden_size, self.audio.output_proj_dims, dtype=dtype)
-                self.projector = nn.Linear(self.audio.output_proj_dims, language_hidden, bias=False, dtype=dtype)
+                self.projector = nn.Linear(self.audio.output_proj_dims, self.language_hidden, bias=False, dtype=dtype)
 
     @classmethod
     def layer_costs(cls, hf_config: dict[str, Any], language_hidden: int) -> list[float]:
         """Forward operations for a sound of the largest length."""
         audio, frames = Gemma4AudioConfig.from_config(hf_config), MAX_SAMPLES // HOP
-        rows = half(half(frames))
-        costs = [audio.layer_flops(rows)] * audio.num_hidden_layers
+        tokens = half(half(frames))
+        costs = [audio.layer_flops(tokens)] * audio.num_hidden_layers
         costs[0] += audio.subsampling_flops(frames)
-        costs[-1] += 2.0 * rows * audio.output_proj_dims * (audio.hidden_size + language_hidden)
+        costs[-1] += 2.0 * tokens * audio.output_proj_dims * (audio.hidden_size + language_hidden)
         return costs
 
     def hidden_shape(self, inputs: Mapping[str, Any]) -> tuple[int, ...]:
-        """[rows, D]."""
+        """[soft tokens, D]."""
         return len(inputs["positions"]), self.audio.hidden_size
 
     def forward(
@@ -106,25 +96,25 @@ class Gemma4AudioEncoder(StagedEncoder):
         count: int,
         hidden: Tensor | None = None,
     ) -> Tensor:
-        """Encode sounds as `Gemma4AudioProcessor.collate` gives them into [rows, language_hidden].
+        """Encode sounds as `Gemma4AudioProcessor.collate` gives them into [soft tokens, language_hidden].
 
-        Stages before the last hand on `hidden` [rows, D].
+        Stages before the last return hidden states [soft tokens, D].
         """
         audio, device = self.audio, positions.device
         if self.subsampling is not None:
-            hidden = self._run(self.subsampling, features, frame_index, halved_index)  # [rows, D]
+            hidden = self._run(self.subsampling, features, frame_index, halved_index)  # [N, D], N soft tokens
         assert hidden is not None
         distances = embed_distances(audio.attention_chunk_size, audio.hidden_size, hidden.dtype, device)
         seen = visible_keys(positions, audio.attention_chunk_size)
-        # Where rows lie once every sound has the zeros before it that a causal convolution starts from.
+        # Places of soft tokens once every sound has the zeros before it that a causal convolution starts from.
         zeros = audio.conv_kernel_size - 1
         apart = torch.arange(len(positions), device=device) + zeros * (sounds + 1)
         for layer in self.layers:
             hidden = self._run(layer, hidden, distances, seen, apart, len(positions) + zeros * count)
         if self.output_proj is None or self.projector is None:
             return hidden
-        rows = self.output_proj(hidden)
-        return self.projector(F.rms_norm(rows.float(), rows.shape[-1:], eps=audio.rms_norm_eps).to(rows.dtype))
+        output = self.output_proj(hidden)  # [N, output_proj_dims]
+        return self.projector(F.rms_norm(output.float(), output.shape[-1:], eps=audio.rms_norm_eps).to(output.dtype))
 
     def _run(self, module: nn.Module, *arguments: Any) -> Tensor:
         if self.recompute and torch.is_grad_enabled():
@@ -159,7 +149,7 @@ class Gemma4AudioEncoder(StagedEncoder):
 
 
 def _transformer_config(audio: Gemma4AudioConfig, tp: int, dtype: torch.dtype) -> TransformerConfig:
-    """What megatron-core's linears, data parallelism and optimizer read. Raises `LayoutError`."""
+    """Configuration of megatron-core's linears, data parallelism and optimizer. Raises `LayoutError`."""
     if audio.num_attention_heads % tp:
         raise LayoutError(
             f"layout.audio.tp={tp} does not divide audio_config.num_attention_heads={audio.num_attention_heads}"
@@ -176,13 +166,13 @@ def _transformer_config(audio: Gemma4AudioConfig, tp: int, dtype: torch.dtype) -
 
 
 class Subsampling(nn.Module):
-    """Two convolutions that each halve time and frequency, and a projection; replicated over tensor parallel ranks."""
+    """Two convolutions that each halve time and frequency, and a projection; replicated over tensor-parallel ranks."""
 
     def __init__(self, audio: Gemma4AudioConfig, dtype: torch.dtype):
         """Allocate it."""
         super().__init__()
         first, second = audio.subsampling_conv_channels
-        # The inputs of every output are gathered, so that no kernel reaches into another sound: time has no stride.
+        # `_convolve` gathers the inputs of every output, so no kernel reaches into another sound: time has no stride.
         self.conv0 = nn.Conv2d(1, first, 3, stride=(1, 2), padding=(0, 1), bias=False, dtype=dtype)
         self.conv1 = nn.Conv2d(first, second, 3, stride=(1, 2), padding=(0, 1), bias=False, dtype=dtype)
         self.norm0 = nn.LayerNorm(first, eps=audio.rms_norm_eps, bias=False, dtype=dtype)
@@ -190,10 +180,10 @@ class Subsampling(nn.Module):
         self.input_proj_linear = nn.Linear(audio.subsampled_width, audio.hidden_size, bias=False, dtype=dtype)
 
     def forward(self, features: Tensor, frame_index: Tensor, halved_index: Tensor) -> Tensor:
-        """[F, MEL_BANDS] → [rows, D]."""
+        """[F, MEL_BANDS] → [soft tokens, D]."""
         hidden = features.to(self.conv0.weight.dtype)[..., None]  # [F, MEL_BANDS, 1]
         hidden = F.relu(self.norm0(_convolve(self.conv0, hidden, frame_index)))  # [≈ F / 2, MEL_BANDS / 2, first]
-        hidden = F.relu(self.norm1(_convolve(self.conv1, hidden, halved_index)))  # [rows, MEL_BANDS / 4, second]
+        hidden = F.relu(self.norm1(_convolve(self.conv1, hidden, halved_index)))  # [N, MEL_BANDS / 4, second]
         return self.input_proj_linear(hidden.flatten(1))
 
     def bindings(self, prefix: str, drawn: Normal) -> list[Binding]:
@@ -248,7 +238,7 @@ class ConformerLayer(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """A residual feed-forward branch between two norms, its channels cut over the tensor parallel group."""
+    """A residual feed-forward branch between two norms, its channels cut over the tensor-parallel group."""
 
     def __init__(self, audio: Gemma4AudioConfig, config: TransformerConfig, tp_group: ProcessGroup):
         """Allocate this rank's part."""
@@ -279,7 +269,7 @@ class FeedForward(nn.Module):
 
 
 class LightConvolution(nn.Module):
-    """A residual branch that mixes each channel with its last few rows, channels cut over the tensor parallel group."""
+    """A residual branch that mixes each channel over a few soft tokens, channels cut over tensor-parallel ranks."""
 
     def __init__(self, audio: Gemma4AudioConfig, config: TransformerConfig, tp_group: ProcessGroup):
         """Allocate this rank's part."""
@@ -296,12 +286,12 @@ class LightConvolution(nn.Module):
         self.linear_end = ClippableLinear("row", self.width, self.width, config, tp_group, clipped=clipped)
 
     def forward(self, hidden: Tensor, apart: Tensor, length: int) -> Tensor:
-        """[N, D] → [N, D]; `apart` [N] is where rows lie among `length` when zeros part the sounds."""
+        """[N, D] → [N, D]; `apart` [N] are the soft tokens' places among `length` when zeros part the sounds."""
         normed = copy_to_tensor_model_parallel_region(self.pre_layer_norm(hidden), group=self.tp_group)
         gated = F.glu(self.linear_start(normed), dim=-1)  # [N, D (local)]
         parted = gated.new_zeros(length, gated.shape[-1]).index_copy(0, apart, gated)
         mixed = F.conv1d(parted.t().contiguous()[None], self.convolution, groups=len(self.convolution))[0].t()
-        # Output t of a convolution without padding is that of row t + kernel - 1.
+        # Output t of a convolution without padding belongs to place t + kernel - 1.
         mixed = mixed.index_select(0, apart - (self.convolution.shape[-1] - 1)).clamp(-self.bound, self.bound)
         return hidden + self.linear_end(F.silu(self._norm(mixed)))
 
@@ -327,13 +317,13 @@ class LightConvolution(nn.Module):
         ]
 
     def _halves(self, start: Binding) -> Iterable[Binding]:
-        """The values and the gates of this rank's channels, which are apart in the whole tensor."""
+        """Bindings of the values and the gates of this rank's channels, which are not adjacent in the whole tensor."""
         local = len(start.tensor) // 2
         for number in (0, 1):
             first = number * self.width + self.tp_group.rank() * local
             index = (slice(first, first + local), start.index[1])
             region = (slice(number * local, (number + 1) * local), start.region[1])
-            yield Binding(start.name, start.shape, index, start.tensor, region, start.initial)
+            yield replace(start, index=index, region=region)
 
 
 def activation_bound(audio: Gemma4AudioConfig, dtype: torch.dtype) -> float:

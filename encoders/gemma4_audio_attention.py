@@ -1,7 +1,7 @@
-"""Attention of the Gemma 4 audio tower: every row sees itself and the few rows before it in its own sound.
+"""Attention of the Gemma 4 audio tower: every soft token sees itself and the few before it in its own sound.
 
-Rows of all sounds lie end to end. Queries are cut into blocks as long as the window; a block's keys are its own rows
-and those of the block before it, so the cost is linear in the rows and no rows x rows mask is built.
+The sounds are concatenated into N soft tokens. Queries are cut into blocks as long as the window; a block's keys are
+its own tokens and those of the block before it, so the cost is linear in N and no N x N mask is built.
 """
 
 import math
@@ -20,10 +20,10 @@ from mimo_gemma4.weights.bindings import Binding, Constant, Normal, bind_replica
 
 
 class LocalAttention(nn.Module):
-    """Attention over a window with learned relative positions, heads cut over the tensor parallel group."""
+    """Attention over a window with learned relative positions, heads cut over the tensor-parallel group."""
 
     def __init__(self, audio: Gemma4AudioConfig, config: TransformerConfig, tp_group: ProcessGroup, *, recompute: bool):
-        """Allocate this rank's heads; `recompute`: the backward pass computes scores and weights again."""
+        """Allocate this rank's heads; with `recompute`, backward computes scores and weights again."""
         super().__init__()
         self.audio, self.tp_group, self.recompute = audio, tp_group, recompute
         width, dtype = audio.hidden_size, config.params_dtype
@@ -34,8 +34,6 @@ class LocalAttention(nn.Module):
         self.post = ClippableLinear("row", width, width, config, tp_group, clipped=clipped)
         self.relative_k_proj = ClippableLinear("column", width, width, config, tp_group, clipped=False)
         self.per_dim_scale = nn.Parameter(torch.empty(audio.head_dim, dtype=dtype))
-        # One for all heads, of which a rank sees its own.
-        self.per_dim_scale.tp_gradient_partial = tp_group.size() > 1  # type: ignore[attr-defined]
 
     def forward(self, hidden: Tensor, distances: Tensor, seen: Tensor) -> Tensor:
         """[N, D] → [N, D]; `distances` from `embed_distances`, `seen` from `visible_keys`. Scores are made in fp32."""
@@ -64,7 +62,8 @@ class LocalAttention(nn.Module):
         return [
             *bindings,
             bind_sharded(f"{prefix}relative_k_proj.weight", relative, 0, self.tp_group, drawn),
-            bind_replicated(f"{prefix}per_dim_scale", self.per_dim_scale, Constant(0.0)),
+            # One for all heads, of which every rank scales its own.
+            bind_replicated(f"{prefix}per_dim_scale", self.per_dim_scale, Constant(0.0), gradient_sum=("tp",)),
         ]
 
 
@@ -79,10 +78,10 @@ def embed_distances(window: int, width: int, dtype: torch.dtype, device: torch.d
 
 
 def visible_keys(positions: Tensor, window: int) -> Tensor:
-    """Which keys queries see: bool [blocks, 1, window, 2 * window] from the rows' positions [N] in their sounds.
+    """Which keys queries see: bool [blocks, 1, window, 2 * window] from the tokens' positions [N] in their sounds.
 
-    Key c of a block lies window + u - c rows before its query u. It is seen if that is less than the window and not
-    more than the query's position, beyond which lies another sound.
+    Key c of a block lies window + u - c tokens before its query u. The query sees it if this distance is less than the
+    window and not more than the query's position, beyond which lies another sound.
     """
     reach = F.pad(positions, (0, -len(positions) % window)).clamp(max=window - 1).view(-1, 1, window, 1)
     query, key = (torch.arange(size, device=positions.device) for size in (window, 2 * window))
@@ -96,29 +95,29 @@ def attend_locally(query: Tensor, key: Tensor, value: Tensor, relative: Tensor, 
     The score of a query and a key is the query times key plus `relative` [window, heads, head_dim] of their distance,
     softly capped.
     """
-    rows, window = len(query), len(relative)
+    tokens, window = len(query), len(relative)
     blocks = len(seen)
-    padding = blocks * window - rows
+    padding = blocks * window - tokens
     query = F.pad(query, (0, 0, 0, 0, 0, padding)).unflatten(0, (blocks, window)).transpose(1, 2)
     key, value = _with_previous_block(key, window, padding), _with_previous_block(value, window, padding)
     scores = query @ key.transpose(2, 3) + _by_key(query @ relative.permute(1, 2, 0))
     scores = (cap * torch.tanh(scores / cap)).masked_fill(~seen, -math.inf)  # a query always sees itself
     attended = scores.softmax(dim=-1) @ value  # [blocks, heads, window, head_dim]
-    return attended.transpose(1, 2).flatten(0, 1)[:rows]
+    return attended.transpose(1, 2).flatten(0, 1)[:tokens]
 
 
-def _with_previous_block(rows: Tensor, window: int, padding: int) -> Tensor:
+def _with_previous_block(states: Tensor, window: int, padding: int) -> Tensor:
     """[N, heads, head_dim] → [blocks, heads, 2 * window, head_dim]: every block behind the one before it."""
-    blocks = F.pad(rows, (0, 0, 0, 0, window, padding)).unflatten(0, (-1, window)).transpose(1, 2)
+    blocks = F.pad(states, (0, 0, 0, 0, window, padding)).unflatten(0, (-1, window)).transpose(1, 2)
     return torch.cat([blocks[:-1], blocks[1:]], dim=2)
 
 
 def _by_key(scores: Tensor) -> Tensor:
     """Scores by distance window - 1 … 0 [blocks, heads, window, window] → by key [blocks, heads, window, 2 * window].
 
-    The key at distance d from query u is number window + u - d. In rows one longer than the result's, padded by one in
-    front, every query's scores would begin where the last query's begin; read in rows of the result's length, they
-    move on by one with every query. What lands on keys at other distances is not seen.
+    The key at distance d from query u is number window + u - d, so each query's scores lie one key further than the
+    previous query's. Padding every row of scores to one element more than a row of the result, and reading the memory
+    in rows of the result, moves each row by one. What lands on keys at other distances is not seen.
     """
     window = scores.shape[-1]
     padded = F.pad(scores, (1, window)).flatten(2)

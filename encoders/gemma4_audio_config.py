@@ -17,11 +17,11 @@ class Gemma4AudioConfig:
     num_hidden_layers: int
     num_attention_heads: int
     output_proj_dims: int
-    """Width of the tower's output rows."""
+    """Width of the tower's output."""
     subsampling_conv_channels: tuple[int, int] = (128, 32)
     """Channels of the two convolutions that each halve time and frequency."""
     conv_kernel_size: int = 5
-    """Rows that the depthwise convolution of a layer sees, the last of them its own."""
+    """Soft tokens that the depthwise convolution of a layer sees, the last of them its own."""
     residual_weight: float = 0.5
     """Factor of the feed-forward branches."""
     attention_chunk_size: int = 12
@@ -77,29 +77,29 @@ class Gemma4AudioConfig:
 
     @property
     def subsampled_width(self) -> int:
-        """Channels times bands that the two convolutions leave of a row."""
+        """Channels times bands that the two convolutions leave of a soft token."""
         return self.subsampling_conv_channels[1] * (MEL_BANDS // 4)
 
     def flops(self, frames: int) -> float:
         """Forward operations of the tower for a clip of `frames` mel frames."""
-        rows = half(half(frames))
-        output = 2.0 * rows * self.hidden_size * self.output_proj_dims
-        return self.subsampling_flops(frames) + self.num_hidden_layers * self.layer_flops(rows) + output
+        tokens = half(half(frames))
+        output = 2.0 * tokens * self.hidden_size * self.output_proj_dims
+        return self.subsampling_flops(frames) + self.num_hidden_layers * self.layer_flops(tokens) + output
 
     def subsampling_flops(self, frames: int) -> float:
         """Forward operations of the two convolutions and the projection behind them."""
-        halved, rows = half(frames), half(half(frames))
+        halved, tokens = half(frames), half(half(frames))
         first, second = self.subsampling_conv_channels
-        convolutions = 9 * first * (MEL_BANDS // 2 * halved + second * MEL_BANDS // 4 * rows)
-        return 2.0 * (convolutions + rows * self.hidden_size * self.subsampled_width)
+        convolutions = 9 * first * (MEL_BANDS // 2 * halved + second * MEL_BANDS // 4 * tokens)
+        return 2.0 * (convolutions + tokens * self.hidden_size * self.subsampled_width)
 
-    def layer_flops(self, rows: int) -> float:
-        """Forward operations of one layer for the `rows` of a sound."""
+    def layer_flops(self, tokens: int) -> float:
+        """Forward operations of one layer for a sound of so many soft tokens."""
         feed_forward, attention, light_convolution = 16, 4, 3  # matrices of hidden_size² in a layer
-        linears = rows * self.hidden_size**2 * (feed_forward + attention + light_convolution)
-        seen = min(rows, self.attention_chunk_size)
-        pairs = seen * (seen + 1) // 2 + (rows - seen) * self.attention_chunk_size
-        local = self.hidden_size * (3 * pairs + self.conv_kernel_size * rows)  # keys, positions, values; depthwise
+        linears = tokens * self.hidden_size**2 * (feed_forward + attention + light_convolution)
+        seen = min(tokens, self.attention_chunk_size)
+        pairs = seen * (seen + 1) // 2 + (tokens - seen) * self.attention_chunk_size
+        local = self.hidden_size * (3 * pairs + self.conv_kernel_size * tokens)  # keys, positions, values; depthwise
         return 2.0 * (linears + local)
 
 

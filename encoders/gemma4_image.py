@@ -73,7 +73,7 @@ class Gemma4ImageProcessor:
         """Soft tokens across and down of an image. Raises `ValueError` for a size that no grid fits.
 
         The formula is that of transformers' `get_aspect_ratio_preserving_size`. It is symmetric in width and height, so
-        an EXIF rotation changes neither `rows` nor `cost`.
+        an EXIF rotation changes neither `soft_tokens` nor `cost`.
         """
         width, height = header.width, header.height
         if width < 1 or height < 1:
@@ -125,20 +125,20 @@ class Gemma4ImageProcessor:
 
         Returns pixel_values [P, patch_size**2 * 3]; positions [P, 2], the patches' (x, y); lengths, the patches of each
         image in the order of pixel_values (host list), and boundaries [images + 1] int32, their cumulative sums;
-        row_index [rows], for each output row, in the order of `items`, its place in the order of pixel_values.
+        soft_token_order [soft tokens], for each soft token in the order of `items`, its place in that of pixel_values.
         """
         order = sorted(range(len(items)), key=lambda i: items[i]["pixel_values"].shape[0])
         lengths = [items[i]["pixel_values"].shape[0] for i in order]
         starts, total = [0] * len(items), 0
         for i, length in zip(order, lengths, strict=True):
             starts[i], total = total, total + length // self.pooling_kernel_size**2
-        rows = [item["pixel_values"].shape[0] // self.pooling_kernel_size**2 for item in items]
+        counts = [item["pixel_values"].shape[0] // self.pooling_kernel_size**2 for item in items]
         return {
             "pixel_values": torch.cat([items[i]["pixel_values"] for i in order]),
             "positions": torch.cat([self._positions(*items[i]["grid"].tolist()) for i in order]),
             "lengths": lengths,
             "boundaries": torch.tensor([0, *accumulate(lengths)], dtype=torch.int32),
-            "row_index": torch.cat([torch.arange(s, s + n) for s, n in zip(starts, rows, strict=True)]),
+            "soft_token_order": torch.cat([torch.arange(s, s + n) for s, n in zip(starts, counts, strict=True)]),
         }
 
     def transformers_inputs(self, items: list[dict[str, Tensor]]) -> dict[str, Tensor]:

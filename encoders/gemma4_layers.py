@@ -1,4 +1,4 @@
-"""What the layers of Gemma 4's vision and audio towers are made of."""
+"""Linears and norms of Gemma 4's vision and audio towers."""
 
 from typing import Any, Literal
 
@@ -21,7 +21,7 @@ CLIP_BOUNDS = {
 
 
 def tower_config(tp: int, dtype: torch.dtype, **sizes: Any) -> TransformerConfig:
-    """What the towers of Gemma 4 have in common for megatron-core; `sizes` are the other fields."""
+    """megatron-core's configuration of a Gemma 4 tower; `sizes` are its other fields."""
     return module_config(
         tp,
         dtype,
@@ -34,7 +34,7 @@ def tower_config(tp: int, dtype: torch.dtype, **sizes: Any) -> TransformerConfig
 
 
 class ClippableLinear(nn.Module):
-    """Tensor parallel linear without bias that clamps inputs and outputs where the model has such bounds."""
+    """Tensor-parallel linear without bias that clamps inputs and outputs if the model has bounds for them."""
 
     input_min: Tensor
     input_max: Tensor
@@ -55,7 +55,7 @@ class ClippableLinear(nn.Module):
         super().__init__()
         self.cut, self.tp_group, self.clipped = cut, tp_group, clipped
         common = {"config": config, "init_method": None, "bias": False, "tp_group": tp_group}
-        if cut == "column":  # the caller reduces the gradient of the input, once for all linears that read it
+        if cut == "column":  # the caller reduces the input's gradient, once for all linears that read the input
             self.linear = ColumnParallelLinear(inputs, outputs, gather_output=False, disable_grad_reduce=True, **common)
         else:
             self.linear = RowParallelLinear(inputs, outputs, input_is_parallel=True, skip_bias_add=False, **common)
@@ -67,7 +67,7 @@ class ClippableLinear(nn.Module):
         """[P, inputs (local if cut by row)] → [P, outputs (local if cut by column)]."""
         if self.clipped:
             inputs = torch.clamp(inputs, self.input_min, self.input_max)
-        outputs = self.linear(inputs)[0]  # summed over the tensor parallel group if cut by row, so clamped as a whole
+        outputs = self.linear(inputs)[0]  # if cut by row, already summed over the tensor-parallel group
         return torch.clamp(outputs, self.output_min, self.output_max) if self.clipped else outputs
 
     def bindings(self, prefix: str, drawn: Normal) -> list[Binding]:

@@ -73,21 +73,21 @@ class Gemma4AudioProcessor:
     def collate(self, items: list[dict[str, Tensor]]) -> dict[str, Any]:
         """Concatenate sounds.
 
-        Returns features [F, MEL_BANDS]; frame_index [ceil(F / 2), 3] and halved_index [rows, 3], the inputs of every
-        output of the first and second subsampling convolution, where F and ceil(F / 2) (each rounded up sound by sound)
-        stand for a zero outside the sound; positions [rows], a row's number in its sound; sounds [rows], the number of
-        its sound; count, the number of sounds (host).
+        Returns, for N soft tokens: features [F, MEL_BANDS]; frame_index [ceil(F / 2), 3] and halved_index [N, 3], the
+        inputs of every output of the first and second subsampling convolution, where F and ceil(F / 2) (each rounded up
+        sound by sound) stand for a zero outside the sound; positions [N], a soft token's number in its sound; sounds
+        [N], the number of its sound; count, the number of sounds (host).
         """
         frames = [len(item["features"]) for item in items]
         halved = [half(length) for length in frames]
-        rows = [half(length) for length in halved]
+        tokens = [half(length) for length in halved]
         return {
             "features": torch.cat([item["features"] for item in items]),
             "frame_index": _convolution_index(frames),
             "halved_index": _convolution_index(halved),
-            "positions": torch.cat([torch.arange(length) for length in rows]),
-            "sounds": torch.repeat_interleave(torch.arange(len(rows)), torch.tensor(rows)),
-            "count": len(rows),
+            "positions": torch.cat([torch.arange(length) for length in tokens]),
+            "sounds": torch.repeat_interleave(torch.arange(len(tokens)), torch.tensor(tokens)),
+            "count": len(tokens),
         }
 
     def transformers_inputs(self, items: list[dict[str, Tensor]]) -> dict[str, Tensor]:

@@ -11,13 +11,13 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
-from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from torch.nn import functional as F
 
 from mimo_gemma4.distributed.megatron_config import module_config
+from mimo_gemma4.distributed.module_context import ModuleContext
 from mimo_gemma4.encoders.base import Encoder
 from mimo_gemma4.encoders.gemma4_unified_media import (
     Gemma4UnifiedAudioConfig,
@@ -38,56 +38,46 @@ class Gemma4UnifiedVisionEncoder(Encoder):
     processor = Gemma4UnifiedImageProcessor
     frame_processor = Gemma4UnifiedFrameProcessor
 
-    def __init__(
-        self,
-        hf_config: dict[str, Any],
-        groups: ProcessGroupCollection,
-        *,
-        language_hidden: int,
-        dtype: torch.dtype,
-        device: torch.device,
-        activation_checkpointing: str = "none",
-    ):
+    def __init__(self, hf_config: dict[str, Any], context: ModuleContext):
         """Build it as `Encoder` says; there are too few activations to recompute."""
-        super().__init__(hf_config, groups, language_hidden=language_hidden, dtype=dtype, device=device)
+        super().__init__(hf_config, context)
         self.vision = Gemma4UnifiedVisionConfig.from_config(hf_config)
         self.image_processor = Gemma4UnifiedImageProcessor.from_config(hf_config)
         self.frames = Gemma4UnifiedFrameProcessor.from_config(hf_config)
-        self.tp_group = groups.tp
-        self.config = module_config(groups.tp.size(), dtype, hidden_size=language_hidden)
+        self.tp_group, dtype, hidden = context.groups.tp, context.dtype, context.language_hidden
+        self.config = module_config(self.tp_group.size(), dtype, hidden_size=hidden)
         pixels, width = 3 * self.vision.side**2, self.vision.mm_embed_dim
-        with torch.device(device):
+        with torch.device(context.device):
             self.patch_ln1 = nn.LayerNorm(pixels, dtype=dtype)
             self.patch_dense = nn.Linear(pixels, width, dtype=dtype)
             self.patch_ln2 = nn.LayerNorm(width, dtype=dtype)
             self.pos_embedding = nn.Parameter(torch.empty(self.vision.mm_posemb_size, 2, width, dtype=dtype))
             self.pos_norm = nn.LayerNorm(width, dtype=dtype)
-            self.projector = nn.Linear(width, language_hidden, bias=False, dtype=dtype)
-        _mark_partial_gradients(self, groups.tp)
+            self.projector = nn.Linear(width, hidden, bias=False, dtype=dtype)
 
     def forward(self, pixel_values: Tensor, positions: Tensor) -> Tensor:
         """Embed images as `Gemma4UnifiedImageProcessor.collate` gives them.
 
-        pixel_values [rows, side**2 * 3] in [0, 1]; positions [rows, 2], (x, y) of each square. Returns
-        [rows, language_hidden], equal on TP ranks.
+        For N soft tokens: pixel_values [N, side**2 * 3] in [0, 1]; positions [N, 2], (x, y) of each square. Returns
+        [N, language_hidden], equal on tensor-parallel ranks.
         """
-        rows = pixel_values.shape[0]
+        count = pixel_values.shape[0]
         pixel_values, positions = (_share(tensor, self.tp_group) for tensor in (pixel_values, positions))
         hidden = self.patch_ln2(self.patch_dense(self.patch_ln1(pixel_values.to(self.patch_dense.weight.dtype))))
         columns, lines = self.pos_embedding.unbind(dim=1)
         hidden = self.pos_norm(hidden + (F.embedding(positions[:, 0], columns) + F.embedding(positions[:, 1], lines)))
-        return _gather(self.projector(_normalise(hidden, self.vision.rms_norm_eps)), rows, self.tp_group)
+        return _gather(self.projector(_normalise(hidden, self.vision.rms_norm_eps)), count, self.tp_group)
 
     def flops(self, headers: Iterable[MediaHeader]) -> float:
         """Forward operations of both linears for images of these sizes."""
-        return self._row_flops * sum(self.image_processor.soft_tokens(header) for header in headers)
+        return self._soft_token_flops * sum(self.image_processor.soft_tokens(header) for header in headers)
 
     def frame_flops(self, headers: Iterable[MediaHeader]) -> float:
         """Forward operations of both linears for frames of these sizes."""
-        return self._row_flops * sum(self.frames.soft_tokens(header) for header in headers)
+        return self._soft_token_flops * sum(self.frames.soft_tokens(header) for header in headers)
 
     @property
-    def _row_flops(self) -> float:
+    def _soft_token_flops(self) -> float:
         return 2.0 * (self.patch_dense.weight.numel() + self.projector.weight.numel())
 
     def projector_parameters(self) -> list[nn.Parameter]:
@@ -98,16 +88,16 @@ class Gemma4UnifiedVisionEncoder(Encoder):
         """Parameters under `model.vision_embedder.` and `model.embed_vision.`, as the released files name them."""
         prefix, drawn = "model.vision_embedder.", Normal(self.vision.initializer_range)
         bindings = [
-            bind_replicated(f"{prefix}patch_dense.weight", self.patch_dense.weight, drawn),
-            bind_replicated(f"{prefix}patch_dense.bias", self.patch_dense.bias, Constant(0.0)),
-            bind_replicated(f"{prefix}pos_embedding", self.pos_embedding, drawn),
+            _bind(f"{prefix}patch_dense.weight", self.patch_dense.weight, drawn),
+            _bind(f"{prefix}patch_dense.bias", self.patch_dense.bias, Constant(0.0)),
+            _bind(f"{prefix}pos_embedding", self.pos_embedding, drawn),
         ]
         for name in ("patch_ln1", "patch_ln2", "pos_norm"):
             norm = getattr(self, name)
-            bindings.append(bind_replicated(f"{prefix}{name}.weight", norm.weight, ONES))
-            bindings.append(bind_replicated(f"{prefix}{name}.bias", norm.bias, Constant(0.0)))
+            bindings.append(_bind(f"{prefix}{name}.weight", norm.weight, ONES))
+            bindings.append(_bind(f"{prefix}{name}.bias", norm.bias, Constant(0.0)))
         name = "model.embed_vision.embedding_projection.weight"
-        return [*bindings, bind_replicated(name, self.projector.weight, drawn)]
+        return [*bindings, _bind(name, self.projector.weight, drawn)]
 
 
 class Gemma4UnifiedAudioEncoder(Encoder):
@@ -117,28 +107,18 @@ class Gemma4UnifiedAudioEncoder(Encoder):
     architecture = "gemma4_unified_audio"
     processor = Gemma4UnifiedAudioProcessor
 
-    def __init__(
-        self,
-        hf_config: dict[str, Any],
-        groups: ProcessGroupCollection,
-        *,
-        language_hidden: int,
-        dtype: torch.dtype,
-        device: torch.device,
-        activation_checkpointing: str = "none",
-    ):
+    def __init__(self, hf_config: dict[str, Any], context: ModuleContext):
         """Build it as `Encoder` says; there are too few activations to recompute."""
-        super().__init__(hf_config, groups, language_hidden=language_hidden, dtype=dtype, device=device)
+        super().__init__(hf_config, context)
         self.audio = Gemma4UnifiedAudioConfig.from_config(hf_config)
         self.audio_processor = Gemma4UnifiedAudioProcessor.from_config(hf_config)
-        self.tp_group = groups.tp
-        self.config = module_config(groups.tp.size(), dtype, hidden_size=language_hidden)
-        with torch.device(device):
-            self.projector = nn.Linear(self.audio.audio_embed_dim, language_hidden, bias=False, dtype=dtype)
-        _mark_partial_gradients(self, groups.tp)
+        self.tp_group, dtype, hidden = context.groups.tp, context.dtype, context.language_hidden
+        self.config = module_config(self.tp_group.size(), dtype, hidden_size=hidden)
+        with torch.device(context.device):
+            self.projector = nn.Linear(self.audio.audio_embed_dim, hidden, bias=False, dtype=dtype)
 
     def forward(self, waveforms: Tensor) -> Tensor:
-        """Samples [rows, audio_embed_dim], a row each soft token → [rows, language_hidden], equal on TP ranks."""
+        """Samples [soft tokens, audio_embed_dim] → [soft tokens, language_hidden], equal on tensor-parallel ranks."""
         share = _share(waveforms, self.tp_group).to(self.projector.weight.dtype)
         return _gather(self.projector(_normalise(share, self.audio.rms_norm_eps)), waveforms.shape[0], self.tp_group)
 
@@ -153,24 +133,24 @@ class Gemma4UnifiedAudioEncoder(Encoder):
     def bindings(self) -> list[Binding]:
         """The parameter under `model.embed_audio.`."""
         name = "model.embed_audio.embedding_projection.weight"
-        return [bind_replicated(name, self.projector.weight, Normal(self.audio.initializer_range))]
+        return [_bind(name, self.projector.weight, Normal(self.audio.initializer_range))]
 
 
-def _mark_partial_gradients(encoder: nn.Module, tp_group: ProcessGroup) -> None:
-    for parameter in encoder.parameters():
-        parameter.tp_gradient_partial = tp_group.size() > 1  # type: ignore[attr-defined]
+def _bind(name: str, parameter: Tensor, initial: Normal | Constant) -> Binding:
+    """A parameter that every rank holds whole and applies to its share of the soft tokens."""
+    return bind_replicated(name, parameter, initial, gradient_sum=("tp",))
 
 
 def _share(tensor: Tensor, tp_group: ProcessGroup) -> Tensor:
-    """This rank's part of [rows, …]: [ceil(rows / tp), …] (local), filled up with zeros."""
+    """This rank's part of [N, …]: [ceil(N / tp), …] (local), filled up with zeros."""
     size = -(-tensor.shape[0] // tp_group.size())
     part = tensor[size * tp_group.rank() : size * (tp_group.rank() + 1)]
     return torch.cat([part, part.new_zeros(size - part.shape[0], *part.shape[1:])])
 
 
-def _gather(rows: Tensor, count: int, tp_group: ProcessGroup) -> Tensor:
-    """The first `count` rows of all ranks' [ceil(count / tp), H] (local); every rank gets the same gradient of them."""
-    return gather_from_sequence_parallel_region(rows, tensor_parallel_output_grad=False, group=tp_group)[:count]
+def _gather(share: Tensor, count: int, tp_group: ProcessGroup) -> Tensor:
+    """All ranks' shares [ceil(count / tp), H] (local) as [count, H]; every rank gets the same gradient of these."""
+    return gather_from_sequence_parallel_region(share, tensor_parallel_output_grad=False, group=tp_group)[:count]
 
 
 def _normalise(hidden: Tensor, eps: float) -> Tensor:

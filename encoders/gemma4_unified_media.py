@@ -86,7 +86,7 @@ class Gemma4UnifiedImageProcessor(Gemma4ImageProcessor):
         return processor
 
     def collate(self, items: list[dict[str, Tensor]]) -> dict[str, Any]:
-        """Concatenate images: pixel_values [rows, patch_size**2 * 3] and positions [rows, 2], the squares' (x, y)."""
+        """Concatenate N squares of images: pixel_values [N, patch_size**2 * 3] and positions [N, 2], their (x, y)."""
         return {
             "pixel_values": torch.cat([item["pixel_values"] for item in items]),
             "positions": torch.cat([self._positions(*item["grid"].tolist()) for item in items]),
@@ -100,10 +100,10 @@ class Gemma4UnifiedFrameProcessor(Gemma4FrameProcessor, Gemma4UnifiedImageProces
 
 @dataclass(frozen=True)
 class Gemma4UnifiedAudioProcessor:
-    """The `MediaProcessor` of 12B sounds. An item is {"waveforms": [rows, samples_per_row] float32 in [-1, 1]}."""
+    """The `MediaProcessor` of 12B sounds. An item is {"waveforms": [N, samples_per_soft_token] float32}."""
 
-    samples_per_row: int = 640
-    """Samples at 16 kHz of a soft token; the last one of a sound is filled up with zeros."""
+    samples_per_soft_token: int = 640
+    """Samples at 16 kHz, within [-1, 1], of a soft token; the last one of a sound is filled up with zeros."""
 
     modality = "audio"
     content_type = "audio"
@@ -118,7 +118,7 @@ class Gemma4UnifiedAudioProcessor:
         if header.sample_rate < 1 or header.samples < 1:
             raise ValueError(f"sound of {header.samples} samples at {header.sample_rate} Hz")
         samples = min(max(1, resampled_length(header.samples, header.sample_rate)), MAX_SAMPLES)
-        return -(-samples // self.samples_per_row)
+        return -(-samples // self.samples_per_soft_token)
 
     def cost(self, header: MediaHeader) -> float:
         """Soft tokens, each of which costs the same."""
@@ -129,15 +129,15 @@ class Gemma4UnifiedAudioProcessor:
         waveform = torch.from_numpy(read_waveform(data))
         if not len(waveform):
             raise ValueError("the sound is empty")
-        missing = -len(waveform) % self.samples_per_row
-        return {"waveforms": F.pad(waveform, (0, missing)).view(-1, self.samples_per_row)}
+        missing = -len(waveform) % self.samples_per_soft_token
+        return {"waveforms": F.pad(waveform, (0, missing)).view(-1, self.samples_per_soft_token)}
 
     def placeholder(self, header: MediaHeader) -> dict[str, Tensor]:
         """Silence of the length that `decode` would give."""
-        return {"waveforms": torch.zeros(self.soft_tokens(header), self.samples_per_row)}
+        return {"waveforms": torch.zeros(self.soft_tokens(header), self.samples_per_soft_token)}
 
     def collate(self, items: list[dict[str, Tensor]]) -> dict[str, Any]:
-        """Concatenate sounds into waveforms [rows, samples_per_row]."""
+        """Concatenate sounds into waveforms [soft tokens, samples_per_soft_token]."""
         return {"waveforms": torch.cat([item["waveforms"] for item in items])}
 
 

@@ -1,6 +1,6 @@
-"""Gemma 4 vision encoder: tower (`vision_tower`) and projector (`embed_vision`), tensor parallel, without padding.
+"""Gemma 4 vision encoder: tower (`vision_tower`) and projector (`embed_vision`), tensor-parallel, no padding.
 
-All images of a call are one concatenation of their patches, [P, D]; only attention looks at where images end. Numerical
+The patches of all images of a call are concatenated, [P, D]; only attention looks at where images end. Numerical
 reference: transformers' `Gemma4VisionModel` and `Gemma4MultimodalEmbedder`.
 """
 
@@ -10,7 +10,6 @@ from itertools import groupby
 from typing import Any, Literal, cast
 
 import torch
-from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.mappings import copy_to_tensor_model_parallel_region
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
@@ -19,18 +18,26 @@ from torch.nn import functional as F
 from torch.nn.attention.varlen import varlen_attn
 from torch.utils.checkpoint import checkpoint
 
-from mimo_gemma4.distributed.stages import Stage
+from mimo_gemma4.distributed.module_context import ModuleContext
 from mimo_gemma4.encoders.base import StagedEncoder
 from mimo_gemma4.encoders.gemma4_image import Gemma4FrameProcessor, Gemma4ImageProcessor
 from mimo_gemma4.encoders.gemma4_layers import ClippableLinear, RMSNorm, tower_config
 from mimo_gemma4.encoders.gemma4_vision_config import Gemma4VisionConfig
 from mimo_gemma4.errors import LayoutError
 from mimo_gemma4.media import MediaHeader
-from mimo_gemma4.weights.bindings import ONES, Binding, Constant, Normal, bind_replicated, branch_norm
+from mimo_gemma4.weights.bindings import (
+    ONES,
+    Binding,
+    Constant,
+    Normal,
+    bind_replicated,
+    qk_norm_init,
+    residual_norm_init,
+)
 
 
 class Gemma4VisionEncoder(StagedEncoder):
-    """Vision tower and projector of Gemma 4 E2B, E4B (clipped linears), 26B-A4B and 31B (standardised rows)."""
+    """Vision tower and projector of Gemma 4 E2B, E4B (clipped linears), 26B-A4B and 31B (standardised soft tokens)."""
 
     modality = "vision"
     architecture = "gemma4_vision"
@@ -38,39 +45,30 @@ class Gemma4VisionEncoder(StagedEncoder):
     frame_processor = Gemma4FrameProcessor
     only_first = frozenset({"pixel_values"})
 
-    def __init__(
-        self,
-        hf_config: dict[str, Any],
-        groups: ProcessGroupCollection,
-        *,
-        language_hidden: int,
-        dtype: torch.dtype,
-        device: torch.device,
-        stage: Stage,
-        activation_checkpointing: str = "none",
-    ):
+    def __init__(self, hf_config: dict[str, Any], context: ModuleContext):
         """Build it as `StagedEncoder` says.
 
         `activation_checkpointing="full"` recomputes every layer in backward; "selective" is as "none", because
         attention scores are never stored.
         """
-        super().__init__(hf_config, groups, language_hidden=language_hidden, dtype=dtype, device=device, stage=stage)
+        super().__init__(hf_config, context)
+        tp_group, dtype, stage = context.groups.tp, context.dtype, self.stage
         self.vision = Gemma4VisionConfig.from_config(hf_config)
-        self.language_hidden = language_hidden
-        self.recompute_layers = activation_checkpointing == "full"
+        self.language_hidden = context.language_hidden
+        self.recompute_layers = context.activation_checkpointing == "full"
         self.images = Gemma4ImageProcessor.from_config(hf_config)
         self.frames = Gemma4FrameProcessor.from_config(hf_config)
-        self.config = _transformer_config(self.vision, groups.tp.size(), dtype)
+        self.config = _transformer_config(self.vision, tp_group.size(), dtype)
         self.patch_embedder: PatchEmbedder | None = None
         self.pooler: Pooler | None = None
         self.projector: nn.Linear | None = None
-        with torch.device(device):
+        with torch.device(context.device):
             if stage.first:
                 self.patch_embedder = PatchEmbedder(self.vision, dtype)
-            self.layers = nn.ModuleList(VisionLayer(self.vision, self.config, groups.tp) for _ in stage.layers)
+            self.layers = nn.ModuleList(VisionLayer(self.vision, self.config, tp_group) for _ in stage.layers)
             if stage.last:
                 self.pooler = Pooler(self.vision, dtype)
-                self.projector = nn.Linear(self.vision.hidden_size, language_hidden, bias=False, dtype=dtype)
+                self.projector = nn.Linear(self.vision.hidden_size, self.language_hidden, bias=False, dtype=dtype)
 
     @classmethod
     def layer_costs(cls, hf_config: dict[str, Any], language_hidden: int) -> list[float]:
@@ -85,7 +83,7 @@ class Gemma4VisionEncoder(StagedEncoder):
         return costs
 
     def hidden_shape(self, inputs: Mapping[str, Any]) -> tuple[int, ...]:
-        """[P, D]: a line for each patch."""
+        """[P, D], P patches."""
         return len(inputs["positions"]), self.vision.hidden_size
 
     def forward(
@@ -94,14 +92,15 @@ class Gemma4VisionEncoder(StagedEncoder):
         positions: Tensor,
         lengths: list[int],
         boundaries: Tensor,
-        row_index: Tensor,
+        soft_token_order: Tensor,
         hidden: Tensor | None = None,
     ) -> Tensor:
         """Encode images as `Gemma4ImageProcessor.collate` gives them.
 
         pixel_values [P, patch_size**2 * 3] in [0, 1]; positions [P, 2], (x, y) of each patch; lengths, patches per
-        image (host), and boundaries [images + 1], their cumulative sums; row_index [rows] restores the items' order.
-        Returns [rows, language_hidden], equal on TP ranks; stages before the last hand on `hidden` [P, D].
+        image (host), and boundaries [images + 1], their cumulative sums; soft_token_order [soft tokens] restores the
+        items' order. Returns [soft tokens, language_hidden], equal on tensor-parallel ranks; stages before the last
+        return hidden states [P, D].
         """
         if self.patch_embedder is not None:
             hidden = self.patch_embedder(pixel_values, positions)  # [P, D]
@@ -115,8 +114,8 @@ class Gemma4VisionEncoder(StagedEncoder):
                 hidden = layer(hidden, rotary, images)
         if self.pooler is None or self.projector is None:
             return hidden
-        rows = self.pooler(hidden).index_select(0, row_index)  # [rows, D]
-        return self.projector(F.rms_norm(rows, rows.shape[-1:], eps=self.vision.rms_norm_eps))
+        pooled = self.pooler(hidden).index_select(0, soft_token_order)  # [P, D] → [soft tokens, D]
+        return self.projector(F.rms_norm(pooled, pooled.shape[-1:], eps=self.vision.rms_norm_eps))
 
     def flops(self, headers: Iterable[MediaHeader]) -> float:
         """Forward operations for images of these sizes: tower by `Gemma4ImageProcessor.cost`, and projector."""
@@ -150,7 +149,7 @@ class Gemma4VisionEncoder(StagedEncoder):
 
 
 def _transformer_config(vision: Gemma4VisionConfig, tp: int, dtype: torch.dtype) -> TransformerConfig:
-    """What megatron-core's linears, data parallelism and optimizer read. Raises `LayoutError`."""
+    """Configuration of megatron-core's linears, data parallelism and optimizer. Raises `LayoutError`."""
     for key in ("num_attention_heads", "num_key_value_heads", "intermediate_size"):
         if getattr(vision, key) % tp:
             raise LayoutError(f"layout.vision.tp={tp} does not divide vision_config.{key}={getattr(vision, key)}")
@@ -168,7 +167,7 @@ def _transformer_config(vision: Gemma4VisionConfig, tp: int, dtype: torch.dtype)
 
 
 class PatchEmbedder(nn.Module):
-    """Linear embedding of pixels plus learned x and y embeddings; replicated over tensor parallel ranks."""
+    """Linear embedding of pixels plus learned x and y embeddings; replicated over tensor-parallel ranks."""
 
     def __init__(self, vision: Gemma4VisionConfig, dtype: torch.dtype):
         """Allocate the projection [D, patch_size**2 * 3] and the tables [2, position_embedding_size, D]."""
@@ -186,7 +185,7 @@ class PatchEmbedder(nn.Module):
     def bindings(self, prefix: str, drawn: Normal) -> list[Binding]:
         """Bindings under `prefix`.
 
-        Random position tables are normal, not the ones of transformers' constructor: a constant would drown the pixels.
+        Random position tables are normal, unlike transformers', which are all ones: these would drown the pixels.
         """
         return [
             bind_replicated(f"{prefix}input_proj.weight", self.input_proj.weight, drawn),
@@ -205,7 +204,7 @@ class PackedImages:
 
 
 class VisionLayer(nn.Module):
-    """Attention and gated MLP, each between two norms, heads and MLP channels cut over the tensor parallel group."""
+    """Attention and gated MLP, each between two norms, heads and MLP channels cut over the tensor-parallel group."""
 
     def __init__(self, vision: Gemma4VisionConfig, config: TransformerConfig, tp_group: ProcessGroup):
         """Allocate this rank's part of the layer."""
@@ -225,8 +224,6 @@ class VisionLayer(nn.Module):
         self.q_proj, self.k_proj = linear("column", width, queries), linear("column", width, keys)
         self.v_proj, self.o_proj = linear("column", width, keys), linear("row", queries, width)
         self.q_norm, self.k_norm = norm(vision.head_dim), norm(vision.head_dim)
-        for head_norm in (self.q_norm, self.k_norm):  # shared by all heads, of which a rank sees its own
-            head_norm.weight.tp_gradient_partial = tp_group.size() > 1  # type: ignore[attr-defined]
         self.gate_proj = linear("column", width, vision.intermediate_size)
         self.up_proj = linear("column", width, vision.intermediate_size)
         self.down_proj = linear("row", vision.intermediate_size, width)
@@ -237,7 +234,7 @@ class VisionLayer(nn.Module):
         return hidden + self.post_feedforward_layernorm(self._mlp(self.pre_feedforward_layernorm(hidden)))
 
     def _attention(self, hidden: Tensor, rotary: tuple[Tensor, Tensor], images: PackedImages) -> Tensor:
-        # The gradients of q, k and v are summed over the group here, at once.
+        # Sums the input gradients of q, k and v over the group, all at once.
         hidden = copy_to_tensor_model_parallel_region(hidden, group=self.tp_group)
         query, key, value = (
             projection(hidden).unflatten(-1, (-1, self.vision.head_dim))  # [P, heads (local), head_dim]
@@ -259,15 +256,18 @@ class VisionLayer(nn.Module):
             bindings += getattr(self, name).bindings(f"{prefix}self_attn.{name}.", drawn)
         for name in ("gate_proj", "up_proj", "down_proj"):
             bindings += getattr(self, name).bindings(f"{prefix}mlp.{name}.", drawn)
-        # Scores are not divided by sqrt(head_dim): with these norms, those of random heads start with unit variance.
-        calm, quiet = Constant(self.vision.head_dim**-0.25), branch_norm(self.vision.num_hidden_layers)
-        for name in ("q_norm", "k_norm"):
-            bindings.append(bind_replicated(f"{prefix}self_attn.{name}.weight", getattr(self, name).weight, calm))
+        for name, norm in (("q_norm", self.q_norm), ("k_norm", self.k_norm)):
+            # One for all heads, of which every rank normalises its own.
+            initial = qk_norm_init(self.vision.head_dim)
+            bindings.append(
+                bind_replicated(f"{prefix}self_attn.{name}.weight", norm.weight, initial, gradient_sum=("tp",))
+            )
+        residual = residual_norm_init(self.vision.num_hidden_layers)
         for place, initial in (
             ("input", ONES),
-            ("post_attention", quiet),
+            ("post_attention", residual),
             ("pre_feedforward", ONES),
-            ("post_feedforward", quiet),
+            ("post_feedforward", residual),
         ):
             name = f"{place}_layernorm"
             bindings.append(bind_replicated(f"{prefix}{name}.weight", getattr(self, name).weight, initial))
@@ -283,16 +283,17 @@ class Pooler(nn.Module):
     def __init__(self, vision: Gemma4VisionConfig, dtype: torch.dtype):
         """Allocate the buffers of a standardising model."""
         super().__init__()
-        self.patches_per_row = vision.pooling_kernel_size**2
+        self.patches_per_soft_token = vision.pooling_kernel_size**2
         self.standardize = vision.standardize
         if vision.standardize:
             self.register_buffer("std_bias", torch.empty(vision.hidden_size, dtype=dtype))
             self.register_buffer("std_scale", torch.empty(vision.hidden_size, dtype=dtype))
 
     def forward(self, hidden: Tensor) -> Tensor:
-        """[P, D] → [rows, D]; the patches of a row are adjacent."""
+        """[P, D] → [soft tokens, D]; the patches of a soft token are adjacent."""
         width = hidden.shape[-1]
-        pooled = hidden.float().view(-1, self.patches_per_row, width).mean(dim=1).to(hidden.dtype).float() * width**0.5
+        patches = hidden.float().view(-1, self.patches_per_soft_token, width)  # [soft tokens, patches, D]
+        pooled = patches.mean(dim=1).to(hidden.dtype).float() * width**0.5
         if self.standardize:
             pooled = (pooled - self.std_bias.float()) * self.std_scale.float()
         return pooled.to(hidden.dtype)

@@ -30,7 +30,7 @@ class Gemma4VisionConfig:
     use_clipped_linears: bool = False
     """Whether the layers' linears clamp their inputs and outputs to bounds stored in the checkpoint (E2B, E4B)."""
     standardize: bool = False
-    """Whether pooled rows are shifted and scaled by vectors stored in the checkpoint (26B, 31B)."""
+    """Whether pooled soft tokens are shifted and scaled by vectors stored in the checkpoint (26B, 31B)."""
 
     @classmethod
     def from_config(cls, hf_config: dict[str, Any]) -> Self:

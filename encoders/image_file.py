@@ -6,10 +6,10 @@ from PIL import Image, ImageOps
 
 
 def read_image(data: bytes) -> Image.Image:
-    """The whole file decoded, turned upright (EXIF), laid on white where it is transparent, as RGB.
+    """Decode the whole file, turn it upright (EXIF), put transparent images on white, and convert to RGB.
 
-    Raises `OSError` or `ValueError` for a file that is truncated, damaged, no image, or so large when unpacked that
-    Pillow holds it for a decompression bomb (twice `PIL.Image.MAX_IMAGE_PIXELS`).
+    Raises `OSError` or `ValueError` for a file that is truncated, damaged, no image, or so large that Pillow takes it
+    for a decompression bomb (over twice `PIL.Image.MAX_IMAGE_PIXELS`).
     """
     try:
         with Image.open(io.BytesIO(data)) as file:

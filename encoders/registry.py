@@ -1,30 +1,31 @@
 """Finds the encoder and media processor of a model configuration among the files of this package.
 
 Every concrete `Encoder` subclass written in a file of this package is registered, under its `modality` and
-`architecture`; adding an encoder is adding a file.
+`architecture`; adding an encoder is adding a file. Other distributions register theirs by entry points of the group
+`mimo_gemma4.encoders`.
 """
 
 from typing import Any
 
-import torch
-from megatron.core.process_groups_config import ProcessGroupCollection
-
 from mimo_gemma4 import encoders
 from mimo_gemma4.discovery import classes_in
-from mimo_gemma4.distributed.stages import Stage, cut_evenly
+from mimo_gemma4.distributed.module_context import ModuleContext
 from mimo_gemma4.encoders.base import Encoder, StagedEncoder
 from mimo_gemma4.errors import ConfigError, LayoutError
 from mimo_gemma4.media import MediaProcessor
 
 
 def registered_encoders() -> dict[tuple[str, str], type[Encoder]]:
-    """All encoder classes of this package by (modality, architecture)."""
+    """All encoder classes, of this package and of entry points, by (modality, architecture).
+
+    Raises `ConfigError` where two have the same, and for an entry point that cannot be loaded.
+    """
     found: dict[tuple[str, str], type[Encoder]] = {}
-    for encoder in classes_in(encoders, Encoder):  # type: ignore[type-abstract]
+    for encoder in classes_in(encoders, Encoder):
         key = (encoder.modality, encoder.architecture)
-        if key in found:
-            raise ConfigError(f"two encoders are registered for {key}: {found[key]} and {encoder}; rename one")
-        found[key] = encoder
+        other = found.setdefault(key, encoder)
+        if other is not encoder:
+            raise ConfigError(f"two encoders are registered for {key}: {other} and {encoder}; rename one")
     return found
 
 
@@ -49,48 +50,15 @@ def encoder_class(modality: str, hf_config: dict[str, Any]) -> type[Encoder]:
     return known[modality, architecture]
 
 
-def build_encoder(
-    modality: str,
-    hf_config: dict[str, Any],
-    groups: ProcessGroupCollection,
-    *,
-    language_hidden: int,
-    dtype: torch.dtype,
-    device: torch.device,
-    activation_checkpointing: str = "none",
-    stage: int = 0,
-    stages: int = 1,
-) -> Encoder:
-    """Number `stage` of the encoder's `stages`, its weights not yet filled. Raises `ConfigError` or `LayoutError`."""
+def build_encoder(modality: str, hf_config: dict[str, Any], context: ModuleContext) -> Encoder:
+    """This rank's stage of the encoder, its weights not yet filled. Raises `ConfigError` or `LayoutError`."""
     found = encoder_class(modality, hf_config)
-    part: dict[str, Any] = {}
-    if issubclass(found, StagedEncoder):
-        part["stage"] = _cut(found, hf_config, language_hidden, stages)[stage]
-    elif stages > 1:
+    if context.pp_size > 1 and not issubclass(found, StagedEncoder):
         raise LayoutError(
-            f"`layout.{modality}.pp` is {stages}, but the encoder {found.architecture!r} cannot be cut into pipeline "
-            f"stages: set it to 1 and give its ranks to `layout.{modality}.tp` or to more lanes"
+            f"`layout.{modality}.pp` is {context.pp_size}, but the encoder {found.architecture!r} cannot be cut into "
+            f"pipeline stages: set it to 1 and give its ranks to `layout.{modality}.tp` or to more lanes"
         )
-    return found(
-        hf_config,
-        groups,
-        language_hidden=language_hidden,
-        dtype=dtype,
-        device=device,
-        activation_checkpointing=activation_checkpointing,
-        **part,
-    )
-
-
-def _cut(encoder: type[StagedEncoder], hf_config: dict[str, Any], language_hidden: int, stages: int) -> list[Stage]:
-    costs = encoder.layer_costs(hf_config, language_hidden)
-    if len(costs) < stages:
-        raise LayoutError(
-            f"`layout.{encoder.modality}.pp` is {stages}, but {encoder.modality}_config has {len(costs)} layers, and "
-            "every pipeline stage needs one: lower it"
-        )
-    bounds = cut_evenly(costs, stages)
-    return [Stage(range(*ends), len(costs)) for ends in zip(bounds, bounds[1:], strict=False)]
+    return found(hf_config, context)
 
 
 def build_processor(modality: str, hf_config: dict[str, Any]) -> MediaProcessor:
@@ -99,7 +67,7 @@ def build_processor(modality: str, hf_config: dict[str, Any]) -> MediaProcessor:
 
 
 def build_processors(modality: str, hf_config: dict[str, Any]) -> list[MediaProcessor]:
-    """That of `modality`, and the one for videos' frames where encoder and model have videos. Raises `ConfigError`."""
+    """The media processor of `modality`, and that for videos if encoder and model take them. Raises `ConfigError`."""
     frames = encoder_class(modality, hf_config).frame_processor
     if frames is None or hf_config.get("video_token_id") is None:
         return [build_processor(modality, hf_config)]

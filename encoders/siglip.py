@@ -1,6 +1,6 @@
-"""SigLIP in place of Gemma 4's own eyes: transformers' vision tower and an MLP projector, as an example of an encoder.
+"""SigLIP in place of Gemma 4's vision tower, as an example of an encoder: transformers' SigLIP and an MLP projector.
 
-Every image is resized to one square; each patch gives a row.
+Every image is resized to one square; each patch becomes a soft token.
 """
 
 from collections.abc import Iterable
@@ -9,13 +9,13 @@ from typing import Any, Self
 
 import numpy as np
 import torch
-from megatron.core.process_groups_config import ProcessGroupCollection
 from PIL import Image
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoModel, SiglipVisionConfig
 
 from mimo_gemma4.distributed.megatron_config import module_config
+from mimo_gemma4.distributed.module_context import ModuleContext
 from mimo_gemma4.encoders.base import Encoder
 from mimo_gemma4.encoders.image_file import read_image
 from mimo_gemma4.errors import LayoutError
@@ -42,7 +42,7 @@ class SiglipProcessor:
         return cls(vision["image_size"], vision["patch_size"])
 
     def soft_tokens(self, header: MediaHeader) -> int:
-        """One row a patch, whatever the image's size."""
+        """One per patch, whatever the image's size."""
         return (self.image_size // self.patch_size) ** 2
 
     def cost(self, header: MediaHeader) -> float:
@@ -70,35 +70,27 @@ class SiglipEncoder(Encoder):
     architecture = "siglip_vision_model"
     processor = SiglipProcessor
 
-    def __init__(
-        self,
-        hf_config: dict[str, Any],
-        groups: ProcessGroupCollection,
-        *,
-        language_hidden: int,
-        dtype: torch.dtype,
-        device: torch.device,
-        activation_checkpointing: str = "none",
-    ):
+    def __init__(self, hf_config: dict[str, Any], context: ModuleContext):
         """Build it as `Encoder` says; "full" recomputes the tower in backward, "selective" is as "none"."""
-        super().__init__(hf_config, groups, language_hidden=language_hidden, dtype=dtype, device=device)
-        if groups.tp.size() > 1:
-            raise LayoutError(f"layout.vision.tp={groups.tp.size()}: SigLIP is not cut; take tp: 1 and more lanes")
+        super().__init__(hf_config, context)
+        tp, dtype, hidden = context.groups.tp.size(), context.dtype, context.language_hidden
+        if tp > 1:
+            raise LayoutError(f"layout.vision.tp={tp}: SigLIP is not cut; take tp: 1 and more lanes")
         self.vision = SiglipVisionConfig(**{**hf_config["vision_config"], "vision_use_head": False})
         self.images = SiglipProcessor.from_config(hf_config)
         width = self.vision.hidden_size
         self.config = module_config(1, dtype, hidden_size=width)
-        with torch.device(device):
+        with torch.device(context.device):
             self.tower = AutoModel.from_config(self.vision, dtype=dtype, attn_implementation="sdpa")
             self.projector = nn.Sequential(
-                nn.Linear(width, language_hidden, dtype=dtype),
+                nn.Linear(width, hidden, dtype=dtype),
                 nn.GELU(),
-                nn.Linear(language_hidden, language_hidden, dtype=dtype),
+                nn.Linear(hidden, hidden, dtype=dtype),
             )
-        self.recompute_tower = activation_checkpointing == "full"
+        self.recompute_tower = context.activation_checkpointing == "full"
 
     def forward(self, pixels: Tensor) -> Tensor:
-        """[images, 3, image_size, image_size] uint8 → [rows, language_hidden]."""
+        """[images, 3, image_size, image_size] uint8 → [soft tokens, language_hidden]."""
         pixels = pixels.float() / 127.5 - 1
         if self.recompute_tower and torch.is_grad_enabled():
             hidden = checkpoint(self.tower, pixels, use_reentrant=False, preserve_rng_state=False).last_hidden_state

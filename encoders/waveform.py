@@ -8,13 +8,13 @@ import soundfile
 import soxr
 
 SAMPLE_RATE = 16_000
-"""Hz that sounds are resampled to."""
+"""Hz, after resampling."""
 MAX_SAMPLES = 30 * SAMPLE_RATE
-"""A longer sound is cut to its first 30 seconds."""
+"""Longer sounds are cut to their first 30 seconds."""
 _BLOCK = 65_536
-"""Samples of every channel that are read at once, so that many channels take no more memory than their mean."""
+"""Samples of every channel read at a time, so that many channels need little more memory than their mean."""
 _MARGIN_SECONDS = 0.1
-"""Read beyond the cut, so that resampling does not see an end there."""
+"""Read beyond the cut, so that resampling is not distorted by an end there."""
 
 
 def resampled_length(samples: int, sample_rate: int) -> int:

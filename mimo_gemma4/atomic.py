@@ -1,4 +1,4 @@
-"""Files and folders that exist whole or not at all."""
+"""Files and folders that are written completely or not at all."""
 
 import os
 import shutil
@@ -11,7 +11,7 @@ from mimo_gemma4.errors import CheckpointError
 
 
 def replace_file(path: Path, content: bytes | str) -> None:
-    """Write a file of which readers see the old content or all of the new one; text is UTF-8."""
+    """Replace a file so that readers see either all of its old content or all of its new; text is UTF-8."""
     partial = path.with_name(f".{path.name}.partial")
     partial.write_bytes(content.encode() if isinstance(content, str) else content)
     os.replace(partial, path)
@@ -19,7 +19,7 @@ def replace_file(path: Path, content: bytes | str) -> None:
 
 @contextmanager
 def new_folder(path: Path) -> Iterator[Path]:
-    """A hidden folder beside `path` to fill, which gets its name at the end, or is removed where the block fails.
+    """A hidden folder beside `path` to fill: renamed to `path` at the end, removed where the block fails.
 
     Raises `CheckpointError` where `path` exists or cannot be written.
     """
@@ -38,7 +38,7 @@ def new_folder(path: Path) -> Iterator[Path]:
     except OSError as error:
         raise CheckpointError(f"{path} cannot be written: {error}") from error
     finally:
-        shutil.rmtree(partial, ignore_errors=True)  # gone where it has got its name
+        shutil.rmtree(partial, ignore_errors=True)  # nothing is left to remove after the rename
     flush(path.parent)
 
 

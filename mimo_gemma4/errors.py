@@ -1,15 +1,17 @@
-"""Typed errors for mistakes a user can mend: each message says what is wrong, the values, and the key to change."""
+"""Typed errors for mistakes that a user can correct: messages name what is wrong, the values, and the key to change."""
 
 import os
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 PATIENCE = 10.0
-"""Seconds in which the first rank of a host has said what all its ranks have to say."""
+"""Seconds that the other ranks of a host wait for local rank 0 to report the error."""
 
 
 class MimoError(Exception):
-    """Base of every error that is the user's to mend (bugs raise `AssertionError` or whatever Python raises)."""
+    """Base of every error that a user can correct (bugs raise `AssertionError` or whatever Python raises)."""
 
 
 class ConfigError(MimoError):
@@ -32,11 +34,33 @@ class NumericsError(MimoError):
     """A loss or gradient is not finite; the message names the module and the step."""
 
 
-def tell(error: MimoError) -> None:
-    """Print what ended this rank, once a host: a file may be missing on one host alone.
+class MissingPackageError(MimoError):
+    """An optional package is not installed; the message names the package and how to install it."""
 
-    Ranks mostly fail alike, and torchrun ends the others as soon as one has left. So the first of a host speaks and
-    leaves, and another speaks only if it is still there after a while: then the first has not failed.
+
+@contextmanager
+def optional_import(package: str, *, extra: str, purpose: str) -> Iterator[None]:
+    """Put around the import of a package that not every installation has. Raises `MissingPackageError`.
+
+    Args:
+        package: name by which it is installed.
+        extra: extra of this project that installs it.
+        purpose: what needs it, for the error message.
+    """
+    try:
+        yield
+    except ImportError as error:
+        raise MissingPackageError(
+            f"{purpose} needs the package {package}, which cannot be imported ({error}): install it with "
+            f"`pip install 'mimo-gemma4[{extra}]'`"
+        ) from error
+
+
+def report_error(error: MimoError) -> None:
+    """Print the error that ends this rank, once per host: local rank 0 at once, others after `PATIENCE` seconds.
+
+    Ranks mostly fail with the same error, and torchrun ends the others as soon as one has exited. If a rank still runs
+    after that time, local rank 0 has not failed and the rank must print its error itself.
     """
     if os.environ.get("LOCAL_RANK", "0") != "0":
         time.sleep(PATIENCE)

@@ -1,9 +1,9 @@
-"""Useful floating point operations of the Gemma 4 text model for the sequences it really trained on.
+"""Useful floating point operations of the Gemma 4 text model for the sequences of a step.
 
-Counted: matrix products (two operations per multiply-add) and attention over the key positions that the causal mask or
-the window lets through. Not counted: embedding and per-layer-embedding look-ups, norms, activations, recomputation,
+Counted: matrix products (two operations per multiply-add) and attention over the keys that the causal mask or the
+window lets through. Not counted: embedding and per-layer-embedding look-ups, norms, activations, recomputation,
 padding, and the key/value projections that layers with shared keys and values do not have. Image groups that attend
-both ways are counted as causal. Of experts, those that a token goes to are counted, whichever rank computes them.
+both ways count as causal. A token's experts count, whichever rank computes them.
 """
 
 from collections.abc import Iterable, Sequence
@@ -11,11 +11,11 @@ from dataclasses import dataclass
 from typing import Protocol
 
 PEAK_TERAFLOPS = {"B300": 2250.0, "B200": 2250.0, "H200": 989.0, "H100": 989.0, "A100": 312.0}
-"""Dense bf16 peak of one GPU by what its name contains (vendor data sheets, no sparsity)."""
+"""Dense bf16 peak of one GPU, by a part of the device's name (vendor data sheets, no sparsity)."""
 
 
 class LayerShape(Protocol):
-    """What decides how much one decoder layer computes."""
+    """Sizes of a decoder layer that determine its operations."""
 
     @property
     def attention(self) -> str:
@@ -34,12 +34,12 @@ class LayerShape(Protocol):
 
     @property
     def owns_key_values(self) -> bool:
-        """False where the layer attends to an earlier layer's keys and values."""
+        """False if the layer uses an earlier layer's keys and values."""
         ...
 
     @property
     def has_value_projection(self) -> bool:
-        """False where the values are the raw keys."""
+        """False if the values are the raw keys."""
         ...
 
     @property
@@ -49,7 +49,7 @@ class LayerShape(Protocol):
 
 
 class TextShape(Protocol):
-    """What decides how much a text model computes, under the names of Hugging Face's `text_config`."""
+    """Sizes of a text model that determine its operations, by their names in Hugging Face's `text_config`."""
 
     @property
     def vocab_size(self) -> int:
@@ -73,7 +73,7 @@ class TextShape(Protocol):
 
     @property
     def sliding_window(self) -> int:
-        """Keys that a query of a sliding layer sees, itself included."""
+        """Keys that a query of a sliding layer sees, including its own."""
         ...
 
     @property
@@ -121,7 +121,7 @@ class TextFlops:
 
 
 def text_flops(text: TextShape, lengths: Iterable[int]) -> TextFlops:
-    """Operations for sequences of these lengths (tokens), each of which attends only to itself, packed or not."""
+    """Operations for sequences, packed or not, of these lengths in tokens; each attends only to itself."""
     lengths = list(lengths)
     tokens = sum(lengths)
     pairs_full = sum(causal_pairs(length, length) for length in lengths)
@@ -139,7 +139,7 @@ def text_flops(text: TextShape, lengths: Iterable[int]) -> TextFlops:
 
 
 def linear_parameters(text: TextShape) -> int:
-    """Elements of the weight matrices that every token is multiplied with, the output head excluded."""
+    """Elements of the weight matrices that multiply every token, without the output head."""
     return sum(_layer_parameters(text, layer) for layer in text.layers)
 
 
@@ -168,11 +168,11 @@ def _layer_parameters(text: TextShape, layer: LayerShape) -> int:
 
 
 def peak_flops(device_name: str) -> float | None:
-    """Dense bf16 peak in operations per second of a device, or None where it is not known (CPUs)."""
+    """Dense bf16 peak in operations per second of a device, or None if it is not known (CPUs)."""
     return next((peak * 1e12 for name, peak in PEAK_TERAFLOPS.items() if name in device_name), None)
 
 
 def causal_pairs(length: int, window: int) -> int:
-    """(query, key) pairs of a causal sequence whose queries see at most `window` keys, themselves included."""
+    """(query, key) pairs of a causal sequence whose queries see at most `window` keys, including their own."""
     seen = min(length, window)
     return seen * (seen + 1) // 2 + (length - seen) * window

@@ -1,17 +1,16 @@
-"""The one place that knows how a sequence is cut over context parallel and sequence parallel ranks.
+"""The one place that knows how a sequence is cut over context-parallel and sequence-parallel ranks.
 
 Context parallelism (CP) cuts every tensor along the sequence, in one of two layouts:
 
 - `zigzag`: the sequence, or each padded segment of a THD pack, is cut into `2 * cp` chunks and rank `r` holds chunks
   `r` and `2 * cp - 1 - r`, in that order, so that causal attention costs every rank the same;
-- `contiguous`: rank `r` holds the `r`-th of `cp` equal parts of the sequence, or of the whole pack, so that short
-  segments mostly lie on one rank and need no keys of another.
+- `contiguous`: rank `r` holds the `r`-th of `cp` equal parts of the sequence, or of the whole pack, so that most short
+  segments lie on one rank and need no keys from another.
 
-Sequence parallelism (SP) then scatters the embeddings' local sequence contiguously over the tensor parallel ranks;
-labels and loss masks are never SP-scattered, because the loss runs after the gather.
+Sequence parallelism (SP) then scatters the embeddings of the local tokens contiguously over the tensor-parallel ranks.
+Labels and loss masks are never scattered, because the loss runs after the gather.
 
-The bridge, the data pipeline and the splice ask `token_index` (or, for another rank, `cp_token_index`) instead of
-cutting anything themselves.
+Everything else asks `token_index`, or `cp_token_index` for other ranks, which tokens are whose.
 """
 
 import math
@@ -26,29 +25,29 @@ from megatron.core.packed_seq_params import PackedSeqParams
 from mimo_gemma4.errors import LayoutError
 
 CpLayout = Literal["zigzag", "contiguous"]
-"""How context parallel ranks share a sequence."""
+"""How context-parallel ranks share a sequence."""
 
 
 @dataclass(frozen=True)
 class PartitionConfig:
-    """What the adapter must know of the language module's grid."""
+    """What the adapter needs to know about the language module's grid."""
 
     sequence_parallel: bool
     """Whether the embeddings are also scattered over `tp_group`."""
     tp_group: dist.ProcessGroup | None
-    """Tensor parallel group; None stands for a single rank."""
+    """Tensor-parallel group; None stands for a single rank."""
     cp_group: dist.ProcessGroup | None
-    """Context parallel group; None stands for a single rank."""
+    """Context-parallel group; None stands for a single rank."""
     max_seq_len: int
-    """`data.seq_length`: the only sequence length that `tp_comm_overlap` buffers are sized for."""
+    """`data.seq_length`: the only sequence length that fits the buffers of `tp_comm_overlap`."""
     tp_comm_overlap: bool = False
-    """Whether Transformer Engine's userbuffers overlap tensor parallel communication."""
+    """Whether Transformer Engine's userbuffers overlap tensor-parallel communication."""
     kv_format: Literal["sbhd", "thd"] = "sbhd"
-    """`sbhd` for padded `[S, B, H]` batches, `thd` for packs with one row and `PackedSeqParams`."""
+    """`sbhd` for padded batches [S, B, H], `thd` for packs: one sequence with `PackedSeqParams`."""
 
     @property
     def cp_size(self) -> int:
-        """Number of context parallel ranks."""
+        """Number of context-parallel ranks."""
         return 1 if self.cp_group is None else self.cp_group.size()
 
     @property
@@ -79,14 +78,14 @@ def cp_token_index(
     segment_starts: Sequence[int] | None = None,
     layout: CpLayout = "zigzag",
 ) -> torch.Tensor:
-    """Global positions that a context parallel rank holds, in its local order.
+    """Global positions that a context-parallel rank holds, in its local order.
 
     Args:
         seq_len: length S of the whole sequence, or of the whole pack.
-        cp_size: number of context parallel ranks.
-        cp_rank: the rank asked for.
+        cp_size: number of context-parallel ranks.
+        cp_rank: number of the rank among them.
         segment_starts: cumulative padded segment lengths of a THD pack, from 0 to S; None for one sequence.
-        layout: how ranks share the sequence.
+        layout: how the ranks share the sequence.
 
     Returns:
         LongTensor [S / cp] on the host.
@@ -105,10 +104,10 @@ def cp_token_index(
 
 
 class PartitionAdapter:
-    """Cuts the language module's inputs for this rank's context and sequence parallel coordinates."""
+    """Cuts the inputs of the language module for this rank's context-parallel and sequence-parallel coordinates."""
 
     def __init__(self, config: PartitionConfig):
-        """Keep the configuration; groups are used as given and never looked up elsewhere."""
+        """Use the groups of `config`; no other is looked up."""
         self.config = config
 
     def token_index(
@@ -119,11 +118,15 @@ class PartitionAdapter:
     ) -> torch.Tensor:
         """The global positions that this CP rank holds, in its local order: LongTensor [S / cp] on the host.
 
-        A pack is told by its `PackedSeqParams` (boundaries best on the host: reading them from a GPU waits for it) or
-        by the boundaries alone, cumulative padded segment lengths from 0 to `seq_len`.
+        Args:
+            seq_len: length S of the whole sequence, or of the whole pack.
+            packed_seq_params: of a pack, its `PackedSeqParams` (with boundaries on the host: reading them from a GPU
+                waits for it), or its boundaries alone: cumulative padded segment lengths from 0 to `seq_len`.
+            layout: how context-parallel ranks share the sequence.
 
         Raises:
-            LayoutError: the sequence, or a segment of the pack, cannot be cut evenly.
+            LayoutError: the sequence, or a segment of the pack, cannot be cut evenly, or does not fit
+                `tp_comm_overlap`.
         """
         starts = self._segment_starts(packed_seq_params)
         if starts is None:
@@ -134,7 +137,7 @@ class PartitionAdapter:
         return cp_token_index(seq_len, self.config.cp_size, rank, starts, layout)
 
     def cut(self, tokens: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
-        """Labels, loss mask, token ids, position ids or group ids [B, S] → [B, S/cp] (local), by `token_index`."""
+        """Labels, loss mask, token ids, position ids or group ids [B, S] → [B, S/cp] (local), at `token_index`."""
         return tokens if self.config.cp_size == 1 else tokens.index_select(1, index)
 
     def shard(
@@ -147,16 +150,19 @@ class PartitionAdapter:
     ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None, PackedSeqParams | None]:
         """Cut whole tensors to this rank's part; differentiable and bit-exact in backward.
 
+        For callers that hold the embeddings of whole sequences. Training does not call it: no rank puts a whole
+        sequence together there; each cuts ids and labels by `token_index` and embeds its own tokens only.
+
         Args:
             embeddings: [S, B, H], or None on pipeline stages other than the first.
             labels: [B, S] or None.
             loss_mask: [B, S] or None.
             packed_seq_params: segment boundaries of a THD pack (then B is 1), or None.
-            layout: how context parallel ranks share the sequence.
+            layout: how context-parallel ranks share the sequence.
 
         Returns:
             embeddings [S/(cp*tp), B, H] (local), labels and loss_mask [B, S/cp] (local), and `packed_seq_params` as
-            given, with its global boundaries. Without CP and SP everything is returned unchanged, uncopied.
+            given, with its global boundaries. Without CP and SP everything is returned unchanged, not copied.
 
         Raises:
             LayoutError: a length cannot be cut evenly, or does not fit `tp_comm_overlap`.
@@ -182,12 +188,12 @@ class PartitionAdapter:
             labels = None if labels is None else self.cut(labels, index)
             loss_mask = None if loss_mask is None else self.cut(loss_mask, index)
         if self.config.tp_size > 1 and embeddings is not None:
-            embeddings = _ScatterRows.apply(embeddings, self.config.tp_group)
+            embeddings = _Scatter.apply(embeddings, self.config.tp_group)
         return embeddings, labels, loss_mask
 
     def _common_length(self, *tensors: torch.Tensor | None) -> int | None:
-        embeddings, *rows = tensors
-        lengths = ([] if embeddings is None else [embeddings.shape[0]]) + [t.shape[1] for t in rows if t is not None]
+        embeddings, *others = tensors
+        lengths = ([] if embeddings is None else [embeddings.shape[0]]) + [t.shape[1] for t in others if t is not None]
         if len(set(lengths)) > 1:
             raise LayoutError(f"embeddings [S, B, H], labels and loss_mask [B, S] disagree on S: {lengths}")
         return lengths[0] if lengths else None
@@ -246,13 +252,13 @@ class PartitionAdapter:
         self._check_overlap(seq_len)
 
 
-class _ScatterRows(torch.autograd.Function):
-    """Keep this rank's contiguous share of dim 0; the backward gathers all ranks' gradients, moving bits only."""
+class _Scatter(torch.autograd.Function):
+    """Keep this rank's contiguous share of dimension 0; the backward pass gathers all ranks' gradients bit for bit."""
 
     @staticmethod
-    def forward(ctx: Any, rows: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
+    def forward(ctx: Any, whole: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
         ctx.group = group
-        return rows.chunk(group.size())[group.rank()].clone()
+        return whole.chunk(group.size())[group.rank()].clone()
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None]:

@@ -2,9 +2,9 @@
 
 Run with:  python -m mimo_gemma4.timeline RUN_DIR [--step N] [--out timeline.png]
 
-It reads what `profile.steps` made every rank write (docs/profile.md). Where a trace holds kernels of a GPU, an action
-lasts from the beginning of the first kernel that it launched to the end of the last one, and waits are kernels, too:
-what the host did meanwhile does not count. Otherwise an action lasts as long as the host worked on it.
+It reads the traces that every rank wrote for `profile.steps` (docs/profile.md). In a trace with GPU kernels an action
+lasts from the begin of the first kernel that it launched to the end of the last one, and waits are kernels, too: the
+host's time does not count. Without kernels an action lasts as long as the host worked on it.
 """
 
 import argparse
@@ -17,18 +17,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mimo_gemma4.errors import ConfigError, DataError, MimoError
+from mimo_gemma4.errors import ConfigError, DataError, MimoError, optional_import
 from mimo_gemma4.train.profiling import FOLDER, SpanName
 
-WAITS = ("send", "recv", "post", "load", "agree", "reduce")
-"""First words of the actions that move something or wait for it; all others compute."""
+WAITS = ("send", "recv", "post", "load", "reduce")
+"""First words of the actions that transfer or wait; all others compute."""
 COMPUTES = {
     "encode": "encode",
     "backward": "backward",
     "encoder_backward": "backward",
     "optimizer_step": "optimizer",
 }
-"""Kind of the actions that compute and are no forward pass."""
+"""Kind of the actions that compute but are not a forward pass."""
 SHADES = {"encode": 0.0, "forward": 0.0, "backward": 0.35, "optimizer": 0.65}
 """How much darker than the module's colour a kind is drawn."""
 KINDS = tuple(SHADES)
@@ -71,7 +71,7 @@ class RankStep:
     bars: list[Bar]
 
     def shares(self) -> dict[str, float]:
-        """Shares of the step: what computes, by kind and as `busy`; `wait`, all else; `hidden`, transfers beside it."""
+        """Shares of the step: computing by kind and in sum (`busy`), the rest (`wait`), hidden transfers (`hidden`)."""
         spans = {
             kind: _union((bar.begin, bar.end) for bar in self.bars if bar.kind == kind) for kind in (*KINDS, "wait")
         }
@@ -85,18 +85,17 @@ class RankStep:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Draw and tell; the exit code is 1 where there is nothing to draw."""
-    parser = command_parser()
-    options = parser.parse_args(arguments)
+    """Print the table, then draw the picture; the exit code is 1 where one of them cannot be made."""
+    options = command_parser().parse_args(arguments)
     try:
         traces = read_traces(options.run_dir / FOLDER)
         step, ranks = select_step(traces, options.step)
+        print(table(step, ranks))
+        out = options.out or options.run_dir / FOLDER / f"timeline-{step}.png"
+        draw(step, ranks, out)
     except MimoError as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         return 1
-    out = options.out or options.run_dir / FOLDER / f"timeline-{step}.png"
-    draw(step, ranks, out)
-    print(table(step, ranks))
     print(out)
     return 0
 
@@ -169,10 +168,10 @@ def rank_steps(trace: dict[str, Any]) -> dict[int, RankStep]:
 
 
 def _kernels(events: Iterable[dict[str, Any]]) -> list[tuple[float, Interval]]:
-    """When the host launched, and when the device ran, each kernel and copy, in the order of launching.
+    """When the host launched and the device ran each kernel and copy, in the order of launching.
 
-    An annotation on the device (`gpu_user_annotation`) would leave out the backward pass: it knows the kernels that its
-    own thread launched, and autograd works in another.
+    Annotations on the device (`gpu_user_annotation`) would miss the backward pass: they only cover kernels that their
+    own thread launched, and autograd runs in another.
     """
     launches, ran = {}, []
     for event in events:
@@ -187,7 +186,7 @@ def _kernels(events: Iterable[dict[str, Any]]) -> list[tuple[float, Interval]]:
 
 
 def _extent(kernels: Sequence[tuple[float, Interval]], on_host: Interval) -> Interval | None:
-    """From the begin of the first to the end of the last kernel that was launched in a time of the host."""
+    """From the begin of the first to the end of the last kernel that was launched in an interval of the host's time."""
     first, last = (bisect_right(kernels, moment, key=lambda kernel: kernel[0]) for moment in on_host)
     ran = [interval for _, interval in kernels[first:last]]
     return (min(begin for begin, _ in ran), max(end for _, end in ran)) if ran else None
@@ -213,9 +212,9 @@ def _length(intervals: Iterable[Interval]) -> float:
 
 
 def table(step: int, ranks: Sequence[RankStep]) -> str:
-    """Shares of the step by rank, for a terminal.
+    """Shares of the step by rank (`RankStep.shares`), as lines for a terminal.
 
-    `busy` computes, by kind behind it; `wait` is all else. `hidden` transfers ran beside what computed.
+    `busy` is the sum of the kinds after it, `wait` is all else; `hidden` are transfers while the rank computed.
     """
     seconds = max(part.end for part in ranks) - min(part.begin for part in ranks)
     columns = ("busy", *KINDS, "wait", "hidden")
@@ -228,10 +227,14 @@ def table(step: int, ranks: Sequence[RankStep]) -> str:
 
 
 def draw(step: int, ranks: Sequence[RankStep], path: Path) -> None:
-    """A row for every rank: above what computes, with the number of its microbatch, below transfers and waits."""
-    from matplotlib.colors import to_rgb
-    from matplotlib.figure import Figure
-    from matplotlib.patches import Patch
+    """A row for every rank: computing above, with the microbatch's number, transfers and waits below.
+
+    Raises `MissingPackageError`.
+    """
+    with optional_import("matplotlib", extra="plots", purpose="drawing the timeline"):
+        from matplotlib.colors import to_rgb
+        from matplotlib.figure import Figure
+        from matplotlib.patches import Patch
 
     modules = list(dict.fromkeys(bar.name.module for part in ranks for bar in part.bars if bar.kind != "wait"))
     colours = {

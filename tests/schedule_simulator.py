@@ -36,7 +36,7 @@ class Disorder(Exception):
 
 @dataclass
 class World:
-    """A step on a layout, and which pairs of ranks exchange rows in which round of which edge."""
+    """A step on a layout, and which pairs of ranks exchange soft tokens of which microbatch over which edge."""
 
     layout: Layout
     manifest: StepManifest
@@ -46,11 +46,12 @@ class World:
     observed: bool = False
     experts: bool = False
     """Whether lanes share experts, so that their passes are one collective."""
-    rows: dict[tuple[str, int], list[Message]] = field(default_factory=dict)
-    """(module, round) → pairs (module's rank, language rank) that an encoder's rows, or the gradients of what a decoder
-    was given, travel between."""
-    owners: dict[tuple[str, int], list[Message]] = field(default_factory=dict)
-    """The same for what language ranks send, gradients of rows and states: at most those pairs, the other way round."""
+    to_language: dict[tuple[str, int], list[Message]] = field(default_factory=dict)
+    """(module, microbatch) → pairs (module's rank, language rank) that an encoder's soft tokens, or the gradients of a
+    decoder's states, travel between."""
+    to_module: dict[tuple[str, int], list[Message]] = field(default_factory=dict)
+    """The same for what language ranks send, gradients of soft tokens, and states: at most those pairs, turned
+    round."""
 
     def plans(self) -> list[list[Action]]:
         return [
@@ -89,7 +90,7 @@ class World:
         return grid.rank_at(tp=at.tp, cp=at.cp, dp=at.dp, pp=at.pp + step)
 
     def works(self, module: str, rank: int, number: int) -> bool:
-        """Whether a module's lane, of which a rank holds a stage, has work in a round."""
+        """Whether a module's lane, of which a rank holds a stage, has work in a microbatch."""
         lane = self.places[module, rank].dp
         if module == LANGUAGE:
             return self.manifest.microbatch(lane, number).sequences > 0
@@ -107,11 +108,11 @@ class World:
         return rank in grid.stage_ranks(grid.pp - 1), rank in self.layout.language.stage_ranks(0)
 
     def encodes(self, encoder: str, rank: int, number: int) -> bool:
-        """Whether a rank has rows to send."""
+        """Whether a rank has soft tokens to send."""
         return self.ends(encoder, rank)[0] and self.works(encoder, rank, number)
 
     def awaits(self, encoder: str, rank: int, number: int) -> bool:
-        """Whether a rank's lane has rows to receive."""
+        """Whether a rank's lane has soft tokens to receive."""
         language = self.layout.language
         lane = self.places[LANGUAGE, rank].dp if rank in language.stage_ranks(0) else None
         return lane is not None and bool(self.manifest.items_of_lane(encoder, number, lane))
@@ -144,7 +145,7 @@ class World:
             return None
         if what not in ("forward", "backward"):
             to_language = what in ("soft_tokens", "state_gradients")
-            pairs = (self.rows if to_language else self.owners).get((action.module, action.microbatch), [])
+            pairs = (self.to_language if to_language else self.to_module).get((action.module, action.microbatch), [])
             return (what, action.module), {pair for pair in pairs if rank in pair}
         peer = self.neighbour(action.module, rank, 1 if sends == (what == "forward") else -1)
         return (what, action.module), {(rank, peer) if sends else (peer, rank)}

@@ -66,44 +66,44 @@ def make_manifest(
     microbatches, media = [], []
     for lane in range(lanes):
         for number in range(count):
-            rows = 0 if choose.random() < gaps else 1
+            sequences = 0 if choose.random() < gaps else 1
             sample = PlannedSample(0, 0, lane, number, 0, 0, 8, 8)
-            microbatches.append(Microbatch(lane, number, rows, 8 * rows, (sample,) * rows))
+            microbatches.append(Microbatch(lane, number, sequences, 8 * sequences, (sample,) * sequences))
             for name, module_lanes in encoder_lanes.items():
-                for module_lane in range(module_lanes if rows else 0):
+                for module_lane in range(module_lanes if sequences else 0):
                     if choose.random() < 1.0 - gaps:
                         media.append(PlannedMedia(name, 0, 0, 0, 2, lane, number, 0, 0, module_lane, 0))
     return StepManifest(0, count, tuple(microbatches), tuple(media))
 
 
 def connect(world: World, name: str, choose: random.Random | None = None) -> None:
-    """Have the ranks of each media item's two lanes exchange its rows, and their gradients: all, or some by chance."""
+    """Have the ranks of each item's two lanes exchange its soft tokens and their gradients: all, or some by chance."""
 
     def chosen(share: float) -> bool:
         return choose is None or choose.random() < share
 
     source, target, stage = world.layout.grids[name], world.layout.language, world.layout.language_stage(name)
-    for planned in world.manifest.media:
-        if planned.module != name:
+    for item in world.manifest.media:
+        if item.module != name:
             continue
         pairs = [
             (
-                source.rank_at(tp=source_tp, dp=planned.module_lane, pp=source.pp - 1),
-                target.rank_at(tp=tp, cp=cp, dp=planned.lane, pp=stage),
+                source.rank_at(tp=source_tp, dp=item.module_lane, pp=source.pp - 1),
+                target.rank_at(tp=tp, cp=cp, dp=item.lane, pp=stage),
             )
             for source_tp in range(source.tp)
             for tp in range(target.tp)
             for cp in range(target.cp)
         ]
         pairs = [pair for pair in pairs if pair[0] != pair[1] and chosen(0.8)]
-        rows = world.rows.setdefault((name, planned.microbatch), [])
-        owners = world.owners.setdefault((name, planned.microbatch), [])
-        rows += [pair for pair in pairs if pair not in rows]
-        owners += [(t, s) for s, t in pairs if chosen(0.7) and (t, s) not in owners]
+        to_language = world.to_language.setdefault((name, item.microbatch), [])
+        to_module = world.to_module.setdefault((name, item.microbatch), [])
+        to_language += [pair for pair in pairs if pair not in to_language]
+        to_module += [(t, s) for s, t in pairs if chosen(0.7) and (t, s) not in to_module]
 
 
 def pipeline(stages: int, count: int, encoder_stages: int = 1, **encoders: int) -> World:
-    """One lane of `stages` ranks behind encoders which may run ahead so far, and media for all of them in every round.
+    """One lane of `stages` ranks behind encoders which may run ahead so far, with media for all in every microbatch.
 
     Each encoder has as many ranks, one for each of its stages.
     """
@@ -118,7 +118,7 @@ def pipeline(stages: int, count: int, encoder_stages: int = 1, **encoders: int) 
 
 
 def colocated(stages: int, count: int, run_ahead: int) -> World:
-    """One lane of `stages` ranks, each of which also holds all of an encoder with an item in every round."""
+    """One lane of `stages` ranks, each of which also holds all of an encoder with an item in every microbatch."""
     modules = {"vision": ModuleLayout(), LANGUAGE: ModuleLayout(pp=stages)}
     layout = build_layout(LayoutConfig(modules, placement="colocated"), stages)
     manifest = make_manifest(random.Random(0), count, 1, {"vision": stages}, gaps=0.0)
@@ -128,7 +128,7 @@ def colocated(stages: int, count: int, run_ahead: int) -> World:
 
 
 def with_decoder(world: World, own_rank: bool) -> World:
-    """`world`, and a decoder of a rank, its own or that of the last stage, which reads every round's media."""
+    """`world`, and a decoder of a rank, its own or that of the last stage, which reads every microbatch's media."""
     rank = world.layout.world_size if own_rank else world.layout.language.ranks[-1]
     decoder = replace(world.layout.grids["vision"], name="pixels", ranks=(rank,), pp=1, reads="vision")
     layout = replace(
@@ -136,7 +136,10 @@ def with_decoder(world: World, own_rank: bool) -> World:
     )
     media = tuple(replace(item, module="pixels") for item in world.manifest.media)
     manifest = replace(world.manifest, media=world.manifest.media + media)
-    trained_from, rows, owners = world.trained_from | {"pixels": 0}, dict(world.rows), dict(world.owners)
-    world = replace(world, layout=layout, manifest=manifest, trained_from=trained_from, rows=rows, owners=owners)
+    trained_from = world.trained_from | {"pixels": 0}
+    to_language, to_module = dict(world.to_language), dict(world.to_module)
+    world = replace(
+        world, layout=layout, manifest=manifest, trained_from=trained_from, to_language=to_language, to_module=to_module
+    )
     connect(world, "pixels")
     return world

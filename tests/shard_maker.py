@@ -106,6 +106,14 @@ def chat(question: str, answer: str, *media: str) -> bytes:
     return json.dumps({"messages": messages}).encode()
 
 
+def text_of(message: dict[str, Any]) -> str:
+    """The text of a message, its text parts joined."""
+    content = message["content"]
+    if isinstance(content, str):
+        return content
+    return "".join(part["text"] for part in content if part["type"] == "text")
+
+
 def write_shard(path: Path, members: dict[str, bytes]) -> Path:
     """A tar of the members, in order."""
     with tarfile.open(path, "w") as tar:

@@ -1,4 +1,4 @@
-"""Axis-aligned boxes of tensor indices: how a run of flattened elements, a binding and a stored slice meet."""
+"""Axis-aligned boxes of tensor indices, to compare runs of flattened elements, bindings and stored slices."""
 
 import math
 
@@ -14,13 +14,13 @@ def size(box: Box) -> int:
 
 
 def intersect(one: Box, other: Box) -> Box | None:
-    """What two boxes of the same tensor have in common; None where that is nothing."""
+    """The common box of two boxes of the same tensor; None where they do not overlap."""
     common = tuple(slice(max(a.start, b.start), min(a.stop, b.stop)) for a, b in zip(one, other, strict=True))
     return None if any(cut.start >= cut.stop for cut in common) else common
 
 
 def translate(box: Box, source: Box, target: Box | None = None) -> Box:
-    """`box`, part of `source`, at the same place in `target`; without a target, relative to the start of `source`."""
+    """`box`, a part of `source`, at the same place in `target`; without `target`, relative to the start of `source`."""
     shifts = [(0 if target is None else target[i].start) - cut.start for i, cut in enumerate(source)]
     return tuple(slice(cut.start + shift, cut.stop + shift) for cut, shift in zip(box, shifts, strict=True))
 
@@ -28,8 +28,8 @@ def translate(box: Box, source: Box, target: Box | None = None) -> Box:
 def rectangles(shape: tuple[int, ...], start: int, end: int) -> list[Box]:
     """The elements `[start, end)` of a row-major tensor as boxes, at most 2 * dimensions - 1, in order.
 
-    A run begins in the middle of a row, goes over whole rows, and ends in the middle of one; the same holds inside
-    the first and the last row. Each box is contiguous in the flattened tensor.
+    A run begins in the middle of a row, covers whole rows, and ends in the middle of a row; its parts of the first and
+    the last row are runs in turn. Each box is contiguous in the flattened tensor.
     """
     if start >= end:
         return []

@@ -1,6 +1,6 @@
-"""What a checkpoint folder holds: finding complete ones, checking them, and reading boxes of Hugging Face tensors.
+"""Checkpoint folders: finding complete ones, checking them, and reading boxes of Hugging Face tensors.
 
-Tensors are named `<module>.<kind>.<Hugging Face name>@<offsets>` (see `checkpoint.py`). A checkpoint that was converted
+Tensors are named `<module>.<kind>.<Hugging Face name>@<offsets>` (see `save_load.py`). A checkpoint that was converted
 from a Hugging Face directory has weights alone, which belong to no module yet: `weight.<Hugging Face name>@<offsets>`.
 """
 
@@ -31,9 +31,9 @@ def entry_name(key: str, offsets: Iterable[int]) -> str:
 
 
 def read_marker(path: Path) -> dict[str, Any] | str:
-    """The marker of a complete checkpoint, or in words why the folder is none."""
+    """The marker of a complete checkpoint, or a text that says why the folder is none."""
     try:
-        marker = json.loads((path / MARKER).read_text(encoding="utf-8"))
+        marker: dict[str, Any] = json.loads((path / MARKER).read_text(encoding="utf-8"))
     except FileNotFoundError:
         return f"it has no {MARKER}, so its writing was never finished" if path.is_dir() else "there is no such folder"
     except (OSError, ValueError) as error:
@@ -54,8 +54,8 @@ def complete(folder: Path) -> list[Path]:
 
 
 def serial(path: Path) -> int:
-    """Number of a complete checkpoint in the order of writing."""
-    return json.loads((path / MARKER).read_text(encoding="utf-8"))["serial"]
+    """Position of a complete checkpoint in the order of writing, from 1."""
+    return int(json.loads((path / MARKER).read_text(encoding="utf-8"))["serial"])
 
 
 def latest(folder: Path) -> Path | None:
@@ -79,7 +79,7 @@ def locate(path: Path) -> Path:
 
 
 def verify(path: Path, files: Mapping[str, Mapping[str, Any]]) -> None:
-    """Raise `CheckpointError` where a file of the checkpoint is not the one that was written."""
+    """Raise `CheckpointError` where the sha256 of a file is not the one in the marker."""
     with ThreadPoolExecutor() as pool:
         found = dict(zip(files, pool.map(lambda name: digest(path / name), files), strict=True))
     for name, entry in files.items():
@@ -98,10 +98,11 @@ def digest(path: Path) -> str:
 
 @dataclass(frozen=True)
 class StoredBox:
-    """A part of a tensor as a file holds it."""
+    """A box of a tensor in a file."""
 
     box: Box
     entry: str
+    """Its name in the file."""
     file: TensorFile
 
 
@@ -130,17 +131,17 @@ class CheckpointFiles:
         return {match["name"]: key for key, match in matches.items() if match and match["kind"] == kind}
 
     def entry(self, key: str) -> TensorEntry:
-        """Element type and whole shape of what `key` stands for."""
+        """Element type and shape of the whole tensor `key`."""
         stored = self.boxes[key][0]
         return TensorEntry(stored.file.entries[stored.entry].dtype, self.shapes[key])
 
     def lacking(self, key: str, box: Box) -> int:
-        """How many elements of `box` no file holds."""
-        return size(box) - sum(size(common) for common, _ in self._meeting(key, box))
+        """Number of elements of `box` that no file holds."""
+        return size(box) - sum(size(common) for common, _ in self._overlaps(key, box))
 
     def read(self, key: str, box: Box, target: Tensor) -> None:
-        """Copy `box` of the tensor into `target`, of the box's sizes, reading no more than that."""
-        for common, stored in self._meeting(key, box):
+        """Copy `box` of the tensor into `target`, which has the box's sizes; reads nothing else."""
+        for common, stored in self._overlaps(key, box):
             handle = self._handle(stored.file.path).get_slice(stored.entry)
             value = handle[translate(common, stored.box)] if common else handle[...]
             target[translate(common, box)].copy_(value)
@@ -166,7 +167,8 @@ class CheckpointFiles:
             self._handles[path] = safe_open(path, framework="pt")
         return self._handles[path]
 
-    def _meeting(self, key: str, wanted: Box) -> Iterator[tuple[Box, StoredBox]]:
+    def _overlaps(self, key: str, wanted: Box) -> Iterator[tuple[Box, StoredBox]]:
+        """The stored boxes that overlap `wanted`, each with the common box."""
         for stored in self.boxes[key]:
             common = intersect(stored.box, wanted)
             if common is not None:

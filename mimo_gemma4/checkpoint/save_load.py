@@ -41,6 +41,7 @@ from mimo_gemma4.checkpoint.files import (
     serial,
     verify,
 )
+from mimo_gemma4.distributed.collective_errors import all_ranks_or_raise
 from mimo_gemma4.errors import CheckpointError
 from mimo_gemma4.optim.module_optimizer import ModuleOptimizer, Shard
 from mimo_gemma4.weights.bindings import Binding
@@ -63,7 +64,7 @@ def save(
         modules: this rank's modules by name.
         trainer_state: whatever else a resumed run needs, as JSON, equal on all ranks.
         host: gloo group over all ranks.
-        keep: how many of the newest complete checkpoints stay; null: all.
+        keep: how many of the newest complete checkpoints stay; None: all.
 
     Raises `CheckpointError` on every rank where any rank cannot write; older checkpoints are then untouched.
     """
@@ -71,15 +72,15 @@ def save(
     partial = final.with_name(final.name + ".tmp")
     first = host.rank() == 0
     failed = f"{final} cannot be written: "
-    _everywhere(host, lambda: _fresh_folder(partial) if first else None, failed)
-    reports = _everywhere(host, lambda: _write_rank(partial, host.rank(), modules), failed)
+    _gather_or_raise(host, lambda: _fresh_folder(partial) if first else None, failed)
+    reports = _gather_or_raise(host, lambda: _write_rank(partial, host.rank(), modules), failed)
     marker = {
         "step": step,
         "trainer": dict(trainer_state),
         "update_counts": {name: count for report in reports for name, count in report["update_counts"].items()},
         "files": {report["file"]: {key: report[key] for key in ("bytes", "sha256")} for report in reports},
     }
-    _everywhere(host, lambda: _publish(partial, final, marker, keep) if first else None, failed)
+    _gather_or_raise(host, lambda: _publish(partial, final, marker, keep) if first else None, failed)
     return final
 
 
@@ -93,14 +94,14 @@ def load(
 ) -> dict[str, Any]:
     """Read weights and optimizer state of this rank's modules and return the trainer state. Collective over all ranks.
 
-    Everything is checked before anything is changed. Tensors of modules that the layout leaves out are ignored. Random
-    number generators are restored on ranks that have a file of their number.
+    Everything is checked before anything is changed. Tensors of modules that are not in the layout are ignored. Random
+    number generators are restored on ranks whose number has a file.
 
-    With `weights_only`, or from a checkpoint that holds nothing else, moments, update counts and random number
-    generators stay as they are, and the trainer state is that of a run at its beginning. Tensors named in `keep` stay
-    as they are, too.
+    With `weights_only`, or from a checkpoint that holds weights alone, moments, update counts and random number
+    generators are not changed, and the returned trainer state is `{"step": 0}`. Tensors named in `keep` are not changed
+    either.
 
-    Raises `CheckpointError`, on every rank alike, that lists all that is damaged, missing or of another shape.
+    Raises the same `CheckpointError` on every rank; it lists all tensors that are damaged, missing or of another shape.
     """
     origin = "checkpoint.init_from" if weights_only else "checkpoint.resume"
     marker = read_marker(path)
@@ -108,12 +109,12 @@ def load(
         raise CheckpointError(f"{origin}: {path} cannot be loaded: {marker}")
     weights_only |= marker.get("weights_only", False)
     rank, world = host.rank(), host.size()
-    _everywhere(host, lambda: verify(path, dict(list(marker["files"].items())[rank::world])))
+    _gather_or_raise(host, lambda: verify(path, dict(list(marker["files"].items())[rank::world])))
     contents = CheckpointFiles(path, marker["files"])
     kinds = ("weight", "main_weight") if weights_only else ("weight", "main_weight", "exp_avg", "exp_avg_sq")
     targets = [target for name, module in modules.items() for target in _targets(name, module, kinds, keep)]
     problems = sorted({problem for target in targets for problem in _problems(contents, target)})
-    everyone = sorted({problem for found in _everywhere(host, lambda: problems) for problem in found})
+    everyone = sorted({problem for found in _gather_or_raise(host, lambda: problems) for problem in found})
     if everyone:
         raise CheckpointError(
             f"{origin}: {path} does not fit the model and what it trains ({len(everyone)} tensors): "
@@ -132,11 +133,12 @@ def load(
     if weights_only:
         return {"step": 0}
     _restore_random_state(path / _file_name(rank))
-    return marker["trainer"]
+    trainer_state: dict[str, Any] = marker["trainer"]
+    return trainer_state
 
 
 def resolve(resume: str, folder: Path, *, host: dist.ProcessGroup) -> Path | None:
-    """The checkpoint that `checkpoint.resume` asks for, decided by rank 0 for all; None: start from the beginning.
+    """The checkpoint to resume from, decided by rank 0 for all ranks; None: start from the beginning.
 
     Args:
         resume: `auto` (the latest complete one of `folder`, if any), `never`, or the path of a checkpoint.
@@ -156,7 +158,7 @@ def resolve(resume: str, folder: Path, *, host: dist.ProcessGroup) -> Path | Non
             raise CheckpointError(f"checkpoint.resume: {resume} cannot be loaded: {marker}")
         return Path(resume)
 
-    return _everywhere(host, lambda: decide() if host.rank() == 0 else None)[0]
+    return _gather_or_raise(host, lambda: decide() if host.rank() == 0 else None)[0]
 
 
 def initial(init_from: str, *, host: dist.ProcessGroup) -> Path:
@@ -171,7 +173,7 @@ def initial(init_from: str, *, host: dist.ProcessGroup) -> Path:
         except CheckpointError as error:
             raise CheckpointError(f"checkpoint.init_from: {error}") from error
 
-    found = _everywhere(host, lambda: decide() if host.rank() == 0 else None)[0]
+    found = _gather_or_raise(host, lambda: decide() if host.rank() == 0 else None)[0]
     assert found is not None
     return found
 
@@ -189,7 +191,11 @@ class _Target:
 
 
 def _boxes(shards: Iterable[Shard], bindings: Iterable[Binding]) -> Iterator[tuple[Binding, Shard, Box, Box, Box]]:
-    """Every part of a shard that a binding covers: (binding, shard, run's box, part within that box, part's HF box)."""
+    """Every part of a shard that a binding covers.
+
+    Yields (binding, shard, box of the run in the local tensor, the part relative to that box, the part's box in the
+    Hugging Face tensor).
+    """
     by_tensor: dict[int, list[Binding]] = {}
     for binding in bindings:
         by_tensor.setdefault(id(binding.tensor), []).append(binding)
@@ -202,13 +208,13 @@ def _boxes(shards: Iterable[Shard], bindings: Iterable[Binding]) -> Iterator[tup
 
 
 def _elements(flat: Tensor, shard: Shard, run: Box, part: Box) -> Tensor:
-    """The elements of `part` of the box `run`, from `flat`, the shard's elements of some kind."""
+    """The elements of `part` of the box `run`. `flat`: all elements of the shard, of any kind."""
     offset = sum(cut.start * stride for cut, stride in zip(run, shard.tensor.stride(), strict=True)) - shard.start
     return flat[offset : offset + size(run)].view([cut.stop - cut.start for cut in run])[part]
 
 
 def _sources(name: str, module: ModuleOptimizer) -> Iterator[_Target]:
-    """What this rank writes of a module: each element of each tensor is written by one rank."""
+    """What this rank writes of a module. Each element of each tensor is written by exactly one rank."""
     for binding, shard, run, part, box in _boxes(module.shards(), module.owned):
         tensors = {"weight": shard.values, **shard.state}
         if shard.state and shard.tensor.dtype == torch.float32:
@@ -219,9 +225,9 @@ def _sources(name: str, module: ModuleOptimizer) -> Iterator[_Target]:
 
 
 def _targets(name: str, module: ModuleOptimizer, wanted: Sequence[str], keep: Set[str]) -> Iterator[_Target]:
-    """What this rank reads of a module: state of its trainable shards, and all of every other bound tensor.
+    """What this rank reads of a module: the state of its trainable shards, and every other bound tensor as a whole.
 
-    Trained weights follow from the main weights, which are the `weight` itself where a run in fp32 wrote it.
+    Trained weights are computed from the main weights, which are the `weight` itself in a checkpoint of an fp32 run.
     """
     trainable = {id(parameter) for parameter in module.module.parameters() if parameter.requires_grad}
     rest = {id(b.tensor): b.tensor for b in module.bindings if id(b.tensor) not in trainable}
@@ -308,19 +314,23 @@ def _restore_random_state(path: Path) -> None:
             torch.cuda.set_rng_state(handle.get_tensor("random.cuda"))
 
 
-def _everywhere[Result](host: dist.ProcessGroup, task: Callable[[], Result], failed: str = "") -> list[Result]:
-    """Results of `task` on all ranks, in order; where it fails on any rank, one `CheckpointError` on all of them.
+def _gather_or_raise[Result](host: dist.ProcessGroup, task: Callable[[], Result], failed: str = "") -> list[Result]:
+    """Results of `task` on all ranks, in rank order; where it fails on any rank, the same `CheckpointError` on all.
 
-    Its message is `failed` and what each of these ranks has to say.
+    Its message is `failed` and the different messages of all ranks that failed. An error of another kind than a
+    checkpoint or file error is raised by `all_ranks_or_raise`.
     """
-    try:
-        mine: tuple[Any, str | None] = (task(), None)
-    except CheckpointError as error:
-        mine = (None, str(error))
-    except (OSError, SafetensorError) as error:
-        mine = (None, f"rank {host.rank()}: {error}")
+
+    def attempt() -> tuple[Any, str | None]:
+        try:
+            return task(), None
+        except CheckpointError as error:
+            return None, str(error)
+        except (OSError, SafetensorError) as error:
+            return None, f"rank {host.rank()}: {error}"
+
     everyone: list[Any] = [None] * host.size()
-    dist.all_gather_object(everyone, mine, group=host)
+    dist.all_gather_object(everyone, all_ranks_or_raise(host, attempt), group=host)
     failures = sorted({failure for _, failure in everyone if failure is not None})
     if failures:
         raise CheckpointError(failed + "; ".join(failures))

@@ -1,6 +1,5 @@
 """How a run gets its options: one YAML file, then `key=value` arguments, read and checked together."""
 
-import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,8 +19,8 @@ from mimo_gemma4.config.options import (
 from mimo_gemma4.config.structured import Origin, build, did_you_mean, dump
 from mimo_gemma4.errors import ConfigError
 
-CONFIGS = Path(__file__).parents[1] / "configs"
-"""The configuration files that come with the package: `configs/` of a checkout."""
+CONFIGS = (Path(__file__).parents[1] / "configs").resolve()
+"""Folder of the shipped configuration files: `configs/` of a checkout, `mimo_gemma4/configs` where it is installed."""
 
 
 def load_config(arguments: Sequence[str]) -> Config:
@@ -53,14 +52,17 @@ def load_config(arguments: Sequence[str]) -> Config:
 
 
 def find_config(name: str) -> Path:
-    """The configuration file called `name`: as given, then under `configs/` here and beside the package."""
-    candidates = [Path(name), Path("configs", name), CONFIGS / name]
-    for candidate in candidates:
+    """The configuration file `name`: as given, else in `configs/` of the working directory, else a shipped one.
+
+    Raises `ConfigError` where there is none.
+    """
+    folders = (Path("configs"), CONFIGS)
+    for candidate in (Path(name), *(folder / name for folder in folders)):
         if candidate.is_file():
             return candidate
-    known = {path.name for folder in candidates[1:] for path in folder.parent.glob("*.yaml")}
-    hint = did_you_mean(name, sorted(known))
-    raise ConfigError(f"configuration file `{name}` not found here or under configs/{hint}")
+    known = sorted({path.name for folder in folders for path in folder.glob("*.yaml")})
+    hint = did_you_mean(name, known)
+    raise ConfigError(f"configuration file `{name}` not found, neither as given nor in configs/ or {CONFIGS}{hint}")
 
 
 def save_config(config: Config, path: str | Path) -> None:
@@ -86,7 +88,7 @@ def print_config(config: Config) -> None:
 
 
 def validate(config: Config, origin: Origin) -> None:
-    """Raise `ConfigError` where a value is out of range or two values do not go together."""
+    """Raise `ConfigError` where values do not go together, or one is not supported."""
     modules = list(config.layout.modules)
     if not modules:
         raise ConfigError(f"`layout` names no module; it needs at least `language` ({origin('layout')})")
@@ -112,7 +114,6 @@ def validate(config: Config, origin: Origin) -> None:
             _check_shards(key, shards, origin)
     if config.data.quickstart is not None:
         _check_quickstart(config.data.train.shards, origin)
-    _check_ranges(config, origin)
     _check_profile(config, origin)
 
 
@@ -155,10 +156,6 @@ def _check_shards(key: str, shards: ShardsConfig, origin: Origin) -> None:
     if shards.shards is not None and shards.sources:
         names = ", ".join(f"`{key}.{name}`" for name in shards.sources)
         raise ConfigError(f"`{key}` has both `shards` and the sets {names}; it takes one or the others ({origin(key)})")
-    for name, source in shards.sources.items():
-        if not source.weight > 0:
-            weight = f"{key}.{name}.weight"
-            raise ConfigError(f"`{weight}` must be greater than 0, not {source.weight} ({origin(weight)})")
 
 
 def _check_quickstart(shards: str | list[str] | None, origin: Origin) -> None:
@@ -173,52 +170,6 @@ def _check_quickstart(shards: str | list[str] | None, origin: Origin) -> None:
         f"as data/digits/train-{{000000..000003}}.tar, not {shards!r}; for shards of your own set `data.quickstart` to "
         f"null ({origin('data.train.shards')})"
     )
-
-
-def _check_ranges(config: Config, origin: Origin) -> None:
-    positive: dict[str, float | None] = {
-        "run.timeout_seconds": config.run.timeout_seconds,
-        "data.seq_length": config.data.seq_length,
-        "train.global_batch_size": config.train.global_batch_size,
-        "train.microbatch_size": config.train.microbatch_size,
-        "optim.eps": config.optim.eps,
-        "optim.clip_grad": config.optim.clip_grad,
-        "checkpoint.every": config.checkpoint.every,
-        "checkpoint.keep": config.checkpoint.keep,
-        "eval.every": config.eval.every,
-        "eval.samples": config.eval.samples,
-        "eval.batch_size": config.eval.batch_size,
-        "logging.every": config.logging.every,
-    }
-    not_negative: dict[str, float | None] = {
-        "train.steps": config.train.steps,
-        "data.workers": config.data.workers,
-        "data.max_bad_fraction": config.data.max_bad_fraction,
-        "optim.lr": config.optim.lr,
-        "optim.min_lr": config.optim.min_lr,
-        "optim.warmup_steps": config.optim.warmup_steps,
-        "optim.weight_decay": config.optim.weight_decay,
-        "eval.max_new_tokens": config.eval.max_new_tokens,
-        "eval.pictures": config.eval.pictures,
-    }
-    for name, module in config.modules.items():
-        if module.lora is not None:
-            positive |= {f"modules.{name}.lora.rank": module.lora.rank, f"modules.{name}.lora.alpha": module.lora.alpha}
-    positive |= {f"modules.{name}.run_ahead": module.run_ahead for name, module in config.modules.items()}
-    for key in ("lr", "min_lr", "warmup_steps", "weight_decay", "loss_weight"):
-        not_negative |= {f"modules.{name}.{key}": getattr(module, key) for name, module in config.modules.items()}
-    for key, value in positive.items():
-        if value is not None and not value > 0:
-            raise ConfigError(f"`{key}` must be greater than 0, not {value} ({origin(key)})")
-    for key, value in not_negative.items():
-        if value is not None and not 0 <= value < math.inf:
-            raise ConfigError(f"`{key}` must not be negative or infinite, but is {value} ({origin(key)})")
-    for key, value in {
-        "optim.beta1": config.optim.beta1,
-        "optim.beta2": config.optim.beta2,
-    }.items():
-        if not 0 <= value < 1:
-            raise ConfigError(f"`{key}` must be in [0, 1), not {value} ({origin(key)})")
 
 
 def _check_profile(config: Config, origin: Origin) -> None:
@@ -265,7 +216,7 @@ def _plain(tree: DictConfig, source: str) -> dict[str, Any]:
 
 
 def _origin(path: Path, overrides: Sequence[str]) -> Origin:
-    """Names the last argument that set a key, something inside it or something around it; else the file."""
+    """From a dotted key to the last argument that set it, a key inside it or one around it; else to the file."""
 
     def origin(key: str) -> str:
         wanted = key.partition("[")[0] + "."

@@ -1,9 +1,10 @@
-"""Every option of a training run, with its default and its meaning; `config.py` reads and checks them."""
+"""Every option of a training run, with its default and its meaning; `loading.py` reads and checks them."""
 
 import math
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
+from mimo_gemma4.config.ranges import option
 from mimo_gemma4.config.structured import inline
 
 
@@ -14,29 +15,29 @@ class RunConfig:
     dir: str = "runs/{name}"
     """Folder of everything the run writes. `{name}` stands for the name of the configuration file."""
     seed: int = 1234
-    """Initial weights depend on it and on the name of the tensor, the order of the data on it and on the epoch, and
-    torch's random generators start from it on every rank."""
+    """Seed of the initial weights (with each tensor's name), of the order of the data (with the epoch), and of torch's
+    random generators on every rank."""
     deterministic: bool = False
     """Two runs on the same machine give the same bits. Slower on GPUs."""
-    timeout_seconds: float = 600.0
+    timeout_seconds: float = option(600.0, above=0)
     """A rank that waits longer than this for the others ends the run with an error."""
 
 
 @dataclass
 class ModelConfig:
-    """Which model is trained, and in what arithmetic."""
+    """Which model is trained, and in which precision."""
 
     preset: str = "gemma4_e4b"
-    """One of `configs/model/*.yaml`: an architecture with random weights and a byte tokenizer, in which `gemma4_tiny`
-    alone has tokens for media. `hf_path` wins."""
+    """One of `configs/model/*.yaml`: an architecture with random weights and a byte tokenizer. Only `gemma4_tiny` has
+    tokens for media. Ignored where `hf_path` is set."""
     hf_path: str | None = None
     """Hugging Face Gemma 4 directory (`config.json`, `*.safetensors`, tokenizer) whose weights training starts from.
     The weights may be absent where `checkpoint.resume` or `checkpoint.init_from` gives them."""
     precision: Literal["fp32", "bf16", "fp8"] = "bf16"
     """`fp32` computes everything in fp32; `bf16` keeps fp32 main weights. `fp8` is not available yet."""
     backend: Literal["local", "te"] = "local"
-    """Kernels of attention. `local` needs PyTorch alone: FlexAttention on CUDA, plain torch on the CPU. `te` has
-    Transformer Engine do sliding layers without media groups, and FlexAttention the others."""
+    """Kernels of attention. `local` needs PyTorch alone: FlexAttention on CUDA, plain torch on the CPU. `te`:
+    Transformer Engine for sliding layers without media groups, FlexAttention for the others."""
 
 
 @dataclass
@@ -45,22 +46,22 @@ class ModuleLayout:
 
     ranks: int | list[int] | None = None
     """Number of ranks, taken in the order in which modules are written, or a list of global ranks. Null: every rank."""
-    tp: int = 1
+    tp: int = option(1, above=0)
     """Tensor-parallel size."""
-    cp: int = 1
+    cp: int = option(1, above=0)
     """Context-parallel size: over how many ranks a sequence is cut."""
-    pp: int = 1
+    pp: int = option(1, above=0)
     """Pipeline-parallel size: into how many stages of consecutive layers the module is cut."""
-    ep: int = 1
-    """Expert-parallel size: over how many ranks of dp * cp, which it divides, experts are cut."""
+    ep: int = option(1, above=0)
+    """Expert-parallel size: over how many ranks experts are cut. It must divide dp * cp."""
     reads: str | None = None
-    """Makes the module a decoder, which is given the language model's final hidden states at the soft tokens of this
+    """Makes the module a decoder, whose inputs are the language model's final hidden states at the soft tokens of this
     encoder. Null: the module is an encoder, or the language model."""
     sequence_parallel: bool = False
     """Cut activations between tensor-parallel layers along the sequence. Needs tp > 1."""
     part_shared_key_values: bool = False
-    """Let pipeline stages part layers from those whose keys and values they share, which then travel between stages.
-    E2B and E4B share them in their last 20 and 18 layers, which stay in one stage otherwise."""
+    """Let pipeline stages separate layers that share keys and values, which then travel between stages. E2B and E4B
+    share them in their last 20 and 18 layers, which otherwise stay in one stage."""
 
 
 @dataclass
@@ -80,9 +81,9 @@ class SourceConfig:
     """One of several sets of WebDataset tar files that are mixed."""
 
     shards: str | list[str]
-    """As `shards` of a single set."""
-    weight: float = 1.0
-    """Its share of the samples of a step, relative to the other sets. Each set has passes of its own."""
+    """Like `shards` of a single set."""
+    weight: float = option(1.0, above=0)
+    """Its share of the samples of a step, relative to the other sets. Each set has epochs of its own."""
 
 
 @dataclass
@@ -105,55 +106,56 @@ class DataConfig:
     quickstart: Literal["digits", "digits_and_tones"] | None = None
     """Write missing shards of `train` and `valid` on first use. `digits`: scikit-learn's handwritten digits.
     `digits_and_tones`: those, digits dialled on a telephone, both together, and digits spelled out."""
-    seq_length: int = 4096
+    seq_length: int = option(4096, above=0)
     """Most tokens of a sample, and of a pack of samples, media included. A longer sample counts as bad."""
     packing: bool = True
-    """Lay samples end to end in one row that keeps them apart (THD). False: one sample a row, padded on the right."""
+    """Lay samples end to end in one sequence, where each attends to itself alone (THD). False: one sample per sequence,
+    padded on the right."""
     on_bad_sample: Literal["skip", "fail"] = "skip"
-    """`skip`: leave out samples that are malformed or too long, put others in the places of those whose media cannot be
-    decoded, and log them to `<run.dir>/bad_samples.jsonl`. `fail`: end the run at the first."""
-    max_bad_fraction: float = 0.01
+    """`skip`: leave out samples that are malformed or too long, replace those whose media cannot be decoded, and log
+    them to `<run.dir>/bad_samples.jsonl`. `fail`: end the run at the first."""
+    max_bad_fraction: float = option(0.01, at_least=0, at_most=1)
     """Share of malformed or undecodable samples that ends the run in spite of `skip`."""
-    workers: int = 2
-    """Threads per rank that decode media ahead of the training step. 0: the one that reads ahead decodes, too."""
+    workers: int = option(2, at_least=0)
+    """Threads per rank that decode media ahead of the training step. 0: the thread that reads ahead decodes, too."""
 
 
 @dataclass
 class TrainConfig:
     """Length and batch of the training."""
 
-    steps: int = 100
+    steps: int = option(100, at_least=0)
     """Optimizer steps."""
-    global_batch_size: int = 32
+    global_batch_size: int = option(32, above=0)
     """Samples per optimizer step over all ranks, packed or not. Need not divide by anything."""
-    microbatch_size: int = 1
-    """Rows per forward pass and language lane: samples when padded, packs when packed."""
+    microbatch_size: int = option(1, above=0)
+    """Samples, or packs of samples with `data.packing`, per forward pass of a language lane."""
     activation_checkpointing: Literal["none", "selective", "full"] = "none"
-    """What the backward pass computes again instead of keeping: nothing, the attention (no backend ever keeps its
-    scores, so `selective` is as `none`), or every layer."""
+    """What the backward pass recomputes instead of keeping: nothing, the attention scores (which no backend keeps, so
+    `selective` equals `none`), or every layer."""
 
 
 @dataclass
 class OptimConfig:
     """AdamW and its learning rate."""
 
-    lr: float = 1.0e-4
+    lr: float = option(1.0e-4, at_least=0)
     """Highest learning rate. 0 is legal."""
-    min_lr: float = 0.0
+    min_lr: float = option(0.0, at_least=0)
     """Learning rate that `cosine` and `linear` end at."""
     schedule: Literal["constant", "linear", "cosine"] = "constant"
     """Course of the learning rate after the warm-up."""
-    warmup_steps: int = 0
+    warmup_steps: int = option(0, at_least=0)
     """Steps over which the learning rate rises linearly from 0."""
-    weight_decay: float = 0.0
+    weight_decay: float = option(0.0, at_least=0)
     """Decoupled weight decay of matrices; vectors and scalars have none."""
-    beta1: float = 0.9
+    beta1: float = option(0.9, at_least=0, below=1)
     """Decay of the first moment."""
-    beta2: float = 0.999
+    beta2: float = option(0.999, at_least=0, below=1)
     """Decay of the second moment."""
-    eps: float = 1.0e-8
+    eps: float = option(1.0e-8, above=0)
     """Added to the root of the second moment."""
-    clip_grad: float | None = 1.0
+    clip_grad: float | None = option(1.0, above=0)
     """Largest global gradient norm over all modules. Null: gradients are not clipped."""
 
 
@@ -164,18 +166,18 @@ class LoraConfig:
     targets: list[str]
     """Name patterns (`*` and `?` are wildcards) of the linears that get an adapter, by their Hugging Face names
     without `.weight`: `*.q_proj`, `*.layers.3.mlp.*`."""
-    rank: int = 16
+    rank: int = option(16, above=0)
     """Inner size of the adapters."""
-    alpha: float = 32.0
-    """The adapter's product counts alpha / rank times."""
+    alpha: float = option(32.0, above=0)
+    """The adapter's output is scaled by alpha / rank."""
     rank_stabilized: bool = False
-    """Count it alpha / sqrt(rank) times instead (PEFT's `use_rslora`)."""
+    """Scale it by alpha / sqrt(rank) instead (PEFT's `use_rslora`)."""
     path: str | None = None
     """Folder of a PEFT adapter (`adapter_model.safetensors`) that training starts from; null: B starts at zero."""
 
     @property
     def scale(self) -> float:
-        """Factor of the adapter's product."""
+        """Factor of the adapter's output."""
         return self.alpha / (math.sqrt(self.rank) if self.rank_stabilized else self.rank)
 
 
@@ -184,39 +186,38 @@ class ModuleConfig:
     """How one module is trained."""
 
     freeze: bool | Literal["tower"] | list[str] | None = None
-    """True: none of the module's own weights train. `tower`: only its projector does. A list of name patterns
-    (`*` and `?` are wildcards): the parameters that match one do not; a pattern behind `!` makes them train after all,
-    the last match wins. Null: true with `lora`, else false. Adapters always train."""
+    """True: freeze all of the module's own weights. `tower`: all but its projector. A list of name patterns (`*` and
+    `?` are wildcards): freeze the parameters that match one; a pattern after `!` makes them train after all, and the
+    last match wins. Null: true with `lora`, else false. Adapters always train."""
     lora: LoraConfig | None = None
     """Low-rank adapters (LoRA) on the module's linears; null: none."""
-    lr: float | None = None
+    lr: float | None = option(None, at_least=0)
     """Highest learning rate of this module; null: `optim.lr`."""
-    min_lr: float | None = None
+    min_lr: float | None = option(None, at_least=0)
     """Learning rate that its `cosine` or `linear` schedule ends at; null: `optim.min_lr`."""
     schedule: Literal["constant", "linear", "cosine"] | None = None
     """Course of its learning rate after the warm-up; null: `optim.schedule`."""
-    warmup_steps: int | None = None
+    warmup_steps: int | None = option(None, at_least=0)
     """Steps over which its learning rate rises linearly from 0; null: `optim.warmup_steps`."""
-    weight_decay: float | None = None
+    weight_decay: float | None = option(None, at_least=0)
     """Decoupled weight decay of its matrices; null: `optim.weight_decay`."""
     hf_path: str | None = None
-    """Hugging Face directory that this encoder comes from instead of `model.hf_path`, that of SigLIP for example: its
+    """Hugging Face directory that this encoder comes from instead of `model.hf_path`, for example one of SigLIP. Its
     `config.json`, or the section `<module>_config` in it, selects and sizes the encoder; its weights fill the tower.
     The projector starts from random weights."""
     decoder: str | None = None
-    """What a decoder is: the `architecture` of a class in `mimo_gemma4/decoders/`, `pixel_regression` for example."""
+    """The `architecture` of a decoder's class in `mimo_gemma4/decoders/`, for example `pixel_regression`."""
     decoder_options: dict[str, bool | int | float | str] | None = None
-    """Options of that class; null: their defaults."""
-    loss_weight: float = 1.0
-    """How often the summed loss of a decoder counts beside the summed loss of the tokens."""
+    """Options of the decoder's class; null: their defaults."""
+    loss_weight: float = option(1.0, at_least=0)
+    """Factor of a decoder's summed loss, which is added to the summed loss of the tokens."""
     processor: dict[str, int] | None = None
-    """What to change in this encoder's preprocessing, `{max_soft_tokens: 560}` for example. Null: it is that of the
-    model directory or preset."""
-    run_ahead: int = 2
-    """Microbatches that an encoder may have encoded, beyond one for each further stage between it and the last of the
-    language module, without having their gradients back; each keeps its activations. With 1 it waits for every
-    transfer, with 2 transfers travel while it works. Not bounded where the encoder is frozen and has ranks of its own.
-    """
+    """Changes to this encoder's preprocessing, for example `{max_soft_tokens: 560}`. Null: as in the model directory or
+    preset."""
+    run_ahead: int = option(2, above=0)
+    """Microbatches that an encoder may encode before it has their gradients, beyond one for each further stage between
+    it and the last of the language module; each keeps its activations. With 1 it waits for every transfer, with 2
+    transfers overlap with its work. Not bounded where the encoder is frozen and has ranks of its own."""
 
     @property
     def frozen(self) -> bool | Literal["tower"] | list[str]:
@@ -228,9 +229,9 @@ class ModuleConfig:
 class CheckpointConfig:
     """Saving and resuming."""
 
-    every: int | None = 100
+    every: int | None = option(100, above=0)
     """Steps between checkpoints; one is also written at the end. Null: only that one."""
-    keep: int = 3
+    keep: int = option(3, above=0)
     """Newest checkpoints that stay on disk."""
     resume: str = "auto"
     """`auto`: from the newest complete checkpoint of `run.dir`, if there is one. `never`: from the beginning. Else the
@@ -244,23 +245,23 @@ class CheckpointConfig:
 class EvalConfig:
     """Evaluation on `data.valid`."""
 
-    every: int | None = None
+    every: int | None = option(None, above=0)
     """Steps between evaluations; one also runs at the end. Null: only that one."""
-    samples: int | None = None
-    """Held-out samples to evaluate, the first of the set; null: all."""
-    batch_size: int = 32
+    samples: int | None = option(None, above=0)
+    """How many held-out samples to evaluate, from the first; null: all."""
+    batch_size: int = option(32, above=0)
     """Samples per evaluation batch over all ranks."""
-    max_new_tokens: int = 0
+    max_new_tokens: int = option(0, at_least=0)
     """Longest greedy answer, compared with the true one. 0: only the loss is computed."""
-    pictures: int = 32
+    pictures: int = option(32, at_least=0)
     """Answers that `samples.png` shows, each with the first image and the spectrogram of the first sound."""
 
 
 @dataclass
 class LoggingConfig:
-    """What the run tells beside `metrics.jsonl`."""
+    """Log output beside `metrics.jsonl`."""
 
-    every: int = 10
+    every: int = option(10, above=0)
     """Steps between log lines."""
     tensorboard: bool = True
     """Write TensorBoard event files to `<run.dir>/tensorboard`."""
@@ -309,12 +310,12 @@ class Config:
         return self.modules.get(name, ModuleConfig())
 
     def module_optim(self, name: str) -> OptimConfig:
-        """`optim` as it is for module `name`, with what that sets itself."""
+        """`optim` with the values that `modules.<name>` overrides."""
         module = self.module(name)
         own = {key: getattr(module, key) for key in ("lr", "min_lr", "schedule", "warmup_steps", "weight_decay")}
         return replace(self.optim, **{key: value for key, value in own.items() if value is not None})
 
     @property
     def lora_scales(self) -> dict[str, float]:
-        """Factor of the adapters' product, by module that has adapters."""
+        """Factor of the adapters' output, by module that has adapters."""
         return {name: module.lora.scale for name, module in self.modules.items() if module.lora is not None}

@@ -15,11 +15,11 @@ from mimo_gemma4.errors import ConfigError
 PRESETS = CONFIGS / "model"
 TEXT_ONLY = ("gemma4_text", "gemma4_unified_text")
 PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json")
-"""Where a Hugging Face directory keeps its preprocessing, the one that transformers 5 writes first."""
+"""Files in which a Hugging Face directory keeps its preprocessing; transformers 5 writes the first."""
 IMAGE_KEYS = ("patch_size", "pooling_kernel_size", "max_soft_tokens")
-"""What of it decides the size of images …"""
+"""Their keys that decide the size of images."""
 VIDEO_KEYS = {"max_soft_tokens": "max_frame_tokens", "num_frames": "num_frames"}
-"""… and of videos, and its name in `vision_processor`."""
+"""Their keys that decide the size of videos, and the names of these in `vision_processor`."""
 
 
 def load_model_config(model: ModelConfig, modules: Mapping[str, ModuleConfig] | None = None) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import MISSING, Field, field, fields, is_dataclass
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
+from mimo_gemma4.config.ranges import Range
 from mimo_gemma4.errors import ConfigError
 
 Origin = Callable[[str], str]
@@ -26,7 +27,10 @@ def inline(entry: str) -> Any:
 
 
 def build[T](cls: type[T], tree: Mapping[str, Any], origin: Origin, prefix: str = "") -> T:
-    """A `cls` from nested mappings. Raises `ConfigError` for unknown or missing keys and for values of a wrong type."""
+    """A `cls` from nested mappings.
+
+    Raises `ConfigError` for unknown or missing keys and for values of a wrong type or out of their field's range.
+    """
     hints = get_type_hints(cls)
     entries = fields(cls)  # type: ignore[arg-type]
     rest = next((entry for entry in entries if entry.metadata.get("inline")), None)
@@ -34,7 +38,9 @@ def build[T](cls: type[T], tree: Mapping[str, Any], origin: Origin, prefix: str 
     values: dict[str, Any] = {}
     for entry in named:
         if entry.name in tree:
-            values[entry.name] = _convert(hints[entry.name], tree[entry.name], origin, prefix + entry.name)
+            key = prefix + entry.name
+            values[entry.name] = _convert(hints[entry.name], tree[entry.name], origin, key)
+            _check_range(entry, values[entry.name], origin, key)
         elif _required(entry):
             raise ConfigError(f"`{prefix}{entry.name}` is missing ({origin(prefix + entry.name)})")
     unknown = {str(key): value for key, value in tree.items() if key not in values}
@@ -89,7 +95,7 @@ def field_docs(cls: type) -> dict[str, str]:
 
 
 def reference(cls: type) -> str:
-    """Markdown reference of every key under `cls`: name, type, default and the docstring of the field."""
+    """Markdown reference of every key under `cls`: name, type and range, default and the docstring of the field."""
     lines = [
         "# Configuration",
         "",
@@ -123,7 +129,8 @@ def _reference_rows(cls: type, prefix: str) -> list[str]:
             label = entry.metadata.get("inline")
             rows += _reference_rows(nested, f"{prefix}.<{label}>" if label else key)
         else:
-            rows.append(_row(key, type_name(annotation), entry, docs[entry.name]))
+            kind = type_name(annotation, entry.metadata.get("range"))
+            rows.append(_row(key, kind, entry, docs[entry.name]))
     return rows
 
 
@@ -139,24 +146,31 @@ def _dataclass_in(annotation: Any) -> Any:
     return next((candidate for candidate in candidates if is_dataclass(candidate)), None)
 
 
-def type_name(annotation: Any) -> str:
-    """How the reference and the error messages write a field's type."""
+def type_name(annotation: Any, bounds: Range | None = None) -> str:
+    """How the reference and the error messages write a field's type; numbers with their range, where it is given."""
     if annotation is None or annotation is types.NoneType:
         return "null"
     origin, arguments = get_origin(annotation), get_args(annotation)
     if origin is Literal:
         return " | ".join(str(choice) for choice in arguments)
     if origin in (Union, types.UnionType):
-        return " | ".join(type_name(choice) for choice in arguments)
+        return " | ".join(type_name(choice, bounds) for choice in arguments)
     if origin is list:
         return f"list of {type_name(arguments[0])}"
     if origin is dict or is_dataclass(annotation):
         return "mapping"
-    return str(annotation.__name__)
+    return f"{annotation.__name__} {bounds}" if bounds and annotation in (int, float) else str(annotation.__name__)
 
 
 def _required(entry: Field[Any]) -> bool:
     return entry.default is MISSING and entry.default_factory is MISSING
+
+
+def _check_range(entry: Field[Any], value: Any, origin: Origin, key: str) -> None:
+    """Raise `ConfigError` where a number is out of the range that its field was given by `ranges.option`."""
+    bounds: Range | None = entry.metadata.get("range")
+    if bounds is not None and isinstance(value, int | float) and value not in bounds:
+        raise ConfigError(f"`{key}` {bounds.complaint(value)} ({origin(key)})")
 
 
 def _convert(annotation: Any, value: Any, origin: Origin, key: str) -> Any:

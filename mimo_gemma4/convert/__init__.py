@@ -1,1 +1,1 @@
-"""Hugging Face directories to checkpoints and back."""
+"""Conversion of Hugging Face directories to checkpoints and back."""

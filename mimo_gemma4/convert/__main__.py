@@ -1,4 +1,4 @@
-"""Weights in and out of Hugging Face's form.
+"""Convert weights from and to Hugging Face directories.
 
     python -m mimo_gemma4.convert from-hf HF_DIR CHECKPOINT       a checkpoint that any layout can start from
     python -m mimo_gemma4.convert to-hf RUN_OR_CHECKPOINT HF_DIR  a directory that transformers and model.hf_path load
@@ -28,7 +28,7 @@ def parse_size(text: str) -> int:
 
 @contextmanager
 def progress_bar(description: str, total: int) -> Iterator[Callable[[int], object]]:
-    """A bar of bytes on standard error, if that is a terminal; gives the function to advance it."""
+    """A bar of bytes on standard error, if that is a terminal; yields the function to advance it."""
     from rich.console import Console
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
@@ -40,7 +40,7 @@ def progress_bar(description: str, total: int) -> Iterator[Callable[[int], objec
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
-    """The command line."""
+    """Read the command line."""
     introduction = (__doc__ or "").partition("\n")[0]
     parser = argparse.ArgumentParser(prog="python -m mimo_gemma4.convert", description=introduction)
     commands = parser.add_subparsers(dest="command", required=True)
@@ -81,7 +81,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Convert as the command line says; the exit code is 1 where that cannot be done."""
+    """Convert as the command line says; returns the exit code, 1 where that fails."""
     options = parse(arguments)
     from mimo_gemma4.convert.conversion import from_hf, to_adapter, to_hf
 

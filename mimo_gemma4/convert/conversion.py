@@ -1,8 +1,8 @@
-"""Hugging Face directories to checkpoints and back, tensor by tensor and a few rows at a time.
+"""Converts Hugging Face directories to checkpoints and back, tensor by tensor and a few rows at a time.
 
-Nothing here knows the architecture: tensors go by their names, so every variant, trained in part or as a whole, takes
-the same path, and a tensor that is not cast keeps its bits. Memory stays at a few pieces of `tensor_files.PIECE_BYTES`,
-whatever the size of the model.
+Nothing here knows the architecture: tensors are matched by name, so every variant, trained in part or as a whole, takes
+the same path, and a tensor that is not cast keeps its bits. Memory stays at a few pieces of
+`safetensors_rows.PIECE_BYTES`, whatever the size of the model.
 """
 
 import hashlib
@@ -30,10 +30,10 @@ from mimo_gemma4.weights.safetensors_rows import DTYPES, TensorEntry, split_into
 logger = logging.getLogger(__name__)
 
 Bar = Callable[[str, int], AbstractContextManager[Callable[[int], object]]]
-"""Shows progress: given a description and a total of bytes, a context that gives the function to advance it."""
+"""Shows progress: from a description and a total of bytes to a context that yields the function to advance it."""
 FLOATS = ("BF16", "F16", "F32", "F64")
 EXPORT_DTYPES = {"bf16": ("BF16", "bfloat16"), "fp32": ("F32", "float32")}
-"""What an exported element type is called in safetensors files and in `config.json`."""
+"""Names of an exported element type in safetensors files and in `config.json`."""
 
 
 def from_hf(source: Path, output: Path, *, file_bytes: int, bar: Bar) -> int:
@@ -86,7 +86,7 @@ def from_hf(source: Path, output: Path, *, file_bytes: int, bar: Bar) -> int:
 def to_hf(checkpoint: Path, output: Path, *, source: Path | None, dtype: str | None, file_bytes: int, bar: Bar) -> int:
     """Write a checkpoint as a Hugging Face directory that transformers, and `model.hf_path`, can load.
 
-    Tensors that the checkpoint lacks, those of modules that the layout left out, are copied from the directory that the
+    Tensors that the checkpoint lacks (of modules that were not in the layout) are copied from the directory that the
     model came from. Adapters are merged into the weights they adapt. The tied head and decoders are not written.
 
     Args:
@@ -187,7 +187,7 @@ class _Export:
 
 
 def _model_files(checkpoint: Path, source: Path | None) -> Path:
-    """The folder that configuration and tokenizer are taken from."""
+    """The folder with the model's configuration and tokenizer. Raises `CheckpointError` where there is none."""
     kept = [checkpoint / FOLDER, checkpoint.parent.parent / FOLDER]
     for folder in [source] if source is not None else kept:
         if (folder / "config.json").is_file():
@@ -201,7 +201,7 @@ def _model_files(checkpoint: Path, source: Path | None) -> Path:
 
 
 def _adapters(contents: CheckpointFiles, marker: Mapping[str, Any]) -> TrainedAdapters:
-    """The checkpoint's adapters, which are small enough to be held; from main weights where it has them."""
+    """The checkpoint's adapters, all in memory (they are small); from main weights where it has them."""
     scale_of = marker["trainer"].get("lora", {})
     keys = contents.keys("weight")
     scales = {linear: scale_of[keys[linear + A].partition(".")[0]] for linear in adapted_linears(keys)}
@@ -215,7 +215,7 @@ def _adapters(contents: CheckpointFiles, marker: Mapping[str, Any]) -> TrainedAd
 def _collect(
     contents: CheckpointFiles, adapters: TrainedAdapters, model_files: Path, source: Path | None, dtype: str | None
 ) -> list[_Export]:
-    """Every tensor to export, in the order of the source, then what the source does not know."""
+    """Every tensor to export: those of the source in its order, then those that the source lacks."""
     origin, weights = Origin.load(model_files), None
     if source is not None and origin is None:
         weights = HuggingFaceSource(source)
@@ -239,7 +239,7 @@ def _collect(
 
 
 def _without_decoders(keys: Mapping[str, str]) -> dict[str, str]:
-    """What belongs to Gemma 4 of the tensors of a checkpoint, by name; it tells which decoders are left out."""
+    """The keys without those of decoders, which are not part of Gemma 4; logs which are left out."""
     left_out = sorted({name.split(".")[1] for name in keys if name.startswith(DECODERS)})
     if left_out:
         logger.warning("decoders are no part of Gemma 4 and are left out: %s", ", ".join(left_out))
@@ -256,7 +256,10 @@ def _check_shapes(
 
 
 def _reopen(origin: Origin, names: Set[str], model_files: Path) -> HuggingFaceSource | None:
-    """The directory that the model came from, checked to hold `names` as it did; None where it is not needed."""
+    """The directory that the model came from, or None where it is gone and not needed.
+
+    Raises `CheckpointError` where it is needed and gone, or its tensors `names` have changed.
+    """
     if not origin.path.is_dir():
         used = names - _unused(model_files)
         if not used:
@@ -274,7 +277,7 @@ def _reopen(origin: Origin, names: Set[str], model_files: Path) -> HuggingFaceSo
 
 
 def _unused(model_files: Path) -> set[str]:
-    """Tensors that files may hold and the model does not use."""
+    """Tensors that files may hold but the model does not use."""
     from mimo_gemma4.language.config import Gemma4TextConfig  # heavy, and seldom needed
 
     config = load_model_config(ModelConfig(hf_path=str(model_files)))
@@ -290,7 +293,7 @@ def _from_checkpoint(
     stored: StoredTensor | None,
     dtype: str | None,
 ) -> _Export:
-    """What to write for a tensor that the checkpoint holds under the keys `weight` and, if trained in bf16, `main`."""
+    """The export of a tensor that the checkpoint holds under the keys `weight` and, if trained in bf16, `main`."""
     own = contents.entry(weight)
     entry = _target_entry(own if stored is None else stored.entry, dtype)
     wider = DTYPES[entry.dtype].itemsize > DTYPES[own.dtype].itemsize
@@ -317,14 +320,14 @@ def _from_source(weights: HuggingFaceSource, name: str, stored: StoredTensor, dt
 
 
 def _target_entry(entry: TensorEntry, dtype: str | None) -> TensorEntry:
-    """The entry with floating point elements of the type to export."""
+    """`entry` with the element type to export, where its elements are floating point numbers."""
     if dtype is None or entry.dtype not in FLOATS:
         return entry
     return TensorEntry(EXPORT_DTYPES[dtype][0], entry.shape)
 
 
 def _set_dtype(path: Path, dtype: str) -> None:
-    """Name the type of all weights in `config.json`, at every place where it is named."""
+    """Set the element type of all weights wherever `config.json` names it."""
 
     def replaced(value: Any) -> Any:
         if not isinstance(value, dict):

@@ -1,8 +1,8 @@
-"""What belongs to a model beside its weights: configuration, tokenizer, processor, chat template, generation config.
+"""The files of a model beside its weights: configuration, tokenizer, processor, chat template, generation config.
 
 A run keeps them in `<run.dir>/huggingface`, a converted checkpoint in `<checkpoint>/huggingface`, together with
-`source.json`, which says where the weights came from and what was there: enough to export the model in its old form.
-The folder serves as `model.hf_path` where a checkpoint gives the weights.
+`source.json`, which names the directory that the weights came from and its tensors, so that the model can be exported
+in the same form. The folder serves as `model.hf_path` where a checkpoint gives the weights.
 """
 
 import json
@@ -73,7 +73,7 @@ def keep_model_files(folder: Path, model: ModelConfig, hf_config: Mapping[str, A
     Args:
         folder: `<run.dir>/huggingface`.
         model: the run's model options.
-        hf_config: the model configuration that they stand for.
+        hf_config: the model configuration that these options give.
         modules: names of the modules of the layout; a model of a preset has no others.
     """
     if model.hf_path is not None and Path(model.hf_path).resolve() == folder.resolve():

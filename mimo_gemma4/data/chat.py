@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
-from mimo_gemma4.data.sample import file_count, media_parts, media_types, text_of
+from mimo_gemma4.data.sample import file_count, media_parts, media_types
 from mimo_gemma4.data.template import ChatTemplate, Messages, Span
 from mimo_gemma4.errors import DataError
 from mimo_gemma4.media import FrameProcessor, MediaHeader, MediaProcessor, MediaTokens
@@ -31,37 +31,25 @@ class EncodedConversation:
     """A conversation as the language model sees it."""
 
     input_ids: np.ndarray
-    """[length] int64, every media placeholder expanded to begin, soft × rows, end."""
+    """[length] int64; every media placeholder is expanded to its begin token, soft tokens and end token."""
     labels: np.ndarray
-    """[length] int64: the id that position t predicts (the id at t + 1), or `IGNORE`."""
+    """[length] int64: at position t the id at t + 1, or `IGNORE`."""
     media_starts: tuple[int, ...]
     """Position of the first soft token of every media item, in message order."""
 
     @property
     def length(self) -> int:
-        """Tokens, media rows included."""
+        """Number of tokens, soft tokens included."""
         return len(self.input_ids)
 
     @property
     def loss_tokens(self) -> int:
-        """Positions with a label."""
+        """Number of positions with a label."""
         return int((self.labels != IGNORE).sum())
 
 
-@dataclass(frozen=True)
-class EncodedPrompt:
-    """A conversation up to where the model is to write its last answer."""
-
-    input_ids: np.ndarray
-    """[length] int64, media placeholders expanded."""
-    media_starts: tuple[int, ...]
-    """Position of the first soft token of every media item of the prompt, in message order."""
-    reference: str
-    """Text of the answer in the data; empty if the conversation ends with a question."""
-
-
 class ConversationEncoder:
-    """Turns messages into token ids, labels and places of media rows."""
+    """Turns messages into token ids, labels and places of soft tokens."""
 
     def __init__(
         self,
@@ -81,35 +69,22 @@ class ConversationEncoder:
         if missing:
             raise DataError(f"the model configuration has no begin, soft and end token ids for {missing[0]!r} content")
 
-    def encode(self, messages: Messages, rows: Sequence[int] = ()) -> EncodedConversation:
-        """Ids and labels of a conversation whose shown media take `rows` soft tokens each, in message order.
+    def encode(self, messages: Messages, soft_tokens: Sequence[int] = ()) -> EncodedConversation:
+        """Ids and labels of a conversation.
 
-        Raises `DataError` if placeholders and media do not match, or the answers cannot be located.
+        `soft_tokens`: number of soft tokens of every shown media item, in message order. Raises `DataError` if
+        placeholders and media do not match, or if the answers cannot be located.
         """
         text, spans = self._write_frames(*self.template.answers(messages), messages)
         ids, offsets = self._tokenise(text)
         learned = _covered(offsets, spans)
-        expanded, sources, starts = self._expand(ids, messages, rows)
+        expanded, sources, starts = self._expand(ids, messages, soft_tokens)
         targets = np.where(learned[sources] & ~np.isin(expanded, self._media_ids), expanded, IGNORE)
         labels = np.append(targets[1:], IGNORE)
         return EncodedConversation(expanded, labels, starts)
 
-    def encode_prompt(self, messages: Messages, rows: Sequence[int] = ()) -> EncodedPrompt:
-        """The prompt for the conversation's last answer; a conversation without a last answer is a prompt as a whole.
-
-        `rows` are those of all shown media of the conversation. Raises `DataError` as `encode` does.
-        """
-        reference = ""
-        if len(messages) > 1 and self._ends_with_answer(messages):
-            reference = text_of(messages[-1])
-            messages = messages[:-1]
-        text, _ = self._write_frames(self.template.render(messages, add_generation_prompt=True), [], messages)
-        ids, _ = self._tokenise(text)
-        expanded, _, starts = self._expand(ids, messages, rows[: len(self.shown_media(messages))])
-        return EncodedPrompt(expanded, starts, reference)
-
     def decode(self, ids: Sequence[int]) -> str:
-        """Text of generated ids, without special tokens and outer white space."""
+        """Text of generated ids, without special tokens and without white space at its ends."""
         return str(self.tokenizer.decode(list(ids), skip_special_tokens=True)).strip()
 
     @cached_property
@@ -121,26 +96,26 @@ class ConversationEncoder:
 
     @property
     def pad_id(self) -> int:
-        """Id that fills positions without a token."""
+        """Token id of padding."""
         pad = self.tokenizer.pad_token_id
         return 0 if pad is None else pad
 
     @cached_property
     def fingerprint(self) -> str:
-        """Hash of all that decides ids, lengths and labels: tokenizer, template, media ids, and rows of probe sizes."""
+        """Hash of all that ids and labels depend on: tokenizer, template, media ids, soft tokens of probe sizes."""
         vocabulary = self.tokenizer.backend_tokenizer.to_str()
         parts = [vocabulary, self.template.source, repr(sorted(self.media_tokens.items()))]
         images = [MediaHeader(width=width, height=height) for width in _PROBE_SIDES for height in _PROBE_SIDES]
         sounds = [MediaHeader(samples=samples, sample_rate=16_000) for samples in _PROBE_SAMPLES]
         for media_type, processor in sorted(self.processors.items()):
             headers = sounds if media_type == "audio" else images
-            parts.append(repr((media_type, [_rows_or_none(processor, header) for header in headers])))
+            parts.append(repr((media_type, [_soft_tokens_or_none(processor, header) for header in headers])))
             if media_type == "video":
                 parts.append(repr([cast(FrameProcessor, processor).sample(count) for count in _PROBE_FRAMES]))
         return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
 
     def shown_media(self, messages: Messages) -> list[int]:
-        """Which of the media files that the messages name, counted from 0, the model sees: not all frames of a video.
+        """Numbers, from 0, of the messages' media files that the model sees: not all frames of a video.
 
         Raises `DataError` for a video if no module of the layout takes videos.
         """
@@ -160,10 +135,10 @@ class ConversationEncoder:
         return cast(FrameProcessor, self.processors["video"]).sample(part["frames"])
 
     def _write_frames(self, text: str, spans: list[Span], messages: Messages) -> tuple[str, list[Span]]:
-        """The text with each video's placeholder replaced by its frames', each behind its time, and the spans moved.
+        """Replace each video's placeholder by times and placeholders of its frames; shift the spans accordingly.
 
-        Gemma 4 writes "00:00 <frame> 00:01 <frame> …", minutes and seconds. Replaced before tokenisation, because times
-        may merge with the text around them.
+        Gemma 4 writes "00:00 <frame> 00:01 <frame> …", in minutes and seconds. This happens before tokenisation, as
+        times may merge with the text around them.
         """
         videos = [part for part in media_parts(messages) if part["type"] == "video"]
         if not videos:
@@ -172,7 +147,9 @@ class ConversationEncoder:
         placeholder = str(self.tokenizer.convert_ids_to_tokens(self.media_tokens["video"].soft))
         pieces = text.split(placeholder)
         if len(pieces) != len(videos) + 1:
-            raise DataError(f"its messages name {len(videos)} videos, its text {len(pieces) - 1} {placeholder}")
+            raise DataError(
+                f"its messages name {len(videos)} videos, but the rendered text holds {len(pieces) - 1} {placeholder}"
+            )
         written = pieces[0]
         growth: list[tuple[int, int]] = []
         for part, numbers, piece in zip(videos, frames, pieces[1:], strict=True):
@@ -180,7 +157,7 @@ class ConversationEncoder:
             video = " ".join(f"{int(time // 60):02d}:{int(time % 60):02d} {placeholder}" for time in times)
             growth.append((len(written), len(video) - len(placeholder)))
             written += video + piece
-        for place, characters in growth:  # places in the new text, in order: spans have moved as far before each
+        for place, characters in growth:  # `place` counts in the new text; the spans are shifted by all earlier videos
             spans = [(start + characters * (start > place), end + characters * (end > place)) for start, end in spans]
         return written, spans
 
@@ -188,20 +165,16 @@ class ConversationEncoder:
     def _media_ids(self) -> np.ndarray:
         return np.array([i for t in self.media_tokens.values() for i in (t.begin, t.soft, t.end)], np.int64)
 
-    def _ends_with_answer(self, messages: Messages) -> bool:
-        _, spans = self.template.answers(messages)
-        return spans[-1][0] >= len(self.template.render(messages[:-1]))
-
     def _tokenise(self, text: str) -> tuple[np.ndarray, np.ndarray]:
-        """Ids [tokens] and character offsets [tokens, 2] of rendered text, which already holds every special token."""
+        """Ids [tokens] and character offsets [tokens, 2] of rendered text, which holds all special tokens."""
         encoding = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
         ids, offsets = encoding["input_ids"], encoding["offset_mapping"]
         return np.array(ids, np.int64), np.array(offsets, np.int64).reshape(-1, 2)
 
     def _expand(
-        self, ids: np.ndarray, messages: Messages, rows: Sequence[int]
+        self, ids: np.ndarray, messages: Messages, soft_tokens: Sequence[int]
     ) -> tuple[np.ndarray, np.ndarray, tuple[int, ...]]:
-        """Expanded ids, for each its place in `ids`, and the position of every media item's first soft token."""
+        """Expanded ids, the place in `ids` of each, and the position of every media item's first soft token."""
         types = self._shown_types(messages)
         absent = sorted(set(types) - set(self.media_tokens))
         if absent:
@@ -214,28 +187,28 @@ class ConversationEncoder:
                 f"its messages name {len(types)} media ({', '.join(types) or 'none'}), but the rendered text holds "
                 f"{len(places)} placeholder tokens {[int(ids[place]) for place in places]}"
             )
-        if len(rows) != len(types):
-            raise DataError(f"its messages name {len(types)} media, but there are {len(rows)} media files")
+        if len(soft_tokens) != len(types):
+            raise DataError(f"its messages name {len(types)} media, but there are {len(soft_tokens)} media files")
         repeats = np.ones(len(ids), np.int64)
-        repeats[places] = np.array([count + 2 for count in rows], np.int64)
+        repeats[places] = np.array([count + 2 for count in soft_tokens], np.int64)
         sources = np.repeat(np.arange(len(ids)), repeats)
         expanded = ids[sources]
         first = np.cumsum(repeats) - repeats
-        for place, media, count in zip(places, tokens, rows, strict=True):
+        for place, media, count in zip(places, tokens, soft_tokens, strict=True):
             expanded[first[place]] = media.begin
             expanded[first[place] + count + 1] = media.end
         return expanded, sources, tuple(int(first[place]) + 1 for place in places)
 
 
 def _covered(offsets: np.ndarray, spans: list[Span]) -> np.ndarray:
-    """Which tokens share a character with a span: [tokens] bool."""
+    """[tokens] bool: whether the token shares a character with a span."""
     covered = np.zeros(len(offsets), bool)
     for start, end in spans:
         covered |= (offsets[:, 0] < end) & (offsets[:, 1] > start)
     return covered
 
 
-def _rows_or_none(processor: MediaProcessor, header: MediaHeader) -> int | None:
+def _soft_tokens_or_none(processor: MediaProcessor, header: MediaHeader) -> int | None:
     try:
         return processor.soft_tokens(header)
     except ValueError:

@@ -17,18 +17,18 @@ _ATTENDED_AS_ONE = ("image", "video")
 
 @dataclass
 class LanguageBatch:
-    """One microbatch of the language model: whole sequences on the host, all tensors [rows, seq_length] int64."""
+    """One microbatch of the language model: whole sequences on the host, all tensors [B, S] int64."""
 
     input_ids: Tensor
-    """Token ids; media positions hold their soft token's id, padding the pad id."""
+    """Token ids; a soft token has the id of its media type, padding the pad id."""
     labels: Tensor
-    """Target of every position, already shifted; -100 where there is no loss."""
+    """Target of every position, already shifted; -100 at positions without loss."""
     positions: Tensor
     """Position in its sample, from 0; 0 in padding."""
     segments: Tensor
-    """Number of the sample in its row, from 1; 0 in padding."""
+    """Number of the sample in its sequence, from 1; 0 in padding."""
     groups: Tensor
-    """Number of the image in its row, from 1, at that image's soft tokens; 0 elsewhere."""
+    """Number of the image in its sequence, from 1, at its soft tokens; 0 elsewhere."""
 
 
 def collate_language(
@@ -37,18 +37,18 @@ def collate_language(
     media: Callable[[int], tuple[MediaItem, ...]],
     pad_id: int,
 ) -> LanguageBatch:
-    """Lay the encoded samples of a microbatch where its manifest says. `encode` and `media` take a dataset number."""
+    """Lay the encoded samples of a microbatch at their places. `encode` and `media` take a dataset number."""
     shape = (microbatch.sequences, microbatch.seq_length)
     input_ids, labels = np.full(shape, pad_id, np.int64), np.full(shape, IGNORE, np.int64)
     positions, segments, groups = (np.zeros(shape, np.int64) for _ in range(3))
-    for planned in microbatch.samples:
-        encoded = encode(planned.index)
-        where = (planned.sequence, slice(planned.start, planned.start + planned.length))
+    for sample in microbatch.samples:
+        encoded = encode(sample.index)
+        where = (sample.sequence, slice(sample.start, sample.start + sample.length))
         input_ids[where], labels[where] = encoded.input_ids, encoded.labels
-        positions[where] = np.arange(planned.length)
-        segments[where] = segments[planned.sequence].max(initial=0) + 1
-        for item in media(planned.index):
+        positions[where] = np.arange(sample.length)
+        segments[where] = segments[sample.sequence].max(initial=0) + 1
+        for item in media(sample.index):
             if item.media_type in _ATTENDED_AS_ONE:
-                start = planned.start + item.start
-                groups[planned.sequence, start : start + item.soft_tokens] = groups[planned.sequence].max(initial=0) + 1
+                start = sample.start + item.start
+                groups[sample.sequence, start : start + item.soft_tokens] = groups[sample.sequence].max(initial=0) + 1
     return LanguageBatch(*map(torch.from_numpy, (input_ids, labels, positions, segments, groups)))

@@ -1,4 +1,4 @@
-"""The samples of all shards under one numbering, without the ones that cannot be used."""
+"""The usable samples of all shards, numbered from 0."""
 
 import logging
 import zlib
@@ -26,7 +26,7 @@ from mimo_gemma4.media import MediaHeader
 logger = logging.getLogger(__name__)
 
 _REPORTED = 5
-"""Unusable samples that are logged one by one; the rest is counted."""
+"""Most samples that are logged one by one when they are left out; the others are only counted."""
 
 
 @dataclass(frozen=True)
@@ -34,14 +34,14 @@ class MediaItem:
     """One media file of a sample."""
 
     modality: str
-    """Module of the layout that encodes it."""
+    """Encoder of the layout that takes it."""
     media_type: str
-    """Its type of chat content."""
+    """Type of the chat content."""
     header: MediaHeader
     soft_tokens: int
-    """Tokens that it takes in the sequence."""
+    """Number of its soft tokens."""
     start: int
-    """Position in its sample of its first soft token."""
+    """Position of its first soft token in the sample."""
     shard: Shard
     offset: int
     """First byte in the shard."""
@@ -55,7 +55,7 @@ class BadSample:
 
     shard: Shard
     key: str
-    """`__key__`; empty where the shard itself breaks off."""
+    """`__key__`; empty if the shard itself breaks off."""
     fault: Fault
     reason: str
 
@@ -64,7 +64,7 @@ class BadSample:
         return f"{self.shard}: {f'__key__ {self.key!r}: ' if self.key else ''}{self.reason}"
 
     def record(self) -> dict[str, str]:
-        """Its fields, for a log."""
+        """Its fields, for a log file."""
         return asdict(self)
 
 
@@ -73,13 +73,13 @@ class Source:
     """Shards that share one weight."""
 
     shards: str | Path | Sequence[str | Path]
-    """As `expand_shards` takes them."""
+    """As for `expand_shards`."""
     weight: float = 1.0
-    """Share of the samples of a step, relative to the other sources."""
+    """Share of a step's samples, relative to the other sources."""
 
 
 class ShardDataset:
-    """Samples 0 … len - 1 of some sources, in shard order. Knows lengths and places; reads a sample on request."""
+    """Samples 0 … len - 1 of the sources, in shard order. Only lengths and places are in memory."""
 
     def __init__(
         self,
@@ -93,34 +93,37 @@ class ShardDataset:
         on_bad_sample: BadSamplePolicy = "fail",
         max_bad_fraction: float = 0.01,
     ) -> None:
-        """Number the usable samples; `open` reads the indexes.
+        """Number the usable samples; call `open` to read the indexes first.
 
-        `sources`: each with its number of `shards`, which stand one source after the other.
-        `seq_length`: samples with more tokens are left out. With `on_bad_sample="fail"` any sample that has to be left
-        out raises `DataError`; with `skip` they are counted and logged, and more than `max_bad_fraction` unusable ones
-        (too long ones not counted) raise.
+        Args:
+            sources: every source with its number of `shards`, which are in the order of the sources.
+            seq_length: samples with more tokens are left out.
+            on_bad_sample: `fail` raises `DataError` if a sample must be left out; `skip` counts and logs them.
+            max_bad_fraction: with `skip`, a larger fraction of unusable samples raises. Samples that are too long do
+                not count.
         """
         self.encoder = encoder
         self.seq_length = seq_length
         self._shards, self._indexes, self._tokens = tuple(shards), tuple(indexes), tuple(tokens)
-        kept = [np.flatnonzero((t.length > 0) & (t.length <= seq_length)) for t in tokens]
-        self._shard_of = np.repeat(np.arange(len(kept)), [len(rows) for rows in kept])
-        self._row_of = np.concatenate(kept) if kept else np.zeros(0, np.int64)
-        self.lengths = np.concatenate([t.length[rows] for t, rows in zip(tokens, kept, strict=True)])
-        """[samples] int32: tokens of every sample, media rows included."""
-        self.loss_tokens = np.concatenate([t.loss_tokens[rows] for t, rows in zip(tokens, kept, strict=True)])
+        usable = [np.flatnonzero((t.length > 0) & (t.length <= seq_length)) for t in tokens]
+        self._shard_of = np.repeat(np.arange(len(usable)), [len(numbers) for numbers in usable])
+        self._number_in_shard = np.concatenate(usable) if usable else np.zeros(0, np.int64)
+        self.lengths = np.concatenate([t.length[numbers] for t, numbers in zip(tokens, usable, strict=True)])
+        """[samples] int32: tokens of every sample, soft tokens included."""
+        self.loss_tokens = np.concatenate([t.loss_tokens[numbers] for t, numbers in zip(tokens, usable, strict=True)])
         """[samples] int32: positions of every sample that have a label."""
         self.weights = tuple(source.weight for source, _ in sources)
         """Weight of every source."""
         self._counts = [count for _, count in sources]
-        remaining = iter(len(rows) for rows in kept)
+        remaining = iter(len(numbers) for numbers in usable)
         self.sizes = tuple(sum(islice(remaining, count)) for count in self._counts)
-        """Samples of every source; they are numbered one source after the other."""
+        """Number of samples of every source; they are numbered one source after the other."""
         self.unusable = self._unusable()
         """Samples whose tar members, JSON, media headers or placeholders are wrong."""
         self.too_long = self._too_long()
         """Samples of more than `seq_length` tokens."""
-        self._judge(on_bad_sample, max_bad_fraction)
+        self._check_bad(on_bad_sample, max_bad_fraction)
+        self._check_empty_sources()
 
     @classmethod
     def open(
@@ -135,10 +138,9 @@ class ShardDataset:
     ) -> "ShardDataset":
         """Find the shards, index those that are not indexed yet, and number their samples.
 
-        `sources`: what is mixed, or the shards of a single source.
-
-        With a host `group`, all of its ranks call this: each indexes a part of the shards, and all check that they see
-        the same samples. Raises `DataError` (on every rank of the group) for missing shards or as `on_bad_sample` asks.
+        `sources`: the sources to mix, or the shards of a single one. With a host `group`, all its ranks call this: each
+        indexes a part of the shards, then all check that they see the same samples. Raises `DataError` on every rank,
+        for missing shards, for bad samples as the constructor does, or if the ranks disagree.
         """
 
         several = _sources(sources)
@@ -168,29 +170,29 @@ class ShardDataset:
 
     def __len__(self) -> int:
         """Number of usable samples."""
-        return len(self._row_of)
+        return len(self._number_in_shard)
 
     def key(self, index: int) -> str:
         """`__key__` of a sample."""
-        return self._index(index).keys[self._row_of[index]].decode()
+        return self._index(index).key(int(self._number_in_shard[index]))
 
     def shard(self, index: int) -> Shard:
         """The shard that holds a sample."""
-        return self._shards[self._shard_of[index]]
+        return self._shards[int(self._shard_of[index])]
 
     def describe(self, index: int) -> str:
         """Shard and `__key__` of a sample, for messages."""
         return f"{self.shard(index)}: __key__ {self.key(index)!r}"
 
     def identity(self, index: int, ordinal: int) -> str:
-        """What tells a media item of a sample from all others: key, number and file size."""
+        """Name of a media item that no other item has: key, number and file size."""
         return f"{self.key(index)}#{ordinal}:{self.media(index)[ordinal].size}"
 
     def media(self, index: int) -> tuple[MediaItem, ...]:
-        """Media of a sample that the model sees, in message order; each frame of a video is one."""
+        """Media of a sample that the model sees, in message order; every frame of a video is an item."""
         shard, table, tokens = self.shard(index), self._index(index), self._tokens[self._shard_of[index]]
         items = []
-        for medium in table.media_range(int(self._row_of[index])):
+        for medium in table.media_range(int(self._number_in_shard[index])):
             if tokens.media_soft_tokens[medium] == 0:
                 continue
             media_type = MEDIA_TYPES[table.media_type[medium]]
@@ -210,60 +212,62 @@ class ShardDataset:
 
     def messages(self, index: int) -> list[dict[str, Any]]:
         """Messages of a sample, read from its shard. Raises `DataError`."""
-        table, row = self._index(index), self._row_of[index]
-        data = read_range(self.shard(index), int(table.json_offset[row]), int(table.json_size[row]))
+        table, number = self._index(index), self._number_in_shard[index]
+        data = read_range(self.shard(index), int(table.json_offset[number]), int(table.json_size[number]))
         try:
             return parse_messages(data)
         except DataError as error:
             raise DataError(f"{self.describe(index)}: {error}") from error
 
     def encode(self, index: int) -> EncodedConversation:
-        """Tokens of a sample. Raises `DataError` if they are not those that were indexed."""
+        """Tokens of a sample. Raises `DataError` if they differ from the indexed ones."""
         media = self.media(index)
         try:
             encoded = self.encoder.encode(self.messages(index), [item.soft_tokens for item in media])
         except DataError as error:
             raise DataError(f"{self.describe(index)}: {error}") from error
-        rows = [self.encoder.processors[item.media_type].soft_tokens(item.header) for item in media]
+        soft_tokens = [self.encoder.processors[item.media_type].soft_tokens(item.header) for item in media]
         indexed = (int(self.lengths[index]), [item.start for item in media], [item.soft_tokens for item in media])
-        if indexed != (encoded.length, list(encoded.media_starts), rows):
+        read = (encoded.length, list(encoded.media_starts), soft_tokens)
+        if indexed != read:
             raise DataError(
-                f"{self.describe(index)}: indexed as (length, media starts, media rows) {indexed}, read as "
-                f"{(encoded.length, list(encoded.media_starts), rows)}; delete {self.shard(index)}.*.npz"
+                f"{self.describe(index)}: (length, starts of media, soft tokens of media) is {indexed} in the index, "
+                f"{read} in the shard; delete {self.shard(index)}.*.npz to index it anew"
             )
         return encoded
 
     @cached_property
     def fingerprint(self) -> int:
-        """Checksum of all shard sizes, keys and lengths, in order: equal on two ranks that see the same samples."""
+        """Checksum of all shard sizes, keys and lengths, in order: equal on ranks that see the same samples."""
         sizes = np.array([table.shard_size for table in self._indexes], "<i8")
         checksum = zlib.crc32(sizes.tobytes())
         checksum = zlib.crc32(self.lengths.astype("<i4").tobytes(), checksum)
-        for table, row in ((t, np.flatnonzero(k.length)) for t, k in zip(self._indexes, self._tokens, strict=True)):
-            checksum = zlib.crc32(b"\0".join(table.keys[row].tolist()), checksum)
+        for table, tokens in zip(self._indexes, self._tokens, strict=True):
+            checksum = zlib.crc32(b"\0".join(table.keys[np.flatnonzero(tokens.length)].tolist()), checksum)
         return checksum
 
     def _index(self, index: int) -> ShardIndex:
-        return self._indexes[self._shard_of[index]]
+        return self._indexes[int(self._shard_of[index])]
 
     def _unusable(self) -> tuple[BadSample, ...]:
         bad = []
         for shard, table, tokens in zip(self._shards, self._indexes, self._tokens, strict=True):
             for key, fault, reason in zip(table.bad_keys, table.bad_faults, table.bad_reasons, strict=True):
                 bad.append(BadSample(shard, str(key), fault.item(), str(reason)))
-            for row, fault, reason in zip(tokens.bad_samples, tokens.bad_faults, tokens.bad_reasons, strict=True):
-                bad.append(BadSample(shard, table.keys[row].decode(), fault.item(), str(reason)))
+            for number, fault, reason in zip(tokens.bad_samples, tokens.bad_faults, tokens.bad_reasons, strict=True):
+                bad.append(BadSample(shard, table.key(int(number)), fault.item(), str(reason)))
         return tuple(bad)
 
     def _too_long(self) -> tuple[BadSample, ...]:
         bad = []
         for shard, table, tokens in zip(self._shards, self._indexes, self._tokens, strict=True):
-            for row in np.flatnonzero(tokens.length > self.seq_length):
-                reason = f"{tokens.length[row]} tokens, more than data.seq_length={self.seq_length}"
-                bad.append(BadSample(shard, table.keys[row].decode(), "length", reason))
+            for number in np.flatnonzero(tokens.length > self.seq_length):
+                reason = f"{tokens.length[number]} tokens, more than data.seq_length={self.seq_length}"
+                bad.append(BadSample(shard, table.key(int(number)), "length", reason))
         return tuple(bad)
 
-    def _judge(self, on_bad_sample: BadSamplePolicy, max_bad_fraction: float) -> None:
+    def _check_bad(self, on_bad_sample: BadSamplePolicy, max_bad_fraction: float) -> None:
+        """Log the samples that are left out. Raises `DataError` if none may be, or if there are too many."""
         for bad, remedy in (
             (self.unusable, "mend or remove them, or set data.on_bad_sample=skip"),
             (self.too_long, "raise data.seq_length, shorten them, or set data.on_bad_sample=skip"),
@@ -284,6 +288,9 @@ class ShardDataset:
                 f"{len(self.unusable)} of {considered} samples cannot be used, more than "
                 f"data.max_bad_fraction={max_bad_fraction} allows. The first: {self.unusable[0]}"
             )
+
+    def _check_empty_sources(self) -> None:
+        """Raise `DataError` for a source without usable samples."""
         empty = [number for number, size in enumerate(self.sizes) if not size]
         if empty:
             start = sum(self._counts[: empty[0]])
@@ -294,13 +301,15 @@ class ShardDataset:
 
 
 def _sources(given: str | Path | Sequence[str | Path] | Sequence[Source]) -> list[Source]:
-    if not isinstance(given, str | Path) and given and all(isinstance(source, Source) for source in given):
-        return [source for source in given if isinstance(source, Source)]
-    return [Source(given)]  # type: ignore[arg-type]
+    if isinstance(given, str | Path):
+        return [Source(given)]
+    sources = [source for source in given if isinstance(source, Source)]
+    shards = [shard for shard in given if not isinstance(shard, Source)]
+    return sources if sources and not shards else [*sources, Source(shards)]
 
 
 def _expand(sources: Sequence[Source]) -> tuple[list[Shard], list[int]]:
-    """All shards, and how many each source has. Raises `DataError`, also for a shard that two sources share."""
+    """All shards, and the number of shards of each source. Raises `DataError`, also if two sources share a shard."""
     groups = [expand_shards(source.shards) for source in sources]
     shards = [shard for group in groups for shard in group]
     require_distinct(shards)

@@ -1,4 +1,4 @@
-"""Digits as the tones of a telephone's keypad: two sines a key, ITU-T recommendation Q.23."""
+"""Digits as the tones of a telephone's keypad: two sines per key, as in ITU-T recommendation Q.23."""
 
 import io
 from collections.abc import Sequence
@@ -7,26 +7,26 @@ import numpy as np
 import soundfile
 
 ROWS = (697, 770, 852, 941)
-"""Hz of the keypad's rows, from the top."""
+"""Frequencies of the keypad's rows in Hz, from the top."""
 COLUMNS = (1209, 1336, 1477)
-"""Hz of its columns, from the left."""
+"""Frequencies of its columns in Hz, from the left."""
 KEYPAD = ("123", "456", "789", "*0#")
 SAMPLE_RATES = (8_000, 16_000)
-"""Hz of the files: a telephone's, or the rate that Gemma 4 hears."""
+"""Sample rates of the files in Hz: a telephone's, and Gemma 4's."""
 
 _TONE_SECONDS = (0.08, 0.16)
 _PAUSE_SECONDS = (0.04, 0.1)
-"""Between two tones, before the first and after the last."""
+"""Pause between two tones, before the first and after the last."""
 _LEVEL_DECIBELS = (-30.0, -6.0)
-"""Of a sine's amplitude, below full scale."""
+"""Amplitude of a sine, relative to full scale."""
 _TWIST_DECIBELS = 3.0
-"""By how much one of the two sines may be stronger than the other."""
+"""Largest difference between the two sines."""
 _NOISE_DECIBELS = (-30.0, -10.0)
-"""Of the white noise's standard deviation, beside a sine's amplitude."""
+"""Standard deviation of the white noise, relative to a sine's amplitude."""
 
 
 def dial(digits: Sequence[int], generator: np.random.Generator) -> bytes:
-    """A wav file in which `digits` are dialled: durations, levels, noise and sample rate are drawn from `generator`."""
+    """A WAV file in which `digits` are dialled, with durations, levels, noise and sample rate from `generator`."""
     rate = int(generator.choice(SAMPLE_RATES))
     level = 10 ** (generator.uniform(*_LEVEL_DECIBELS) / 20)
     parts = [_pause(rate, generator)]
@@ -40,7 +40,7 @@ def dial(digits: Sequence[int], generator: np.random.Generator) -> bytes:
 
 
 def frequencies(digit: int) -> tuple[int, int]:
-    """Hz of the two sines of a digit's key."""
+    """Frequencies of the two sines of a digit's key, in Hz."""
     [(row, column)] = [(row, keys.index(str(digit))) for row, keys in enumerate(KEYPAD) if str(digit) in keys]
     return ROWS[row], COLUMNS[column]
 
@@ -49,10 +49,11 @@ def _tone(digit: int, rate: int, generator: np.random.Generator) -> np.ndarray:
     seconds = np.arange(int(rate * generator.uniform(*_TONE_SECONDS))) / rate
     twist = 10 ** (generator.uniform(-_TWIST_DECIBELS, _TWIST_DECIBELS) / 40)
     amplitudes, phases = (twist, 1 / twist), generator.uniform(0, 2 * np.pi, 2)
-    return sum(
+    low, high = (
         amplitude * np.sin(2 * np.pi * frequency * seconds + phase)
         for frequency, amplitude, phase in zip(frequencies(digit), amplitudes, phases, strict=True)
     )
+    return np.asarray(low + high)
 
 
 def _pause(rate: int, generator: np.random.Generator) -> np.ndarray:

@@ -11,28 +11,35 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from mimo_gemma4.errors import optional_import
+
 TRAIN_SAMPLES = 6_000
 VALID_SCANS = 360
-"""Scans kept for validation: each is shown once, a third of them alone and the others in pairs."""
+"""Scans for validation: each is shown once, a third of them alone and the others in pairs."""
 SIDE = 48
-"""Pixels on the side of one digit."""
+"""Side of one digit in pixels."""
 QUESTION = "What number is this?"
 
 _SEED = 1797
 _MARGIN = 4
-"""Pixels around a digit in its tile."""
+"""Margin around a digit in its tile, in pixels."""
 _SHIFT = 2
-"""Pixels by which a training digit may be moved each way."""
+"""Largest shift of a training digit in each direction, in pixels."""
 
 
 def make_samples() -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """The samples for training and for validation; always the same."""
-    from sklearn.datasets import load_digits
-
-    scans = load_digits()
+    """The samples for training and for validation; always the same. Raises `MissingPackageError`."""
+    scans = load_scans()
     train_scans, valid_scans = split_scans()
     generator = np.random.Generator(np.random.PCG64([_SEED, 1]))
     return list(_train_samples(train_scans, scans, generator)), list(_valid_samples(valid_scans, scans))
+
+
+def load_scans() -> Any:
+    """scikit-learn's digits: `images` [1797, 8, 8] and `target` [1797]. Raises `MissingPackageError`."""
+    with optional_import("scikit-learn", extra="quickstart", purpose="the quickstart's data"):
+        from sklearn.datasets import load_digits
+    return load_digits()
 
 
 def split_scans() -> tuple[np.ndarray, np.ndarray]:
@@ -57,9 +64,9 @@ def _valid_samples(numbers: np.ndarray, scans: Any) -> Iterator[dict[str, Any]]:
 
 
 def draw(scans: Sequence[np.ndarray], generator: np.random.Generator | None = None) -> bytes:
-    """A png file of scans [8, 8] side by side, each a square of `SIDE` pixels.
+    """A PNG file of scans [8, 8] side by side, each a square of `SIDE` pixels.
 
-    With a `generator`, for training: every scan is moved a little, and the contrast of the whole is a little lower.
+    With a `generator` (for training), every scan is shifted and the contrast lowered at random.
     """
     if generator is None:
         return _png([_tile(scan, np.zeros(2, int)) for scan in scans], 1.0)
@@ -68,7 +75,7 @@ def draw(scans: Sequence[np.ndarray], generator: np.random.Generator | None = No
 
 
 def _tile(scan: np.ndarray, shift: np.ndarray) -> np.ndarray:
-    """A scan [8, 8] with values 0 … 16 as a tile [SIDE, SIDE] with values 0 … 255, moved by (down, right) pixels."""
+    """A scan [8, 8] of values 0 … 16 as a tile [SIDE, SIDE] of values 0 … 255, shifted by (down, right) pixels."""
     size = SIDE - 2 * _MARGIN
     small = Image.fromarray((scan * (255 / 16)).astype(np.uint8))
     tile = np.zeros((SIDE, SIDE), np.uint8)
@@ -85,7 +92,7 @@ def _png(tiles: Sequence[np.ndarray], contrast: float) -> bytes:
 
 
 def _sample(key: str, picture: bytes, digits: Sequence[int]) -> dict[str, Any]:
-    """A WebDataset sample; its keys begin with split and number, so that they are unique over all shards."""
+    """A WebDataset sample. Its key consists of split and number, so it is unique over all shards."""
     question = [{"type": "image"}, {"type": "text", "text": QUESTION}]
     answer = [{"type": "text", "text": "".join(str(digit) for digit in digits)}]
     messages = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]

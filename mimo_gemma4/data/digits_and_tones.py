@@ -1,6 +1,6 @@
-"""Data of the quickstart with sound: digits drawn, dialled, both in one sample, and spelled out without any media.
+"""Data of the quickstart with sound: digits drawn, dialled, both in one sample, or spelled out without media.
 
-Every sample asks which digits it holds. Training and validation share no scan, no sound, and no spelled-out number.
+Every sample asks for its digits. Training and validation share no scan, no sound and no spelled-out number.
 """
 
 from collections.abc import Sequence
@@ -10,17 +10,17 @@ from typing import Any
 import numpy as np
 
 from mimo_gemma4.data.dial_tones import dial
-from mimo_gemma4.data.digits import draw, split_scans
+from mimo_gemma4.data.digits import draw, load_scans, split_scans
 
 TRAIN_SAMPLES = 2_400
-"""Of each kind."""
+"""Training samples of each kind."""
 VALID_SAMPLES = 100
-"""Of each kind."""
+"""Validation samples of each kind."""
 WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 
 _SEED = 697
 _SPELLED = 3
-"""Digits of a number that is spelled out."""
+"""Number of digits of a spelled-out number."""
 
 _Content = tuple[dict[str, bytes], str, Sequence[int]]
 """Media files by extension, in the order of the message; the question; the digits of the answer."""
@@ -28,23 +28,21 @@ _Content = tuple[dict[str, bytes], str, Sequence[int]]
 
 @dataclass(frozen=True)
 class _Split:
-    """What the samples of training or of validation are made from."""
+    """Sources of the samples for training or for validation."""
 
     name: str
     pictures: dict[int, list[np.ndarray]]
-    """Scans [8, 8] by the digit that they show."""
+    """Scans [8, 8] by digit."""
     numbers: np.ndarray
-    """Which numbers may be spelled out."""
+    """Numbers that may be spelled out."""
     generator: np.random.Generator
     moved: bool
-    """Whether every picture is drawn a little differently."""
+    """Whether position and contrast of pictures vary."""
 
 
 def make_samples() -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """The samples for training and for validation, kinds in turn; always the same."""
-    from sklearn.datasets import load_digits
-
-    scans = load_digits()
+    """The samples for training and for validation, kinds in turn; always the same. Raises `MissingPackageError`."""
+    scans = load_scans()
     numbers = _generator(0).permutation(10**_SPELLED)
     train_scans, valid_scans = split_scans()
     train = _Split("train", _by_digit(scans, train_scans), numbers[VALID_SAMPLES:], _generator(1), moved=True)
@@ -91,7 +89,7 @@ def _spelled(split: _Split, number: int) -> _Content:
 
 
 def _digits(split: _Split, count: int) -> list[int]:
-    return split.generator.integers(10, size=count).tolist()
+    return [int(digit) for digit in split.generator.integers(10, size=count)]
 
 
 def _draw(split: _Split, digits: Sequence[int]) -> bytes:

@@ -1,14 +1,13 @@
-"""The index of a shard: where every sample lies and how large its media are, read once and kept beside the shard.
+"""The index of a shard: places of all samples and headers of their media, read once and kept beside the shard.
 
-    python -m mimo_gemma4.data.index SHARDS…        index shards ahead of a training and report what is in them
+    python -m mimo_gemma4.data.index SHARDS…        index shards before a training and report what is in them
 
-SHARDS are tar files, brace lists or globs, on local disk or behind any fsspec URL (`s3://bucket/train-{000..127}.tar`).
+SHARDS are tar files, brace lists or globs, on local disk or at any fsspec URL (`s3://bucket/train-{000..127}.tar`).
 
-A sample is a run of consecutive tar members that share the name up to the first dot of the base name: `<key>.json` and
-its media `<key>.0.jpg`, `<key>.1.png`, `<key>.0.wav`, …, which the messages name in the order of their numbers (images
-and sounds may be numbered together or apart). The frames of a video are images `<key>.<video>.<frame>.jpg`. No pixel
-and no sound is decoded here. Member names are keys, never paths: nothing is unpacked, and links, devices and sparse
-files are no members.
+A sample is a run of consecutive tar members whose names are equal up to the first dot of the base name: `<key>.json`
+and its media `<key>.0.jpg`, `<key>.1.png`, `<key>.0.wav`, …, which the messages name in the order of their numbers
+(images and sounds are numbered together or separately). The frames of a video are images `<key>.<video>.<frame>.jpg`.
+Nothing is unpacked, and no media are decoded. Links, devices and sparse files are ignored.
 """
 
 import argparse
@@ -39,13 +38,13 @@ from mimo_gemma4.errors import DataError
 from mimo_gemma4.media import MediaHeader
 
 _LONGEST_KEY = 512
-"""Bytes of a `__key__`; keys are kept in one array as wide as the longest."""
+"""Most bytes of a `__key__`; all keys of a shard are in one array, as wide as the longest."""
 _MEDIA_FIELD = re.compile(r"(?:(?P<number>\d+)\.)?(?:(?P<frame>\d+)\.)?(?P<extension>[^.]+)")
 
 
 @dataclass(frozen=True)
 class ShardIndex:
-    """Samples of one shard: `samples` rows and, in message order, `media` rows; unusable samples apart."""
+    """Arrays over the samples of one shard, over their media in message order, and over the unusable samples."""
 
     keys: np.ndarray
     """[samples] bytes: `__key__` in UTF-8."""
@@ -54,7 +53,7 @@ class ShardIndex:
     json_size: np.ndarray
     """[samples] int64."""
     media_first: np.ndarray
-    """[samples + 1] int64: media of sample i are media_first[i] … media_first[i + 1] - 1."""
+    """[samples + 1] int64: sample i has the media media_first[i] … media_first[i + 1] - 1."""
     media_type: np.ndarray
     """[media] int8: place in `MEDIA_TYPES`."""
     media_offset: np.ndarray
@@ -64,13 +63,13 @@ class ShardIndex:
     media_header: np.ndarray
     """[media, 4] int64: the fields of `MediaHeader`."""
     bad_keys: np.ndarray
-    """[bad] str: `__key__` of samples that cannot be used; empty where the shard itself breaks off …"""
+    """[bad] str: `__key__` of the unusable samples; empty if the shard itself breaks off."""
     bad_faults: np.ndarray
-    """[bad] str: … what is wrong with them (`sample.Fault`) …"""
+    """[bad] str: their faults (`sample.Fault`)."""
     bad_reasons: np.ndarray
-    """[bad] str: … and in words."""
+    """[bad] str: what is wrong with them, in words."""
     shard_size: np.ndarray
-    """int64: bytes of the shard."""
+    """[] int64: bytes of the shard."""
 
     @classmethod
     def open(cls, shard: Shard) -> Self:
@@ -95,7 +94,7 @@ class ShardIndex:
                     except BadSampleError as error:
                         bad.append((members[0].key[:_LONGEST_KEY], error.fault, str(error)))
             except (tarfile.TarError, ValueError, OverflowError, EOFError) as error:
-                bad.append(("", "tar", f"not a whole uncompressed tar file: {error}"))
+                bad.append(("", "tar", f"not a complete uncompressed tar file: {error}"))
             size = file.seek(0, io.SEEK_END)
         if not entries and not bad:
             bad.append(("", "tar", "the shard holds no samples"))
@@ -120,8 +119,12 @@ class ShardIndex:
         """Number of usable samples."""
         return len(self.keys)
 
+    def key(self, sample: int) -> str:
+        """`__key__` of a sample."""
+        return str(self.keys[sample].decode())
+
     def media_range(self, sample: int) -> range:
-        """Rows of the `media_*` arrays that belong to a sample."""
+        """Numbers of a sample's media in the `media_*` arrays."""
         return range(int(self.media_first[sample]), int(self.media_first[sample + 1]))
 
     def header(self, medium: int) -> MediaHeader:
@@ -149,7 +152,7 @@ class _Member:
 
     @property
     def place(self) -> tuple[int, int]:
-        """Number of the media item, and of the frame in a video."""
+        """Number of the media item, and of the frame if it is a video."""
         match = _MEDIA_FIELD.fullmatch(self.field)
         return (int(match["number"] or 0), int(match["frame"] or 0)) if match else (0, 0)
 
@@ -164,7 +167,7 @@ class _Entry:
 
 
 def _members(file: BinaryIO) -> Iterator[_Member]:
-    # Whatever bytes a name holds, it becomes text that can be printed and encoded.
+    # With backslashreplace, names of any bytes become text that can be printed and encoded.
     with tarfile.open(fileobj=file, mode="r:", encoding="utf-8", errors="backslashreplace") as tar:
         for info in tar:
             folder, slash, base = info.name.rpartition("/")
@@ -209,7 +212,7 @@ def _read_sample(file: BinaryIO, members: list[_Member]) -> _Entry:
 
 
 def _match(types: list[str], members: list[_Member]) -> list[_Member]:
-    """Media members in the order in which the messages name them."""
+    """Media members in the order of the messages."""
     files: dict[str, list[_Member]] = {}
     for member in sorted(members, key=lambda member: member.place):
         if member.media_type is not None:
@@ -224,7 +227,7 @@ def _match(types: list[str], members: list[_Member]) -> list[_Member]:
     for media_type, group in files.items():
         if len({member.place for member in group}) < len(group):
             raise BadSampleError(
-                "members", f"two {media_type} members have one number: {[member.field for member in group]}"
+                "members", f"two {media_type} members have the same number: {[member.field for member in group]}"
             )
     remaining = {media_type: iter(group) for media_type, group in files.items()}
     return [next(remaining[media_type]) for media_type in types]
@@ -253,7 +256,7 @@ def progress[T](items: Iterable[T], total: int, description: str) -> Iterator[T]
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Index the shards named on the command line; the exit code is 1 if a sample cannot be used, 2 for a wrong list."""
+    """Index the shards of the command line. The exit code is 1 if a sample is unusable, 2 for wrong arguments."""
     parser = argparse.ArgumentParser(prog="python -m mimo_gemma4.data.index", description=__doc__.partition("\n")[0])
     parser.add_argument("shards", nargs="+", metavar="SHARDS", help="tar files, brace lists or globs; paths or URLs")
     try:

@@ -1,10 +1,10 @@
-"""Shows what a shard holds and what a model would make of it.
+"""Shows the samples of a shard as a model sees them.
 
     python -m mimo_gemma4.data.inspect SHARD… [--hf-path DIR | --preset NAME] [--samples N] [--key KEY]
 
-For each shard: the first samples with their members, image sizes, lengths of sounds, token counts and the rendered
-conversation, in which »…« marks what has a loss; then the samples that cannot be used, and the spread of lengths over
-the whole shard. As in a training, the index is kept beside the shard.
+For every shard: the first samples, with their members, image sizes, lengths of sounds, token counts and the rendered
+conversation, in which »…« marks text with loss; then the unusable samples, and percentiles of lengths over the whole
+shard. As in a training, the index is kept beside the shard.
 """
 
 import argparse
@@ -31,9 +31,9 @@ from mimo_gemma4.errors import MimoError
 
 _PERCENTILES = (0, 10, 50, 90, 99, 100)
 _LONGEST_TEXT = 4000
-"""Characters of a conversation that are shown."""
+"""Most characters of a conversation that are shown."""
 _MOST_UNUSABLE = 20
-"""Unusable samples that are listed."""
+"""Most unusable samples that are listed."""
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 _TAR_BLOCK = 512
 
@@ -42,24 +42,23 @@ class ShardInspector:
     """One shard as a model sees it."""
 
     def __init__(self, shard: Shard, encoder: ConversationEncoder) -> None:
-        """Index the shard, or read its index. Raises `DataError` for media that the model has no encoder for."""
+        """Index the shard, or read its index. Raises `DataError` for media without an encoder in the model."""
         self.shard = shard
         self.encoder = encoder
         self.index = ShardIndex.open(shard)
         self.tokens = TokenIndex.open(shard, self.index, encoder)
 
     def find(self, keys: Sequence[str], count: int) -> list[int]:
-        """Numbers of the samples with these keys, or of the first `count` where no keys are given."""
+        """Numbers of the samples with these keys, or of the first `count` samples if there are no keys."""
         if keys:
             wanted = {key.encode() for key in keys}
             return [number for number, key in enumerate(self.index.keys.tolist()) if key in wanted]
         return list(range(min(count, len(self.index))))
 
     def show_sample(self, console: Console, number: int) -> None:
-        """Members, token counts and rendering of a sample."""
+        """Print members, token counts and rendering of a sample."""
         index, tokens = self.index, self.tokens
-        key = index.keys[number].decode()
-        console.print(_title(f"{_visible(key)} · sample {number + 1} of {len(index)}"))
+        console.print(_title(f"{_visible(index.key(number))} · sample {number + 1} of {len(index)}"))
         table = Table(box=None, show_header=False, pad_edge=False)
         name = self._member_name(int(index.json_offset[number]))
         table.add_row(Text(name), Text(_bytes(index.json_size[number])))
@@ -69,8 +68,8 @@ class ShardInspector:
             if header.sample_rate:
                 extent = f"{header.samples / header.sample_rate:.2f} s at {header.sample_rate} Hz"
             name = self._member_name(int(index.media_offset[medium]))
-            rows = f"{tokens.media_soft_tokens[medium]} soft tokens"
-            table.add_row(Text(name), Text(_bytes(index.media_size[medium])), Text(extent), Text(rows))
+            soft_tokens = f"{tokens.media_soft_tokens[medium]} soft tokens"
+            table.add_row(Text(name), Text(_bytes(index.media_size[medium])), Text(extent), Text(soft_tokens))
         console.print(table)
         faults = dict(zip(tokens.bad_samples.tolist(), tokens.bad_reasons.tolist(), strict=True))
         if number in faults:
@@ -83,9 +82,9 @@ class ShardInspector:
         console.print(self._render(number))
 
     def show_unusable(self, console: Console) -> None:
-        """The samples that a training would leave out, and why."""
+        """Print the samples that a training would leave out, and why."""
         index, tokens = self.index, self.tokens
-        encoded = [(index.keys[number].decode(), fault, reason) for number, fault, reason in
+        encoded = [(index.key(number), fault, reason) for number, fault, reason in
                    zip(tokens.bad_samples, tokens.bad_faults, tokens.bad_reasons, strict=True)]  # fmt: skip
         read = list(zip(index.bad_keys.tolist(), index.bad_faults.tolist(), index.bad_reasons.tolist(), strict=True))
         unusable = read + encoded
@@ -98,30 +97,30 @@ class ShardInspector:
             console.print(Text(f"… and {len(unusable) - _MOST_UNUSABLE} more"))
 
     def show_statistics(self, console: Console) -> None:
-        """Percentiles of lengths and sizes over all usable samples."""
+        """Print percentiles of lengths and sizes over all usable samples."""
         usable = self.tokens.length > 0
-        rows = {"tokens": self.tokens.length[usable], "with loss": self.tokens.loss_tokens[usable]}
+        values = {"tokens": self.tokens.length[usable], "with loss": self.tokens.loss_tokens[usable]}
         headers = self.index.media_header
         for number, media_type in enumerate(MEDIA_TYPES):
             chosen = (self.index.media_type == number) & (self.tokens.media_soft_tokens > 0)
-            rows[f"soft tokens of one {media_type}"] = self.tokens.media_soft_tokens[chosen]
+            values[f"soft tokens of one {media_type}"] = self.tokens.media_soft_tokens[chosen]
             if headers[chosen, 3].any():
-                rows[f"seconds of one {media_type}"] = headers[chosen, 2] / headers[chosen, 3]
+                values[f"seconds of one {media_type}"] = headers[chosen, 2] / headers[chosen, 3]
             else:
-                rows[f"width of one {media_type}"] = headers[chosen, 0]
-                rows[f"height of one {media_type}"] = headers[chosen, 1]
+                values[f"width of one {media_type}"] = headers[chosen, 0]
+                values[f"height of one {media_type}"] = headers[chosen, 1]
         table = Table("", "count", "least", *(f"{p}%" for p in _PERCENTILES[1:-1]), "most", "sum", box=None)
         for column in table.columns[1:]:
             column.justify = "right"
-        for name, values in rows.items():
-            if len(values):
-                percentiles = np.percentile(values, _PERCENTILES, method="nearest")
-                table.add_row(name, *(f"{value:,.10g}" for value in (len(values), *percentiles, values.sum())))
+        for name, numbers in values.items():
+            if len(numbers):
+                percentiles = np.percentile(numbers, _PERCENTILES, method="nearest")
+                table.add_row(name, *(f"{number:,.10g}" for number in (len(numbers), *percentiles, numbers.sum())))
         console.print(_title(f"all {len(self.index)} samples"))
         console.print(table)
 
     def _render(self, number: int) -> Text:
-        """The conversation as the template writes it, what has a loss marked."""
+        """The conversation as the template writes it, with marks around text with loss."""
         data = read_range(self.shard, int(self.index.json_offset[number]), int(self.index.json_size[number]))
         text, spans = self.encoder.template.answers(parse_messages(data))
         shown, position = Text(), 0
@@ -136,15 +135,16 @@ class ShardInspector:
         return shown
 
     def _member_name(self, offset: int) -> str:
-        """Name of the member whose data begin at `offset`: its header is the block before them."""
+        """Name of the member whose data begin at `offset`, from its header in the block before them."""
         header = read_range(self.shard, offset - _TAR_BLOCK, _TAR_BLOCK)
         return _visible(tarfile.TarInfo.frombuf(header, "utf-8", "backslashreplace").name)
 
 
 def build_encoder(model: ModelConfig) -> ConversationEncoder:
-    """Tokenizer, template and the processors of all encoders that a model has. Raises `ConfigError` or `DataError`.
+    """Tokenizer, template and the processors of all encoders of a model. Raises `ConfigError` or `DataError`.
 
-    A preset's ids may be those of another tokenizer than the built-in one; for counting, that one's own serve as well.
+    A preset may have ids of another tokenizer. With the built-in tokenizer its own media ids are used; counts are the
+    same.
     """
     hf_config = load_model_config(model)
     processors = [
@@ -158,9 +158,9 @@ def build_encoder(model: ModelConfig) -> ConversationEncoder:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Show the shards named on the command line; the exit code is 2 if one cannot be found or a model not be built."""
+    """Show the shards of the command line. The exit code is 2 if a shard is missing or the model cannot be built."""
     options = command_parser().parse_args(arguments)
-    # A pipe takes long lines; a width of its own would break them where the next program does not expect it.
+    # Lines are not wrapped in a pipe, as the next program may not expect it.
     console = Console(width=None if sys.stdout.isatty() else 160, highlight=False, soft_wrap=not sys.stdout.isatty())
     model = ModelConfig(preset=options.preset, hf_path=options.hf_path)
     source = options.hf_path or f"the preset {options.preset} and the built-in tokenizer, in which a byte is a token"
@@ -170,10 +170,7 @@ def main(arguments: list[str] | None = None) -> int:
         for shard in shards:
             inspector = ShardInspector(shard, encoder)
             console.print(Text(shard, style="bold"))
-            source = (
-                model.hf_path or f"the preset {model.preset} and the built-in tokenizer, in which a byte is a token"
-            )
-            console.print(Text(f"tokens are those of {source}; »…« has a loss"))
+            console.print(Text(f"counted with {source}; »…« has a loss"))
             for number in inspector.find(options.key, options.samples):
                 inspector.show_sample(console, number)
             inspector.show_unusable(console)
@@ -205,7 +202,7 @@ def _title(text: str) -> Text:
 
 
 def _visible(text: str) -> str:
-    """Text without characters that would steer a terminal."""
+    """Text without control characters."""
     return _CONTROL.sub("\N{REPLACEMENT CHARACTER}", text)
 
 

@@ -1,9 +1,9 @@
-"""Reads what one rank needs of a global step, ahead of the step, and agrees with the other ranks on corrupt media.
+"""Reads one rank's part of a global step, ahead of the step, and agrees with the other ranks on corrupt media.
 
-Whether a media file can be decoded is known only once a rank has decoded it. So the ranks read a step, tell one another
-which of its samples are bad, plan it anew with others in their places, and read those, until all is good. That takes
-place in the background, on a host group of its own, while earlier steps are trained on. The outcome depends on the data
-alone: not on which rank found what, nor on what happened before a run was resumed.
+A media file is known to be corrupt only after a rank has tried to decode it. So the ranks read a step, exchange the
+numbers of its bad samples, plan the step again with replacements, and read those, until all samples are good. This runs
+in the background, on a host group of its own, while earlier steps are trained on. The result depends only on the data:
+not on which rank found a bad sample, nor on whether the run was resumed.
 """
 
 import logging
@@ -30,27 +30,27 @@ from mimo_gemma4.errors import DataError
 logger = logging.getLogger(__name__)
 
 _RECENT = 10_000
-"""Of how many samples the share of corrupt ones is taken; the whole dataset where that is smaller."""
+"""Number of last samples over which the fraction of corrupt ones is taken, or the whole dataset if it is smaller."""
 
 
 @dataclass
 class StepData:
-    """What one rank needs of a global step, on the host."""
+    """One rank's part of a global step, on the host."""
 
     manifest: StepManifest
     language: dict[int, LanguageBatch]
-    """Microbatch number → batch of this rank's language lane, without sequences where it idles; empty off its grid."""
+    """By microbatch: the batch of this rank's language lane (no sequences if it idles); empty without such a lane."""
     media: dict[tuple[str, int], dict[str, Any]]
-    """(module, microbatch number) → inputs of an encoder, or targets of a decoder, where this rank's lane has items."""
+    """By (module, microbatch): inputs of an encoder or targets of a decoder, if this rank's lane has items."""
     items: dict[str, list[tuple[int, str]]]
-    """Module → (language lane, identity) of every item that this rank's lane of an encoder or decoder was given."""
+    """By module: (language lane, identity) of every item of this rank's lane of an encoder or decoder."""
     expected: list[str]
-    """Identities of the items of this rank's language lane, once for each module that works on them."""
+    """Identities of the items of this rank's language lane, once per module that works on them."""
 
 
 @dataclass
 class _Reading:
-    """What this rank has read for a step so far."""
+    """The parts of a step that this rank has read so far."""
 
     conversations: dict[int, EncodedConversation] = field(default_factory=dict)
     """By dataset number."""
@@ -77,19 +77,24 @@ class StepLoader:
         workers: int = 2,
         stop: int | None = None,
     ) -> None:
-        """`language_lane`: this rank's, None off the language grid; `encoder_lanes`: this rank's, by modality;
-        `decoder_lanes`: this rank's, by name.
+        """Load for the given lanes, which are this rank's.
 
-        `group`: host group of all ranks that nothing else uses, as the loading thread talks on it; None for a single
-        process. `on_bad_sample`: `skip` replaces samples with corrupt media, up to `max_bad_fraction` of the last
-        10,000 samples (of the dataset, if it is smaller; repetitions do not count).
-        `prefetch`: steps read ahead in the background; `workers`: threads that decode media, 0: the loading thread.
-        `stop`: the first step that will not be asked for.
+        Args:
+            language_lane: None if the rank has none.
+            encoder_lanes: by modality.
+            decoder_lanes: by name.
+            group: host group of all ranks, for the loading thread alone; None for a single process.
+            on_bad_sample: `skip` replaces samples with corrupt media, `fail` raises.
+            max_bad_fraction: with `skip`, a larger fraction of corrupt samples raises. It is taken over the last 10,000
+                samples, or over the dataset if that is smaller; repeated samples count once.
+            prefetch: steps read ahead in the background.
+            workers: threads that decode media; 0: the loading thread does.
+            stop: first step that will not be loaded; None: the end of the planner's pass.
         """
         self.planner = planner
         self.dataset = planner.dataset
         self.bad: dict[int, BadSample] = {}
-        """Samples with corrupt media met so far, by dataset number; equal on all ranks."""
+        """Samples with corrupt media found so far, by dataset number; equal on all ranks."""
         self._language_lane, self._media_lanes = language_lane, {**encoder_lanes, **(decoder_lanes or {})}
         self._collates = {p.modality: p.collate for p in self.dataset.encoder.processors.values()}
         for name, decoder in planner.decoders.items():
@@ -102,7 +107,7 @@ class StepLoader:
         self._recent: deque[tuple[int, frozenset[int]]] = deque()
 
     def load(self, step: int) -> StepData:
-        """The data of a step, counted from 0; starts to read the following ones.
+        """The data of a step, counted from 0. Starts to read the following steps.
 
         Raises `DataError` on every rank if one of them cannot read its part, if media are corrupt and
         `on_bad_sample` is `fail`, or if too many samples are corrupt.
@@ -115,11 +120,11 @@ class StepLoader:
         return data
 
     def faults(self, manifest: StepManifest) -> dict[str, int]:
-        """How many samples were passed over for a step, by what is wrong with them."""
+        """Number of skipped samples of a step, by fault."""
         return dict(Counter(self.bad[index].fault for index in manifest.skipped_samples))
 
     def close(self) -> None:
-        """Stop reading ahead. What has been started is finished: other ranks may wait for this one's part in it."""
+        """Stop reading ahead. Steps in progress are finished first, as other ranks may wait for this one."""
         self._steps.shutdown(wait=True)
         if self._decoders is not None:
             self._decoders.shutdown(wait=True)
@@ -130,37 +135,37 @@ class StepLoader:
         return self._pending[step]
 
     def _prepare(self, step: int) -> StepData:
-        """Read this rank's part of a step; in the loading thread of all ranks at once."""
+        """Read this rank's part of a step. Collective, in the loading thread."""
         reading = _Reading()
         manifest = self._read_good(step, reading)
         return all_ranks_or_raise(self._group, lambda: self._collate(manifest, reading))
 
     def _read_good(self, step: int, reading: _Reading) -> StepManifest:
-        """Read, and plan anew, until no rank finds a bad sample."""
+        """Read the step, and plan it again, until no rank finds a bad sample."""
         while True:
             manifest = all_ranks_or_raise(self._group, lambda: self._read(step, reading))
             found = self._share(reading.bad)
-            self._judge(manifest, found)
+            self._record_bad(manifest, found)
             if not found:
                 return manifest
             for sample in reading.bad.values():
-                logger.warning("step %d: left out %s", step, sample)
+                logger.warning("step %d: skipped %s", step, sample)
             reading.bad.clear()
 
     def _read(self, step: int, reading: _Reading) -> StepManifest:
-        """Plan the step without the samples known to be bad, and read what has not been read yet."""
+        """Plan the step without the known bad samples, and read what has not been read yet."""
         manifest = self.planner.plan(step, self.bad)
         for index in (sample.index for sample in manifest.samples if sample.lane == self._language_lane):
             if index not in reading.conversations:
                 reading.conversations[index] = self.dataset.encode(index)
-        media = {_key(planned): planned for planned in self._media_here(manifest)}
-        missing = [planned for key, planned in media.items() if key not in reading.media]
+        media = {_key(item): item for item in self._media_here(manifest)}
+        missing = [item for key, item in media.items() if key not in reading.media]
         decode = map if self._decoders is None else self._decoders.map
-        for planned, item in zip(missing, decode(self._decode, missing), strict=True):
-            if isinstance(item, BadSample):
-                reading.bad[planned.index] = item
+        for item, decoded in zip(missing, decode(self._decode, missing), strict=True):
+            if isinstance(decoded, BadSample):
+                reading.bad[item.index] = decoded
             else:
-                reading.media[_key(planned)] = item
+                reading.media[_key(item)] = decoded
         return manifest
 
     def _media_here(self, manifest: StepManifest) -> Iterator[PlannedMedia]:
@@ -169,26 +174,26 @@ class StepLoader:
             for number in range(manifest.num_microbatches):
                 yield from manifest.items_of_module(module, number, lane)
 
-    def _decode(self, planned: PlannedMedia) -> dict[str, torch.Tensor] | BadSample:
-        """Tensors of a media item, or why it cannot be had."""
-        item = self.dataset.media(planned.index)[planned.ordinal]
-        processor = self.planner.processor(planned.module, item.media_type)
-        data = read_range(item.shard, item.offset, item.size)
+    def _decode(self, item: PlannedMedia) -> dict[str, torch.Tensor] | BadSample:
+        """Tensors of a media item, or its sample as bad if it cannot be decoded."""
+        file = self.dataset.media(item.index)[item.ordinal]
+        processor = self.planner.processor(item.module, file.media_type)
+        data = read_range(file.shard, file.offset, file.size)
         try:
             tensors = processor.decode(data)
-            expected = processor.placeholder(item.header)
+            expected = processor.placeholder(file.header)
             shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
             promised = {name: tuple(tensor.shape) for name, tensor in expected.items()}
             if shapes != promised:
                 raise ValueError(f"it holds {shapes}, but its header promises {promised}")
         except (ValueError, OSError) as error:
-            fault = media_fault(item.media_type, error)
-            reason = f"media {planned.ordinal} ({item.media_type}): {error}"
-            return BadSample(item.shard, self.dataset.key(planned.index), fault, reason)
+            fault = media_fault(file.media_type, error)
+            reason = f"media {item.ordinal} ({file.media_type}): {error}"
+            return BadSample(file.shard, self.dataset.key(item.index), fault, reason)
         return tensors
 
     def _share(self, bad: dict[int, BadSample]) -> dict[int, BadSample]:
-        """What all ranks found to be bad, the same everywhere. Collective."""
+        """The bad samples of all ranks, the same on every rank. Collective."""
         if not highest(len(bad), self._group):
             return {}
         if self._group is None:
@@ -197,8 +202,8 @@ class StepLoader:
         dist.all_gather_object(everyone, bad, group=self._group)
         return {index: sample for found in reversed(everyone) for index, sample in found.items()}
 
-    def _judge(self, manifest: StepManifest, found: dict[int, BadSample]) -> None:
-        """Remember what was found. Raises `DataError`, alike on all ranks, if it must not be or is too much."""
+    def _record_bad(self, manifest: StepManifest, found: dict[int, BadSample]) -> None:
+        """Record bad samples. Raises `DataError`, on all ranks, if none may be skipped or there are too many."""
         if found and self._on_bad_sample == "fail":
             raise DataError(f"{found[min(found)]}; mend or remove it, or set data.on_bad_sample=skip")
         self.bad.update(found)
@@ -207,16 +212,16 @@ class StepLoader:
             self._recent.append((len(manifest.samples), bad))
             while sum(count for count, _ in self._recent) - self._recent[0][0] >= _RECENT:
                 self._recent.popleft()
-        met = bad.union(*(indexes for _, indexes in self._recent))
+        recent = bad.union(*(indexes for _, indexes in self._recent))
         considered = min(len(self.dataset), _RECENT)
-        if len(met) > allowed_bad(considered, self._max_bad_fraction):
+        if len(recent) > allowed_bad(considered, self._max_bad_fraction):
             raise DataError(
-                f"{len(met)} samples met so far have corrupt media, more than data.max_bad_fraction="
-                f"{self._max_bad_fraction} of {considered} allows; one is {self.bad[min(met)]}"
+                f"{len(recent)} samples met so far have corrupt media, more than data.max_bad_fraction="
+                f"{self._max_bad_fraction} of {considered} allows; one is {self.bad[min(recent)]}"
             )
 
     def _collate(self, manifest: StepManifest, reading: _Reading) -> StepData:
-        """Tensors of the step from what has been read."""
+        """Tensors of the step."""
         data = StepData(manifest, {}, {}, {}, [])
         if self._language_lane is not None:
             for number in range(manifest.num_microbatches):
@@ -226,18 +231,18 @@ class StepLoader:
                 )
                 for sample in microbatch.samples:
                     for ordinal, item in enumerate(self.dataset.media(sample.index)):
-                        users = self.planner.modules_for(item.modality)
-                        data.expected += [self.dataset.identity(sample.index, ordinal)] * len(users)
+                        modules = self.planner.modules_for(item.modality)
+                        data.expected += [self.dataset.identity(sample.index, ordinal)] * len(modules)
         for module, lane in self._media_lanes.items():
             for number in range(manifest.num_microbatches):
                 items = manifest.items_of_module(module, number, lane)
                 if items:
                     data.media[module, number] = self._collates[module]([reading.media[_key(item)] for item in items])
-                    worked_on = data.items.setdefault(module, [])
-                    worked_on += [(item.lane, self.dataset.identity(item.index, item.ordinal)) for item in items]
+                    identities = [(item.lane, self.dataset.identity(item.index, item.ordinal)) for item in items]
+                    data.items.setdefault(module, []).extend(identities)
         return data
 
 
-def _key(planned: PlannedMedia) -> tuple[str, int, int]:
-    """What tells a media item of a module from all others of the dataset."""
-    return planned.module, planned.index, planned.ordinal
+def _key(item: PlannedMedia) -> tuple[str, int, int]:
+    """Key of a media item in `_Reading.media`."""
+    return item.module, item.index, item.ordinal

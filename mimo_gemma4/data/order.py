@@ -1,7 +1,7 @@
-"""Which sample comes at a place of the endless training order: a pure function, at the same cost for any place.
+"""The endless order of samples in training: a pure function of the place, equally fast for any place.
 
-Every dataset is passed through in its own order, a new permutation each time; a table deals the places of the global
-order out to the datasets by weight. Nothing is remembered from place to place, so resuming costs nothing.
+Every pass over a dataset is a new permutation of it; a table assigns the places of the global order to the datasets by
+weight. There is no state between places, so resuming costs nothing.
 """
 
 import hashlib
@@ -11,22 +11,22 @@ from collections.abc import Sequence
 import numpy as np
 
 _PERIOD = 2**14
-"""Places after which the dealing of several datasets repeats; weights are kept to one part in this."""
+"""Places after which the assignment to datasets repeats; the resolution of the weights is one place in a period."""
 _ROUNDS = 8
-"""Rounds of the Feistel network; four are the least that mix well, and half the bits are few for small datasets."""
+"""Rounds of the Feistel network. Four is the minimum for large halves; small datasets have few bits per half."""
 _64_BITS = 2**64 - 1
 
 
 class Permutation:
-    """A pseudo-random permutation of 0 … size - 1 that is computed place by place: a Feistel network on the bits.
+    """A pseudo-random permutation of 0 … size - 1, computed place by place with a Feistel network on the bits.
 
-    M. Luby, C. Rackoff, "How to construct pseudorandom permutations from pseudorandom functions", 1988; images outside
-    of the range are mapped again until they fall inside (J. Black, P. Rogaway, "Ciphers with arbitrary finite domains",
-    2002).
+    M. Luby, C. Rackoff, "How to construct pseudorandom permutations from pseudorandom functions", 1988. An image
+    outside the range is mapped again until it falls inside: J. Black, P. Rogaway, "Ciphers with arbitrary finite
+    domains", 2002.
     """
 
     def __init__(self, size: int, *key: int) -> None:
-        """The permutation of `size` numbers that the integers `key` choose."""
+        """`key`: integers that choose the permutation of `size` numbers."""
         self.size = size
         self._half = max(1, -(-(size - 1).bit_length() // 2))
         self._mask = (1 << self._half) - 1
@@ -48,32 +48,31 @@ class Permutation:
 
 
 class Mixture:
-    """The endless order over several datasets, of which each has its share of any stretch and an order of its own."""
+    """The endless order over several datasets: every stretch of it holds each dataset by its weight."""
 
     def __init__(self, sizes: Sequence[int], weights: Sequence[float], *, seed: int, shuffle: bool) -> None:
-        """`sizes`: samples of each dataset, numbered one after the other; `weights`: relative shares of the places.
+        """`sizes`: samples of each dataset, numbered one dataset after the other; `weights`: relative shares of places.
 
-        Without `shuffle` every dataset is passed through in the order of its numbers.
+        Without `shuffle`, the samples of a dataset come in the order of their numbers.
         """
         self._sizes, self._seed, self._shuffle = tuple(sizes), seed, shuffle
         self._first = np.cumsum([0, *sizes])
         self._shares = _shares(weights)
-        # The i-th of a dataset's n places in a period lies at (i + 1/2) / n of it: every stretch has about its share.
+        # The i-th of a dataset's n places lies at (i + 1/2) / n of the period, so every stretch has about its share.
         moments = np.concatenate([(np.arange(share) + 0.5) / share for share in self._shares])
-        dealt = np.repeat(np.arange(len(sizes)), self._shares)[np.argsort(moments, kind="stable")]
-        self._dataset = dealt
-        self._turn = np.empty(len(dealt), np.int64)
+        self._dataset = np.repeat(np.arange(len(sizes)), self._shares)[np.argsort(moments, kind="stable")]
+        self._turn = np.empty(len(self._dataset), np.int64)
         for dataset, share in enumerate(self._shares):
-            self._turn[dealt == dataset] = np.arange(share)
+            self._turn[self._dataset == dataset] = np.arange(share)
 
     def turn(self, place: int) -> tuple[int, int]:
-        """Which dataset is next at a place, and how many of its samples have come before."""
+        """The dataset at a place, and how many of its samples come before."""
         period, within = divmod(place, len(self._dataset))
         dataset = int(self._dataset[within])
         return dataset, period * int(self._shares[dataset]) + int(self._turn[within])
 
     def sample(self, dataset: int, turn: int, shift: int = 0) -> int:
-        """Number of the sample at a dataset's turn; with `shift`, of that many later in the same pass, in a circle."""
+        """Number of the sample at a dataset's turn, or `shift` turns later in the same pass (which wraps around)."""
         size = self._sizes[dataset]
         epoch, place = divmod(turn, size)
         place = (place + shift) % size
@@ -83,7 +82,7 @@ class Mixture:
 
 
 def _shares(weights: Sequence[float]) -> np.ndarray:
-    """Places of each dataset in a period: by weight, at least one each, by largest remainder."""
+    """Places of each dataset in a period: proportional to weight (largest remainder method), at least one each."""
     if len(weights) == 1:
         return np.ones(1, np.int64)
     exact = np.array(weights, np.float64) / sum(weights) * _PERIOD
@@ -94,7 +93,7 @@ def _shares(weights: Sequence[float]) -> np.ndarray:
 
 
 def _mix(value: int) -> int:
-    """A hash of a 64-bit number (finaliser of splitmix64, S. Vigna, public domain)."""
+    """Hash of a 64-bit number (finaliser of splitmix64, S. Vigna, public domain)."""
     value = (value ^ (value >> 30)) * 0xBF58476D1CE4E5B9 & _64_BITS
     value = (value ^ (value >> 27)) * 0x94D049BB133111EB & _64_BITS
     return value ^ (value >> 31)

@@ -1,4 +1,4 @@
-"""Shards of the quickstarts, written on first use: `data.quickstart` names which."""
+"""Writes the shards of a quickstart (`data.quickstart`) on first use."""
 
 import os
 import shutil
@@ -23,10 +23,10 @@ _MARKER = ".complete"
 
 
 def ensure_shards(quickstart: str, folder: str | Path) -> tuple[list[Path], list[Path]]:
-    """Train and validation shards in `folder`, written on first use (by one process; the others wait for it).
+    """Training and validation shards in `folder`, written on first use. Other processes must wait for it.
 
-    The shards appear all at once: an interrupted run leaves none, and a finished one is never written again. Raises
-    `DataError` where a file of such a name is there already, which may be somebody's own.
+    An interrupted run leaves no partial shard, and complete shards are not written again. Raises `DataError` if a file
+    of the same name exists, as it may be the user's.
     """
     folder = Path(folder)
     train = [folder / f"train-{number:06d}.tar" for number in range(TRAIN_SHARDS)]

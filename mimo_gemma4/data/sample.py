@@ -1,4 +1,4 @@
-"""What one sample holds: its messages, the media types they name, and the headers of media files."""
+"""Content of one sample: its messages, the media types they name, and the headers of media files."""
 
 import io
 import json
@@ -12,7 +12,7 @@ from mimo_gemma4.errors import DataError
 from mimo_gemma4.media import MediaHeader
 
 MEDIA_TYPES = ("image", "audio", "video")
-"""Types of chat content that stand for media files: one, or a video's frames."""
+"""Types of chat content that stand for media files: an image or a sound is one file, a video one file per frame."""
 
 _TYPE_OF_EXTENSION = {
     "jpg": "image", "jpeg": "image", "png": "image", "webp": "image", "bmp": "image", "gif": "image",
@@ -21,33 +21,39 @@ _TYPE_OF_EXTENSION = {
 _EXIF_ORIENTATION = 0x0112
 _EXIF_QUARTER_TURNS = (5, 6, 7, 8)
 _UNKNOWN_LENGTH = 2**32 - 1
-"""Of a WAV file that was written to a pipe."""
+"""Length in the header of a WAV file that was written to a pipe."""
 _UNKNOWN_FRAMES = 2**63 - 1
-"""What libsndfile says of a FLAC file that does not tell."""
+"""libsndfile's number of frames for a FLAC file whose header has none."""
 
 _MOST_FRAMES = 100_000
-"""Of a video: more than a day at one a second."""
+"""Most frames of a video: more than a day at one frame per second."""
 _LONGEST_REASON = 500
 
-Fault = Literal["tar", "json", "members", "image", "audio", "bomb", "rows", "chat", "length"]
-"""What can be wrong with a sample, as counted in the records of a run: `tar`, its shard breaks off or is no tar;
-`json`, its document cannot be used; `members`, its files are not those that its messages name; `image` (a video's frame
-too) and `audio`, a file of that type is damaged; `bomb`, an image would unpack to far more pixels than any photograph
-has; `rows`, a media file has no valid number of soft tokens; `chat`, its conversation cannot be rendered; `length`, it
-has more tokens than `data.seq_length`."""
+Fault = Literal["tar", "json", "members", "image", "audio", "bomb", "soft_tokens", "chat", "length"]
+"""What is wrong with a bad sample, as counted in the records of a run.
+
+- `tar`: its shard breaks off or is no tar file
+- `json`: its document cannot be used
+- `members`: its files are not the ones that its messages name
+- `image` (also a video's frame), `audio`: a file of that type is damaged
+- `bomb`: an image would unpack to far more pixels than any photograph has
+- `soft_tokens`: a media file has no valid number of soft tokens
+- `chat`: its conversation cannot be rendered
+- `length`: it has more tokens than `data.seq_length`
+"""
 
 
 class BadSampleError(DataError):
-    """One sample cannot be used, whatever the other samples are like; `fault` says in which way."""
+    """One sample cannot be used; `fault` says why. Other samples are not affected."""
 
     def __init__(self, fault: Fault, reason: str) -> None:
-        """`reason`: what is wrong, without shard and key; only its beginning is kept."""
+        """`reason`: what is wrong, without shard and key; cut to 500 characters."""
         super().__init__(reason[:_LONGEST_REASON])
         self.fault: Fault = fault
 
 
 def parse_messages(data: bytes) -> list[dict[str, Any]]:
-    """The messages of a sample's JSON. Raises `BadSampleError`; its form: `{"messages": [{"role", "content"}, …]}`."""
+    """The messages of a sample's JSON, `{"messages": [{"role", "content"}, …]}`. Raises `BadSampleError`."""
     try:
         document = json.loads(data)
         _require_utf8(data, document)
@@ -70,7 +76,7 @@ def parse_messages(data: bytes) -> list[dict[str, Any]]:
 
 
 def _require_utf8(data: bytes, document: Any) -> None:
-    """Raise `ValueError` for half of a surrogate pair, which JSON lets through but no tokenizer can read."""
+    """Raise `ValueError` for half of a surrogate pair, which JSON allows but no tokenizer can read."""
     if b"\\u" in data or b"\xed" in data:
         json.dumps(document, ensure_ascii=False).encode()
 
@@ -86,7 +92,7 @@ def _is_part(part: Any) -> bool:
 
 
 def media_parts(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The parts of the messages that stand for media, in order. Raises `BadSampleError` for content of another type."""
+    """The parts of the messages that stand for media, in order. Raises `BadSampleError` for an unknown content type."""
     parts = [part for message in messages if isinstance(message["content"], list) for part in message["content"]]
     media = [part for part in parts if part["type"] != "text"]
     unknown = sorted({part["type"] for part in media} - set(MEDIA_TYPES))
@@ -98,44 +104,36 @@ def media_parts(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def media_types(messages: list[dict[str, Any]]) -> list[str]:
-    """Types of the media files that the messages name, in order: a video of n frames is n files.
+    """Types of the media files that the messages name, in order; a video of n frames is n files.
 
-    Raises `BadSampleError` for content of another type.
+    Raises `BadSampleError` for an unknown content type.
     """
     return [part["type"] for part in media_parts(messages) for _ in range(file_count(part))]
 
 
 def file_count(part: dict[str, Any]) -> int:
-    """Files of a part that stands for media."""
+    """Number of files of a media part."""
     return int(part["frames"]) if part["type"] == "video" else 1
 
 
-def text_of(message: dict[str, Any]) -> str:
-    """The text of a message, its text parts joined."""
-    content = message["content"]
-    if isinstance(content, str):
-        return content
-    return "".join(part["text"] for part in content if part["type"] == "text")
-
-
 def media_type_of(extension: str) -> str | None:
-    """Type of a media file from its last extension in lower case; None if it is no media file."""
+    """Type of a media file by its last extension, in lower case; None for other files."""
     return _TYPE_OF_EXTENSION.get(extension)
 
 
 def read_header(media_type: str, extension: str, file: BinaryIO, offset: int, size: int) -> MediaHeader:
-    """What a media file, `size` bytes at `offset` of `file`, says of itself. Raises `BadSampleError`."""
+    """Header of a media file, which is `size` bytes at `offset` of `file`. Raises `BadSampleError`."""
     window = cast(IO[bytes], _Window(file, offset, size))
     try:
         if media_type in ("image", "video"):
             return _image_header(window)
         return _sound_header(window, size)
-    except Exception as error:  # Pillow raises a dozen types for damaged files, SyntaxError among them
+    except Exception as error:  # Pillow raises a dozen exception types for damaged files, even SyntaxError
         raise BadSampleError(media_fault(media_type, error), f"not a readable .{extension} file: {error}") from error
 
 
 def media_fault(media_type: str, error: BaseException) -> Fault:
-    """The fault of a media file whose header or content could not be read because of `error`."""
+    """The fault of a media file whose header or content raised `error` when it was read."""
     cause: BaseException | None = error
     while cause is not None:
         if isinstance(cause, Image.DecompressionBombError):
@@ -147,7 +145,7 @@ def media_fault(media_type: str, error: BaseException) -> Fault:
 def _image_header(file: IO[bytes]) -> MediaHeader:
     with Image.open(file) as image:
         width, height = image.size
-        # Asked for EXIF data that is not in its header, Pillow decodes the whole file.
+        # `getexif` decodes the whole file if the header has no EXIF data.
         if "exif" in image.info and image.getexif().get(_EXIF_ORIENTATION) in _EXIF_QUARTER_TURNS:
             width, height = height, width
     return MediaHeader(width=width, height=height)
@@ -155,7 +153,7 @@ def _image_header(file: IO[bytes]) -> MediaHeader:
 
 def _sound_header(file: IO[bytes], size: int) -> MediaHeader:
     form, length = struct.unpack("<4sI", file.read(8))
-    if form == b"RIFF" and size < length + 8 and length != _UNKNOWN_LENGTH:  # libsndfile would take what there is
+    if form == b"RIFF" and size < length + 8 and length != _UNKNOWN_LENGTH:  # libsndfile would accept the rest
         raise ValueError(f"its header promises {length + 8} bytes, more than its {size}")
     file.seek(0)
     information = soundfile.info(file)
@@ -165,7 +163,7 @@ def _sound_header(file: IO[bytes], size: int) -> MediaHeader:
 
 
 class _Window(io.RawIOBase):
-    """A byte range of an open file as a file of its own, so that a header is read without the rest."""
+    """A byte range of an open file as a file of its own, to read a header without the rest."""
 
     def __init__(self, file: BinaryIO, offset: int, size: int) -> None:
         self._file, self._offset, self._size, self._position = file, offset, size, 0

@@ -1,4 +1,4 @@
-"""Names of WebDataset shards, on local disk or behind any fsspec URL, and reads of byte ranges inside them."""
+"""Finds WebDataset shards, on local disk or at any fsspec URL, and reads byte ranges of them."""
 
 import glob
 import os
@@ -13,10 +13,10 @@ from braceexpand import braceexpand
 from mimo_gemma4.errors import DataError
 
 Shard = str
-"""A shard as all of the data pipeline names it: an absolute local path, or the URL of another file system."""
+"""Name of a shard: an absolute local path, or the URL of another file system."""
 
 _HEADER_BLOCK = 2**16
-"""Bytes that indexing fetches at a time from a remote shard: a tar header, a JSON and a media header in one request."""
+"""Bytes per request when a remote shard is indexed: enough for a tar header, a JSON and a media header together."""
 
 _REQUESTS_AT_ONCE = 64
 
@@ -27,9 +27,9 @@ def is_remote(shard: Shard) -> bool:
 
 
 def expand_shards(shards: str | Path | Sequence[str | Path]) -> tuple[Shard, ...]:
-    """Shards given by path or fsspec URL: by name, brace list (`train-{000..007}.tar`) or glob (`train-*.tar`).
+    """Shards by path or fsspec URL: a name, a brace list (`train-{000..007}.tar`) or a glob (`train-*.tar`).
 
-    Order: as written; the matches of one glob are sorted. Raises `DataError` for a list without shards, a glob without
+    The order is as written; matches of one glob are sorted. Raises `DataError` for an empty list, a glob without
     matches, unbalanced braces, a missing file, a shard that is named twice, or a file system that cannot be reached.
     """
     patterns = [shards] if isinstance(shards, str | Path) else list(shards)
@@ -58,7 +58,7 @@ def require_distinct(shards: Sequence[Shard]) -> None:
 
 
 def open_shard(shard: Shard) -> BinaryIO:
-    """The shard as a seekable file of bytes; of a remote one, only the blocks around what is read are fetched."""
+    """Open a shard as a seekable binary file; from a remote one, only the blocks that are read are fetched."""
     if not is_remote(shard):
         return open(shard, "rb")
     system, path = file_system(shard)
@@ -66,12 +66,12 @@ def open_shard(shard: Shard) -> BinaryIO:
 
 
 def read_range(shard: Shard, offset: int, size: int) -> bytes:
-    """`size` bytes of a shard from `offset`; any thread may call it. Raises `DataError` if they are not there."""
+    """`size` bytes of a shard from `offset`. Safe in any thread. Raises `DataError` if the shard is shorter."""
     return next(read_ranges(shard, [(offset, size)]))
 
 
 def read_ranges(shard: Shard, ranges: Sequence[tuple[int, int]]) -> Iterator[bytes]:
-    """The bytes of each (offset, size); from object stores many at once. Raises `DataError` if they are not there."""
+    """The bytes of each (offset, size), many at once from object stores. Raises `DataError` if the shard is shorter."""
     fetch = _remote_ranges if is_remote(shard) else _local_ranges
     try:
         for (offset, size), data in zip(ranges, fetch(shard, ranges), strict=True):
@@ -96,7 +96,7 @@ def _remote_ranges(shard: Shard, ranges: Sequence[tuple[int, int]]) -> Iterator[
 
 
 def shard_version(shard: Shard) -> str:
-    """Size and modification of a shard as its file system tells them; another text once the shard is replaced."""
+    """Size and modification time (or tag) of a shard, as one text; it changes when the shard is replaced."""
     if not is_remote(shard):
         stat = os.stat(shard)
         return f"{stat.st_size} {stat.st_mtime_ns}"

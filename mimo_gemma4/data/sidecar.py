@@ -1,4 +1,4 @@
-"""Small files beside a shard that keep what was learned by reading it, so that it is read once."""
+"""Files beside a shard that keep its index, so that the shard is read only once."""
 
 import contextlib
 import hashlib
@@ -8,17 +8,18 @@ import tempfile
 import zipfile
 import zlib
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from mimo_gemma4.data.shards import Shard, file_system, is_remote, shard_version
 
 FORMAT_VERSION = 3
-"""Raised whenever the meaning of a stored array changes; files of another version are made anew."""
+"""Raised when the meaning of a stored array changes; files of another version are written anew."""
 
 
 def load_sidecar(shard: Shard, name: str) -> dict[str, np.ndarray] | None:
-    """The arrays saved for the shard under `name`, or None if there are none for the shard as it is now."""
+    """The arrays saved under `name`; None if there are none, or if the shard has changed since."""
     stamp = _stamp(shard)
     for place in _candidates(shard, name):
         with contextlib.suppress(OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error):
@@ -30,14 +31,15 @@ def load_sidecar(shard: Shard, name: str) -> dict[str, np.ndarray] | None:
 
 
 def save_sidecar(shard: Shard, name: str, arrays: dict[str, np.ndarray]) -> str | None:
-    """Save the arrays next to the shard, or in the user's cache folder if that cannot be written; None if neither can.
+    """Save the arrays beside the shard, or in the user's cache folder if that fails, and return the path.
 
-    A reader sees the old file or the whole new one, whoever else writes at the same time.
+    None if both fail. A reader sees the old file or the whole new one, also while several processes write.
     """
     content = io.BytesIO()
-    np.savez_compressed(content, stamp=np.array(_stamp(shard)), **arrays)  # type: ignore[arg-type]
+    stamped: dict[str, Any] = {"stamp": np.array(_stamp(shard)), **arrays}
+    np.savez_compressed(content, **stamped)
     for place in _candidates(shard, name):
-        with contextlib.suppress(OSError, NotImplementedError):  # the latter from file systems that only read
+        with contextlib.suppress(OSError, NotImplementedError):  # the latter from read-only file systems
             _write(place, content.getvalue())
             return place
     return None
@@ -66,7 +68,7 @@ def _write(place: str, content: bytes) -> None:
     if is_remote(place):
         system, path = file_system(place)
         if "http" in system.protocol or "https" in system.protocol:
-            raise NotImplementedError(f"{place}: a web server is not written to")
+            raise NotImplementedError(f"{place}: HTTP is read-only")
         system.pipe_file(path, content)  # object stores replace a file as a whole
         return
     target = Path(place)

@@ -1,7 +1,7 @@
-"""Rendering by a tokenizer's chat template, and where in the rendered text the answers are.
+"""Renders conversations with a tokenizer's chat template and finds the answers in the text.
 
-Role names belong to the template and are not known here. A template either marks answers with `{% generation %}`, or
-they are found by comparing renderings: a turn is an answer if it opens as the template's generation prompt does.
+Only the template knows role names. It marks answers with `{% generation %}`; otherwise renderings are compared: a turn
+is an answer if it opens as the template's generation prompt does.
 """
 
 from __future__ import annotations
@@ -44,9 +44,9 @@ class ChatTemplate:
         return self._render(messages, add_generation_prompt)[0]
 
     def answers(self, messages: Messages) -> tuple[str, list[Span]]:
-        """The rendered conversation and the character spans of it that a model learns to write, in order.
+        """The rendered conversation and the character spans of its answers, in order.
 
-        A span ends with the end-of-turn token. Raises `DataError` if there is no answer or its place cannot be told.
+        A span ends with the end-of-turn token. Raises `DataError` if there is no answer or it cannot be located.
         """
         if self.marks_answers:
             text, spans = self._render(messages, False)
@@ -74,7 +74,7 @@ class ChatTemplate:
         return texts[0], [(start, end) for start, end in spans[0]] if spans else []
 
     def _compare(self, messages: Messages) -> tuple[str, list[Span]]:
-        """Spans by comparing renderings of the conversation's beginnings."""
+        """Find the spans by comparing renderings of the first one, two, … messages."""
         text = self.render(messages)
         spans: list[Span] = []
         answering_roles, other_roles = set(), set()
@@ -93,13 +93,13 @@ class ChatTemplate:
         return text, spans
 
     def _answer(self, messages: Messages) -> Span | None:
-        """Span of the last message in the rendering of `messages`, if the template would generate such a turn."""
+        """Span of the last message in the rendering of `messages`; None if it is no answer."""
         try:
             before = self.render(messages[:-1])
             prompt = self.render(messages[:-1], add_generation_prompt=True)
             text = self.render(messages)
             opening = prompt if text.startswith(prompt) else self._opening(messages)
-        except DataError:  # many templates refuse a conversation that ends, say, after the system message
+        except DataError:  # many templates reject a conversation that ends after, for example, the system message
             return None
         has_prompt = len(prompt) > len(before) and prompt.startswith(before)
         if not has_prompt or len(opening) <= len(before) or not prompt.startswith(opening):
@@ -107,7 +107,7 @@ class ChatTemplate:
         return len(opening), len(opening) + self._turn_length(text[len(opening) :])
 
     def _opening(self, messages: Messages) -> str:
-        """The rendering of `messages` up to the content of the last one: what two contents have in common."""
+        """The rendering of `messages` up to the last one's content: what renderings with two contents share."""
         *context, last = messages
         texts = []
         for probe in ("0", "1"):
@@ -116,7 +116,7 @@ class ChatTemplate:
         return os.path.commonprefix(texts)
 
     def _turn_length(self, turn: str) -> int:
-        """Characters of a turn up to and with its end-of-turn token, which is the last thing in it but white space."""
+        """Number of characters up to the end of the end-of-turn token, after which only white space may follow."""
         length = len(turn.rstrip())
         if any(turn[length - size : length] in self._added_tokens for size in self._added_lengths if size <= length):
             return length

@@ -18,7 +18,7 @@ class TokenIndex:
     """Lengths of the samples of a `ShardIndex`, in its order."""
 
     length: np.ndarray
-    """[samples] int32: tokens, media rows included; 0 for a sample that cannot be encoded."""
+    """[samples] int32: tokens, soft tokens included; 0 for a sample that cannot be encoded."""
     loss_tokens: np.ndarray
     """[samples] int32: positions with a label."""
     media_start: np.ndarray
@@ -26,11 +26,11 @@ class TokenIndex:
     media_soft_tokens: np.ndarray
     """[media] int32: soft tokens; 0 for a video's frame that the model does not see."""
     bad_samples: np.ndarray
-    """[bad] int64: samples that cannot be encoded …"""
+    """[bad] int64: numbers of the samples that cannot be encoded."""
     bad_faults: np.ndarray
-    """[bad] str: … what is wrong with them (`sample.Fault`) …"""
+    """[bad] str: their faults (`sample.Fault`)."""
     bad_reasons: np.ndarray
-    """[bad] str: … and in words."""
+    """[bad] str: what is wrong with them, in words."""
 
     @classmethod
     def open(cls, shard: Shard, index: ShardIndex, encoder: ConversationEncoder) -> Self:
@@ -58,24 +58,22 @@ class TokenIndex:
     def build(cls, shard: Shard, index: ShardIndex, encoder: ConversationEncoder) -> Self:
         """Encode every sample of a shard. Samples that cannot be encoded are recorded, not raised."""
         length, loss_tokens = np.zeros(len(index), np.int32), np.zeros(len(index), np.int32)
-        media_start, media_soft_tokens = (
-            np.zeros(len(index.media_type), np.int32),
-            np.zeros(len(index.media_type), np.int32),
-        )
+        media = len(index.media_type)
+        media_start, media_soft_tokens = np.zeros(media, np.int32), np.zeros(media, np.int32)
         bad: list[tuple[int, Fault, str]] = []
         documents = read_ranges(shard, list(zip(index.json_offset.tolist(), index.json_size.tolist(), strict=True)))
         for sample, data in enumerate(documents):
-            media = index.media_range(sample)
+            files = index.media_range(sample)
             try:
                 messages = parse_messages(data)
-                shown = [media[file] for file in encoder.shown_media(messages)]
-                rows = [_rows(index, medium, encoder) for medium in shown]
-                encoded = _encode(encoder, messages, rows)
+                shown = [files[number] for number in encoder.shown_media(messages)]
+                soft_tokens = [_soft_tokens(index, medium, encoder) for medium in shown]
+                encoded = _encode(encoder, messages, soft_tokens)
             except BadSampleError as error:
                 bad.append((sample, error.fault, str(error)))
                 continue
             length[sample], loss_tokens[sample] = encoded.length, encoded.loss_tokens
-            media_start[shown], media_soft_tokens[shown] = encoded.media_starts, rows
+            media_start[shown], media_soft_tokens[shown] = encoded.media_starts, soft_tokens
         return cls(
             length=length,
             loss_tokens=loss_tokens,
@@ -87,16 +85,18 @@ class TokenIndex:
         )
 
 
-def _rows(index: ShardIndex, medium: int, encoder: ConversationEncoder) -> int:
+def _soft_tokens(index: ShardIndex, medium: int, encoder: ConversationEncoder) -> int:
     header = index.header(medium)
     try:
         return encoder.processors[MEDIA_TYPES[index.media_type[medium]]].soft_tokens(header)
     except ValueError as error:
-        raise BadSampleError("rows", str(error)) from error
+        raise BadSampleError("soft_tokens", str(error)) from error
 
 
-def _encode(encoder: ConversationEncoder, messages: list[dict[str, Any]], rows: list[int]) -> EncodedConversation:
+def _encode(
+    encoder: ConversationEncoder, messages: list[dict[str, Any]], soft_tokens: list[int]
+) -> EncodedConversation:
     try:
-        return encoder.encode(messages, rows)
+        return encoder.encode(messages, soft_tokens)
     except DataError as error:
         raise BadSampleError("chat", str(error)) from error

@@ -1,4 +1,4 @@
-"""Tokenizers: that of a Hugging Face model directory, or a byte-level one built here for small models without files."""
+"""Tokenizers: loaded from a Hugging Face directory, or a built-in byte-level one for models without files."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ BYTE_TOKENS = (
     "<pad>", "<eos>", "<bos>", "<|turn>", "<turn|>", "<|image>", "<|image|>", "<image|>",
     "<|audio>", "<|audio|>", "<audio|>", "<|video|>",
 )  # fmt: skip
-"""Special tokens of the byte-level tokenizer; a token's place is its id."""
+"""Special tokens of the byte-level tokenizer; the id is the place in this list."""
 BYTE_OFFSET = 16
-"""Id of byte 0 in the byte-level tokenizer; ids between the special tokens and this one are unused."""
+"""Id of byte 0 in the byte-level tokenizer; the ids between the special tokens and byte 0 are unused."""
 
 BYTE_CHAT_TEMPLATE = """\
 {{- bos_token -}}
@@ -44,7 +44,7 @@ BYTE_CHAT_TEMPLATE = """\
 {%- endfor -%}
 {%- if add_generation_prompt -%}{{- '<|turn>model\\n' -}}{%- endif -%}
 """
-"""Turns as Gemma 4 writes them, with the answers marked for the loss."""
+"""Chat template with Gemma 4's turns; answers are marked for the loss."""
 
 _MEDIA_KEYS = {
     "image": (("boi_token_id",), ("image_token_id",), ("eoi_token_id",)),
@@ -71,7 +71,7 @@ def load_tokenizer(hf_path: str | Path | None) -> PreTrainedTokenizerFast:
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:
-    """A tokenizer without files: the special tokens of `BYTE_TOKENS`, then byte b at id 16 + b."""
+    """A tokenizer without files: the special tokens of `BYTE_TOKENS`, and byte b at id 16 + b."""
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
@@ -99,9 +99,9 @@ def byte_media_tokens() -> dict[str, MediaTokens]:
 
 
 def _byte_symbol(byte: int) -> str:
-    """The character that byte-level pre-tokenisation writes for a byte.
+    """The character that byte-level pre-tokenisation writes for a byte, as in GPT-2.
 
-    Printable Latin-1 stands for itself; the other bytes, in order, take the code points from 256 on (the GPT-2 scheme).
+    A printable Latin-1 byte is its own character; the other bytes, in order, are the code points from 256 on.
     """
     printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     if byte in printable:
@@ -110,7 +110,7 @@ def _byte_symbol(byte: int) -> str:
 
 
 def media_tokens(hf_config: Mapping[str, Any]) -> dict[str, MediaTokens]:
-    """Begin, soft and end token of every media type that a model configuration (`config.json`) names."""
+    """Begin, soft and end token of every media type for which a model configuration (`config.json`) has ids."""
     found = {}
     for media_type, groups in _MEDIA_KEYS.items():
         ids = [hf_config[key] for keys in groups for key in keys if hf_config.get(key) is not None]

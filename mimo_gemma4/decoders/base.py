@@ -1,24 +1,23 @@
-"""What a decoder is: the base class that every file of this package derives from.
+"""The base class of decoders, modules that read the language model's output.
 
-A third party writes one file in this package with a subclass of `Decoder` and a `TargetProcessor`; `registry` finds it
-by its `architecture`. `docs/add_a_decoder.md` walks through an example.
+A decoder is one file with a subclass of `Decoder` and a `TargetProcessor`; `registry` finds it by its `architecture`.
+`docs/add_a_decoder.md` walks through an example.
 """
 
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterable
 from typing import Any, ClassVar, Protocol, Self
 
-import torch
-from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
+from mimo_gemma4.distributed.module_context import ModuleContext
 from mimo_gemma4.media import ItemProcessor, MediaProcessor
 from mimo_gemma4.weights.bindings import DECODERS, Binding
 
 
 class TargetProcessor(ItemProcessor, Protocol):
-    """The host side of a decoder: from a media file to what the decoder is to make of the item's rows."""
+    """The host side of a decoder: from a media file to the targets of the item's soft tokens."""
 
     @classmethod
     def for_media(cls, media: MediaProcessor, options: Any) -> Self:
@@ -30,11 +29,11 @@ class TargetProcessor(ItemProcessor, Protocol):
 
 
 class Decoder(nn.Module, ABC):
-    """Final hidden states of the language model at media items' soft tokens in, a loss out.
+    """Turns the language model's final hidden states at the soft tokens of media items into a loss.
 
     A subclass sets the three class attributes and `self.config`, and defines `__init__`, `forward`, `flops` and
-    `bindings`. Replicated parameters under tensor parallelism follow the rule of encoders: one that sees only this
-    rank's share of the work carries `parameter.tp_gradient_partial = True`.
+    `bindings`. Parameters that tensor-parallel ranks hold whole but apply to a share of the work are bound with
+    `gradient_sum=("tp",)`, as in encoders.
     """
 
     architecture: ClassVar[str]
@@ -47,39 +46,32 @@ class Decoder(nn.Module, ABC):
     """Read by megatron-core's data parallelism and optimizer; `calculate_per_token_loss=True`, as losses are sums."""
 
     @abstractmethod
-    def __init__(
-        self,
-        name: str,
-        options: Any,
-        groups: ProcessGroupCollection,
-        *,
-        language_hidden: int,
-        dtype: torch.dtype,
-        device: torch.device,
-        activation_checkpointing: str = "none",
-    ):
+    def __init__(self, name: str, options: Any, context: ModuleContext):
         """Build it with uninitialised weights; `bindings` says how they are filled.
 
-        `name` is the module's in `layout`, `options` an object of the class `options`, `groups.tp` the tensor parallel
-        group, `language_hidden` the width of the rows, `dtype` that of weights and rows, and `activation_checkpointing`
-        one of none, selective and full. Raises `ConfigError` or `LayoutError` where the sizes do not fit.
+        Args:
+            name: the module's in `layout`.
+            options: an object of the class `options`.
+            context: process groups, width of the language model, type and device of the weights, and so on.
+
+        Raises `ConfigError` or `LayoutError` where the sizes do not fit.
         """
         super().__init__()
         self.prefix = f"{DECODERS}{name}."
-        """What the names of this module's tensors start with."""
+        """Prefix of the names of this module's tensors."""
 
     @abstractmethod
     def forward(self, *args: Any, **targets: Any) -> Tensor:
-        """The loss of some items, summed over their rows: a scalar in fp32, equal on all tensor parallel ranks.
+        """The loss of some items, summed over their soft tokens: fp32 scalar, equal on all tensor-parallel ranks.
 
-        The one positional argument is their hidden states [rows, language_hidden], item after item, whole on every
-        tensor parallel rank; the gradient must come out whole on each of them. `targets` is what `processor.collate`
-        returned for the items, as keyword arguments on the device. It must not wait for the device.
+        The one positional argument is hidden states [soft tokens, language_hidden], item after item, whole on every
+        tensor-parallel rank; their gradient must be whole on each rank, too. The keyword arguments are what
+        `processor.collate` returned for the items, tensors on the device. It must not wait for the device.
         """
 
     @abstractmethod
-    def flops(self, rows: Iterable[int]) -> float:
-        """Floating point operations of one forward over items of so many rows, summed over tensor parallel ranks."""
+    def flops(self, soft_tokens: Iterable[int]) -> float:
+        """Operations of one forward over items of so many soft tokens each, summed over tensor-parallel ranks."""
 
     @abstractmethod
     def bindings(self) -> list[Binding]:

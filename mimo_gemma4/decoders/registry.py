@@ -1,23 +1,27 @@
-"""Finds decoders by their `architecture` among the files of this package: adding a decoder is adding a file."""
+"""Finds decoders by their `architecture` among the files of this package: adding a decoder is adding a file.
+
+Other distributions register theirs by entry points of the group `mimo_gemma4.decoders`.
+"""
 
 from collections.abc import Iterable, Mapping
 from typing import Any
-
-import torch
-from megatron.core.process_groups_config import ProcessGroupCollection
 
 from mimo_gemma4 import decoders
 from mimo_gemma4.config.structured import build, did_you_mean
 from mimo_gemma4.decoders.base import Decoder, TargetProcessor
 from mimo_gemma4.discovery import classes_in
+from mimo_gemma4.distributed.module_context import ModuleContext
 from mimo_gemma4.errors import ConfigError
 from mimo_gemma4.media import MediaProcessor
 
 
 def registered_decoders() -> dict[str, type[Decoder]]:
-    """All decoder classes of this package by architecture. Raises `ConfigError` where two have the same."""
+    """All decoder classes, of this package and of entry points, by architecture.
+
+    Raises `ConfigError` where two have the same, and for an entry point that cannot be loaded.
+    """
     found: dict[str, type[Decoder]] = {}
-    for decoder in classes_in(decoders, Decoder):  # type: ignore[type-abstract]
+    for decoder in classes_in(decoders, Decoder):
         other = found.setdefault(decoder.architecture, decoder)
         if other is not decoder:
             raise ConfigError(
@@ -36,33 +40,17 @@ def decoder_class(name: str, architecture: str | None) -> type[Decoder]:
 
 
 def build_decoder(
-    name: str,
-    architecture: str | None,
-    options: Mapping[str, Any] | None,
-    groups: ProcessGroupCollection,
-    *,
-    language_hidden: int,
-    dtype: torch.dtype,
-    device: torch.device,
-    activation_checkpointing: str = "none",
+    name: str, architecture: str | None, options: Mapping[str, Any] | None, context: ModuleContext
 ) -> Decoder:
     """The decoder `name` of the layout, its weights not yet filled. Raises `ConfigError` or `LayoutError`."""
     kind = decoder_class(name, architecture)
-    return kind(
-        name,
-        _options(name, kind, options),
-        groups,
-        language_hidden=language_hidden,
-        dtype=dtype,
-        device=device,
-        activation_checkpointing=activation_checkpointing,
-    )
+    return kind(name, _options(name, kind, options), context)
 
 
 def build_target_processors(
     name: str, architecture: str | None, options: Mapping[str, Any] | None, media: Iterable[MediaProcessor]
 ) -> dict[str, TargetProcessor]:
-    """By content type, what makes the targets of decoder `name` for the items of an encoder. Raises `ConfigError`."""
+    """Target processors of decoder `name`, one by content type for each of `media`. Raises `ConfigError`."""
     kind = decoder_class(name, architecture)
     given = _options(name, kind, options)
     try:

@@ -1,1 +1,1 @@
-"""Which rank holds what, how ranks are grouped, and how tensors travel between two of them."""
+"""Placement of modules on ranks, process groups, and messages between ranks."""

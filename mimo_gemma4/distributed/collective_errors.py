@@ -1,4 +1,4 @@
-"""One rank's mistake is every rank's error, never a hang: what ranks do together outside the step goes through here."""
+"""An error on one rank becomes an error on every rank, not a hang. For what ranks do together outside the step."""
 
 from collections.abc import Callable
 
@@ -9,7 +9,7 @@ from mimo_gemma4.errors import MimoError
 
 
 def highest(value: int, group: dist.ProcessGroup | None) -> int:
-    """The largest `value` of all ranks of a host group; None is this rank alone. Collective."""
+    """The largest `value` on all ranks of a host-side (gloo) group; None: this rank alone. Collective."""
     if group is None or group.size() == 1:
         return value
     agreed = torch.tensor(value)
@@ -18,18 +18,19 @@ def highest(value: int, group: dist.ProcessGroup | None) -> int:
 
 
 def all_ranks_or_raise[T](group: dist.ProcessGroup | None, action: Callable[[], T]) -> T:
-    """The result of `action` on this rank, once it has succeeded on every rank of `group`.
+    """The result of `action` on this rank, once it has succeeded on every rank of `group`. Collective.
 
-    Where it raises on some rank, every rank raises: those where it failed their own error, the others a `MimoError` of
-    the same type and text as the first rank that failed. Collective.
+    Where it fails on some ranks, every rank raises: each of these its own error, the others a `MimoError` with the type
+    and text of the first of them.
 
     Args:
-        group: host-side (gloo) group; None runs the action alone.
+        group: host-side (gloo) group; None: this rank alone.
         action: what each rank does; must not communicate inside `group`.
     """
-    result, error = None, None
+    results: list[T] = []
+    error = None
     try:
-        result = action()
+        results.append(action())
     except Exception as raised:
         error = raised
     if highest(int(error is not None), group) and group is not None:
@@ -46,4 +47,4 @@ def all_ranks_or_raise[T](group: dist.ProcessGroup | None, action: Callable[[], 
             )
     if error is not None:
         raise error
-    return result  # type: ignore[return-value]
+    return results[0]

@@ -1,7 +1,7 @@
-"""Which context parallel layout suits a pack: predicted seconds of the slowest rank, from segment lengths alone.
+"""Chooses the context-parallel layout of a pack by the predicted seconds of its slowest rank, from segment lengths.
 
-Zigzag balances the causal work inside every segment but cuts each one over all ranks, so that every chunk needs keys
-from others. Contiguous parts leave short segments whole on one rank, but give the end of a long one to a single rank.
+Zigzag balances the causal work within every segment but cuts each one over all ranks, so that every chunk needs keys
+from others. Contiguous parts keep short segments whole on one rank, but give the end of a long one to a single rank.
 """
 
 from collections.abc import Iterator, Sequence
@@ -20,14 +20,14 @@ Span = tuple[int, int]
 
 @dataclass(frozen=True)
 class AttentionCosts:
-    """What attention of all layers together costs one rank, forward and backward, in seconds."""
+    """Seconds that the attention of all layers costs one rank, forward and backward."""
 
     full_pair: float
-    """A (query, key) pair of the full layers."""
+    """Per (query, key) pair of the full layers."""
     sliding_pair: float
-    """A pair of the sliding layers."""
+    """Per pair of the sliding layers."""
     halo_key: float
-    """A key and value fetched for the sliding layers, and their gradients sent back."""
+    """Per key and value fetched for the sliding layers, with their gradients sent back."""
     window: int
     """Keys that a query of a sliding layer sees, itself included."""
 
@@ -50,7 +50,7 @@ class AttentionCosts:
 
 
 def cheaper_layout(costs: AttentionCosts, segment_starts: Sequence[int], cp_size: int) -> CpLayout:
-    """The layout whose slowest rank is predicted to take less time for this pack; zigzag where both do alike."""
+    """The layout whose slowest rank is predicted to take less time for this pack; zigzag where they are equal."""
     zigzag, contiguous = (
         predicted_seconds(costs, segment_starts, cp_size, layout) for layout in ("zigzag", "contiguous")
     )
@@ -58,7 +58,7 @@ def cheaper_layout(costs: AttentionCosts, segment_starts: Sequence[int], cp_size
 
 
 def predicted_seconds(costs: AttentionCosts, segment_starts: Sequence[int], cp_size: int, layout: CpLayout) -> float:
-    """Seconds that the slowest rank spends in attention and halos; what both layouts pay alike is left out."""
+    """Seconds that the slowest rank spends on attention and halos, without the costs that both layouts share."""
     return max(
         sum(_segment_seconds(costs, spans) for spans in _spans(segment_starts, cp_size, rank, layout))
         for rank in range(cp_size)
@@ -66,8 +66,8 @@ def predicted_seconds(costs: AttentionCosts, segment_starts: Sequence[int], cp_s
 
 
 def halo_keys(spans: Sequence[Span], window: int) -> int:
-    """Keys of other ranks that queries at these ascending spans of one segment see through a window."""
-    keys, known_to = 0, 0  # what lies below an earlier span and is seen from a later one is seen from the earlier too
+    """Keys of other ranks in the windows of the queries at these ascending spans of one segment."""
+    keys, known_to = 0, 0  # keys below `known_to` are local, or were counted for an earlier span
     for begin, end in spans:
         keys += begin - max(begin - (window - 1), known_to) if begin > known_to else 0
         known_to = end
@@ -81,7 +81,7 @@ def _segment_seconds(costs: AttentionCosts, spans: Sequence[Span]) -> float:
 
 
 def _spans(segment_starts: Sequence[int], cp_size: int, rank: int, layout: CpLayout) -> Iterator[tuple[Span, ...]]:
-    """What a rank holds of every segment, in positions of the segment."""
+    """The spans of every segment that a rank holds, in positions of the segment."""
     share = segment_starts[-1] // cp_size
     for start, end in zip(segment_starts, segment_starts[1:], strict=False):
         if layout == "zigzag":

@@ -1,4 +1,4 @@
-"""Which rank holds which module, at which coordinate of the module's grid: pure Python, checkable without ranks."""
+"""Which rank holds which module, at which coordinate of the module's grid: pure Python, testable without ranks."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -36,7 +36,7 @@ class ModuleGrid:
     """For a decoder, the encoder whose soft tokens it reads."""
 
     def coordinate(self, rank: int) -> Coordinate:
-        """Coordinate of a global rank. Raises `ValueError` where the rank does not hold the module."""
+        """Coordinate of a global rank. Raises `ValueError` if the rank does not hold the module."""
         rest, tp = divmod(self.ranks.index(rank), self.tp)
         rest, cp = divmod(rest, self.cp)
         pp, dp = divmod(rest, self.dp)
@@ -72,20 +72,20 @@ class Layout:
 
     @property
     def encoders(self) -> tuple[str, ...]:
-        """Names of the modules that give rows to the language model."""
+        """Names of the encoders, whose soft tokens the language model reads."""
         return tuple(name for name, grid in self.grids.items() if name != LANGUAGE and grid.reads is None)
 
     @property
     def decoders(self) -> tuple[str, ...]:
-        """Names of the modules that the language model gives rows to."""
+        """Names of the decoders, which read hidden states of the language model."""
         return tuple(name for name, grid in self.grids.items() if grid.reads is not None)
 
     def language_stage(self, name: str) -> int:
-        """The language stage that module `name` has an edge with: the first of an encoder, the last of a decoder."""
+        """The language stage at the edge of module `name`: the first for an encoder, the last for a decoder."""
         return self.language.pp - 1 if self.grids[name].reads is not None else 0
 
     def edge(self, name: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """Global ranks at both ends of the edge of an encoder or decoder: its own, and those of the language module."""
+        """Global ranks at both ends of an edge: of the encoder or decoder `name`, and of the language module."""
         grid = self.grids[name]
         return grid.stage_ranks(grid.pp - 1), self.language.stage_ranks(self.language_stage(name))
 
@@ -100,11 +100,11 @@ def build_layout(
     """Place every module on its ranks.
 
     Args:
-        config: the `layout` section; a mapping stands for a section of these modules with all else at its default.
+        config: the `layout` section, or its modules alone, with everything else at its default.
         world_size: number of ranks that were started.
         ranks_per_host: number of ranks on each host in rank order; None: all on one host.
 
-    Raises `LayoutError` naming the numbers that disagree and the key to change.
+    Raises `LayoutError`, which names the numbers that disagree and the key to change.
     """
     if not isinstance(config, LayoutConfig):
         config = LayoutConfig(modules=dict(config))
@@ -133,9 +133,6 @@ def _check_sizes(name: str, module: ModuleLayout) -> None:
             f"`layout.{name}.cp` is {module.cp}: {kind}'s items are not cut along a sequence, set it to 1 (its "
             "ranks then share the items)"
         )
-    for key in ("tp", "cp", "pp", "ep"):
-        if getattr(module, key) < 1:
-            raise LayoutError(f"`layout.{name}.{key}` is {getattr(module, key)}: it must be 1 or more")
     for key in ("sequence_parallel", "part_shared_key_values"):
         if name != LANGUAGE and getattr(module, key):
             raise LayoutError(f"`layout.{name}.{key}` is true: only the language model has it, leave it out")
@@ -163,9 +160,9 @@ def _check_reads(name: str, modules: Mapping[str, ModuleLayout]) -> None:
 
 
 def _listed(modules: Mapping[str, ModuleLayout], world_size: int, shared: bool) -> dict[str, tuple[int, ...]]:
-    """Ranks of each module: lists as they are written, counts from the ranks that no list takes, in order.
+    """Ranks of each module: those of its list, or as many as its count of the ranks in no list, in order.
 
-    Lists may have ranks in common where ranks are `shared`.
+    With `shared`, lists may have ranks in common.
     """
     sizes: dict[str, int] = {}
     owner: dict[int, str] = {}
@@ -233,7 +230,7 @@ def _size(name: str, ranks: int | Sequence[int]) -> int:
 
 
 def _check_world(sizes: Mapping[str, int], world_size: int, common: int = 0) -> None:
-    """Raise unless modules of these sizes fill the world; `common` ranks are counted more often than once."""
+    """Raise unless modules of these sizes fill the world; `common` of their ranks are counted again."""
     total = sum(sizes.values()) - common
     if total == world_size:
         return
@@ -283,7 +280,7 @@ def _grid(name: str, module: ModuleLayout, ranks: tuple[int, ...]) -> ModuleGrid
 
 
 def _check_hosts(grid: ModuleGrid, ranks_per_host: Sequence[int]) -> None:
-    """Raise where a tensor parallel group of the grid has ranks on several hosts."""
+    """Raise where a tensor-parallel group of the grid has ranks on several hosts."""
     host_of = [host for host, count in enumerate(ranks_per_host) for _ in range(count)]
     for start in range(0, len(grid.ranks), grid.tp):
         group = grid.ranks[start : start + grid.tp]
@@ -291,7 +288,7 @@ def _check_hosts(grid: ModuleGrid, ranks_per_host: Sequence[int]) -> None:
         if len(hosts) > 1:
             where = ", ".join(f"host {host} has ranks {_spans(_ranks_of(host, host_of))}" for host in hosts)
             raise LayoutError(
-                f"the tensor parallel ranks {_spans(group)} of `layout.{grid.name}` are on several hosts ({where}): "
+                f"the tensor-parallel ranks {_spans(group)} of `layout.{grid.name}` are on several hosts ({where}): "
                 f"lower `layout.{grid.name}.tp` from {grid.tp}, choose other ranks with a list in "
                 f"`layout.{grid.name}.ranks`, or accept slow tensor parallelism with "
                 "`layout.allow_tp_across_hosts: true`"
@@ -303,7 +300,7 @@ def _ranks_of(host: int, host_of: Sequence[int]) -> list[int]:
 
 
 def layout_table(layout: Layout) -> str:
-    """Who lives where: a line per module with its sizes, then a line per rank with its coordinate in each module."""
+    """The layout as text: a line per module with its sizes, then a line per rank with its coordinate in each module."""
     header = ("module", "ranks", "tp", "cp", "dp", "pp", "ep", "sequence parallel")
     modules = [
         (

@@ -1,4 +1,4 @@
-"""What encoders and decoders tell megatron-core of themselves, whatever they are made of."""
+"""The `TransformerConfig` through which encoders and decoders use megatron-core."""
 
 from typing import Any
 
@@ -15,14 +15,14 @@ def module_config(
     num_attention_heads: int | None = None,
     **fields: Any,
 ) -> TransformerConfig:
-    """What data parallelism, the optimizer and the tensor parallel linears of megatron-core read.
+    """A configuration for megatron-core's data parallelism, optimizer and tensor-parallel linears.
 
     Args:
-        tp: tensor parallel size.
+        tp: tensor-parallel size.
         dtype: type of the weights.
         hidden_size: width of the module.
-        num_layers: its layers.
-        num_attention_heads: its heads; None: it has none (megatron-core wants a number that `tp` divides).
+        num_layers: number of its layers.
+        num_attention_heads: number of its heads; None: it has none (megatron-core wants a number that `tp` divides).
         fields: other fields of `TransformerConfig`.
     """
     return TransformerConfig(

@@ -1,4 +1,4 @@
-"""Point-to-point messages in batches, which are posted at once and which the host of a GPU never waits for."""
+"""Point-to-point messages in batches, without blocking the host of a GPU."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,10 +12,11 @@ Message = tuple[int, torch.Tensor]
 
 @dataclass(frozen=True)
 class PendingRecv:
-    """Tensors on their way here."""
+    """Tensors that are being received."""
 
     tensors: list[torch.Tensor]
     works: list[dist.Work]
+    """Handles to wait for."""
 
     def wait(self) -> list[torch.Tensor]:
         """The tensors. On a GPU the stream waits for them, not the host."""
@@ -25,15 +26,15 @@ class PendingRecv:
 
 
 class P2PChannel:
-    """A communicator of its own: its batches travel one after the other, each when both ends have posted it."""
+    """Sends and receives on a process group of its own, batch by batch; each travels once both ends have posted it."""
 
     def __init__(self, group: dist.ProcessGroup):
-        """Post on `group`, which nothing else may use while messages travel."""
+        """Use `group`, which nothing else may use while messages travel."""
         self.group = group
         self._leaving: list[tuple[list[dist.Work], list[torch.Tensor]]] = []
 
     def post(self, sends: Sequence[Message], recvs: Sequence[Message]) -> PendingRecv:
-        """Start sending and receiving one batch; what is sent is kept until it has left, found out without waiting."""
+        """Start sending and receiving one batch. Sent tensors are kept until they have left; nothing waits for that."""
         self._leaving = [entry for entry in self._leaving if not all(work.is_completed() for work in entry[0])]
         operations = [dist.P2POp(dist.isend, tensor, peer, self.group) for peer, tensor in sends]
         operations += [dist.P2POp(dist.irecv, tensor, peer, self.group) for peer, tensor in recvs]
@@ -46,7 +47,7 @@ class P2PChannel:
         return PendingRecv([tensor for _, tensor in recvs], receiving if recvs else [])
 
     def drain(self) -> None:
-        """Let go of everything that was sent, when it has left; the stream of a GPU waits for that, not the host."""
+        """Wait until everything has left, then release it. On a GPU the stream waits, not the host."""
         for works, _ in self._leaving:
             for work in works:
                 work.wait()

@@ -1,4 +1,4 @@
-"""Moves tensors between neighbouring pipeline stages; both ends know every shape, so nothing is announced."""
+"""Moves tensors between neighbouring pipeline stages. Both ends know every shape, so shapes are not sent."""
 
 from collections.abc import Sequence
 
@@ -22,22 +22,18 @@ class Direction:
         dtype: torch.dtype,
         device: torch.device,
     ):
-        """Keep both ends.
+        """Connect both ends.
 
         Args:
-            group: the pipeline's ranks; nothing else may be under way on it while tensors travel.
-            source: global rank that sends here, None at the beginning.
+            group: the pipeline's ranks; nothing else may use it while tensors travel.
+            source: global rank that sends to this rank, None at the beginning.
             target: global rank that this rank sends to, None at the end.
-            dtype: of all tensors.
-            device: where they live.
+            dtype: element type of all tensors.
+            device: device of all tensors.
         """
-        self.channel, self.source, self.target, self.dtype, self.device = (
-            P2PChannel(group),
-            source,
-            target,
-            dtype,
-            device,
-        )
+        self.channel = P2PChannel(group)
+        self.source, self.target = source, target
+        self.dtype, self.device = dtype, device
 
     def send(self, tensors: Sequence[torch.Tensor]) -> None:
         """Start sending; the tensors are kept until they have left."""
@@ -45,7 +41,7 @@ class Direction:
         self.channel.post([(self.target, tensor.detach().contiguous()) for tensor in tensors], [])
 
     def post_recv(self, shapes: Shapes) -> PendingRecv:
-        """Make room for what the source sends next, and start receiving it."""
+        """Allocate tensors of these shapes and start receiving them from `source`."""
         assert self.source is not None
         buffers = [torch.empty(shape, dtype=self.dtype, device=self.device) for shape in shapes]
         return self.channel.post([], [(self.source, buffer) for buffer in buffers])
@@ -74,8 +70,8 @@ class Pipeline:
             rank: this process's global rank.
             forward_group: ranks of this pipeline; carries activations.
             backward_group: the same ranks; carries gradients.
-            dtype: of what travels.
-            device: where it lives.
+            dtype: element type of all tensors.
+            device: device of all tensors.
         """
         at = grid.coordinate(rank)
         previous, following = (

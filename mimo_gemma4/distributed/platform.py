@@ -1,9 +1,9 @@
 """CPU with gloo and CUDA with NCCL behind one code path.
 
 megatron-core assumes CUDA in about a dozen places. On a machine without CUDA `install` serves those places from the
-CPU, so that the production modules and optimizer run everywhere; where CUDA is present it redirects
-nothing. Functions of torch are redirected inside the megatron-core modules of `MODULES` alone: user code and other
-libraries keep their torch. Only `Tensor.type`, which belongs to no module, is redirected for everybody.
+CPU, so that the production modules and optimizer run everywhere; where CUDA is present it redirects nothing.
+Functions of torch are redirected only inside the megatron-core modules of `MODULES`: user code and other libraries keep
+their torch. The exception is `Tensor.type`, which belongs to no module and is redirected for everybody.
 """
 
 import os
@@ -28,7 +28,7 @@ CPU = torch.device("cpu")
 
 @dataclass(frozen=True)
 class Platform:
-    """Where this rank computes and how ranks talk."""
+    """Where this rank computes and how ranks communicate."""
 
     device: torch.device
     """Device of this rank, for example `cuda:3` or `cpu`."""
@@ -59,14 +59,14 @@ class Platform:
         return self.device.type
 
     def put(self, tensor: torch.Tensor) -> torch.Tensor:
-        """A host tensor on the device, without waiting for what the device is doing (pinned memory makes that true)."""
+        """Copy a host tensor to the device through pinned memory, without waiting for the device."""
         if self.device_type == "cuda":
             tensor = tensor.pin_memory()
         return tensor.to(self.device, non_blocking=True)
 
     @property
     def local_rank(self) -> int:
-        """Number of this process on its host, from torchrun; 0 without it."""
+        """Number of this process on its host, from torchrun; 0 without torchrun."""
         return int(os.environ.get("LOCAL_RANK", "0"))
 
     @property
@@ -96,7 +96,7 @@ def install(platform: Platform, *, deterministic: bool = False) -> None:
     else:
         for redirect in REDIRECTS:
             redirect.install()
-    # Tensor parallel layers gather into this buffer; its setter may be called only once in a process.
+    # Tensor-parallel layers gather into this buffer; its setter may be called only once in a process.
     if parallel_state._GLOBAL_MEMORY_BUFFER is None:
         parallel_state._set_global_memory_buffer()
     if deterministic:
@@ -107,7 +107,7 @@ def install(platform: Platform, *, deterministic: bool = False) -> None:
 
 
 def init_distributed(platform: Platform) -> None:
-    """Join the ranks that torchrun's environment names, or be the only rank without one; no-op once joined."""
+    """Join the ranks of torchrun, or be the only rank without torchrun; no-op once joined."""
     if dist.is_initialized():
         return
     if "RANK" in os.environ:
@@ -126,7 +126,7 @@ def destroy_distributed() -> None:
 def ranks_per_host() -> list[int]:
     """Number of ranks on each host, in rank order; a collective over all ranks.
 
-    torchrun's GROUP_RANK tells hosts apart even where two of them share one machine. Ranks of a host that are not
+    torchrun's GROUP_RANK distinguishes hosts even where two of them share one machine. Ranks of a host that are not
     contiguous count as several hosts.
     """
     hosts: list[Any] = [None] * dist.get_world_size()
@@ -149,7 +149,7 @@ class Overlay(ModuleType):
         self.__dict__["_module"] = module
 
     def __getattr__(self, name: str) -> Any:
-        """What the module itself gives."""
+        """The name in the module itself."""
         return getattr(self.__dict__["_module"], name)
 
 
@@ -164,7 +164,7 @@ MODULES = (
     "megatron.core.optimizer.distrib_optimizer",
     "megatron.core.optimizer.optimizer",
 )
-"""The parts of megatron-core in use here that name CUDA through their `torch`."""
+"""The modules of megatron-core that are used here and name CUDA through their `torch`."""
 
 
 @dataclass(frozen=True)

@@ -1,9 +1,9 @@
-"""Torch process groups of a layout: made by all ranks in one global order and used once before the first step.
+"""Torch process groups of a layout: all ranks create them in one global order and use each once before the first step.
 
-`torch.distributed.new_group` is a collective of the whole world, so every rank walks the same list of groups, also of
-modules that it does not hold. The warm-up makes NCCL set up its communicators then and there, not inside a training
-step where ranks would wait for each other in different orders. Pairs of ranks are connected when they first exchange
-something: few of the pairs between two large grids ever do.
+`torch.distributed.new_group` is a collective of the whole world, so every rank goes through the same list of groups,
+including those of modules that it does not hold. The warm-up makes NCCL set up its communicators at once, not inside a
+training step, where ranks would wait for each other in different orders. Pairs of ranks are connected when they first
+exchange something: few of the pairs between two large grids ever do.
 """
 
 from dataclasses import dataclass, field
@@ -41,10 +41,10 @@ TRAFFIC: dict[str, Traffic] = {
 }
 """The fields of `ProcessGroupCollection` that get a group, in the order of creation, and what travels on each.
 
-Fields of one kind and of equal members share one communicator: their collectives run in program order, which is the
-same on all members. The two kinds never share, because gradient reduction runs beside the backward collectives and
-would queue behind them; nor do modules, whose order of work differs between ranks. A group of one rank has no peer to
-wait for and is shared by all.
+Fields of one kind with equal members share one communicator: their collectives run in program order, which is the
+same on all members. The two kinds never share one, because gradient reduction runs beside the collectives of the
+backward pass and would queue behind them. Neither do modules, whose order of work differs between ranks. A group of one
+rank has no peer to wait for and is shared by all.
 """
 
 ALIASES = {
@@ -62,25 +62,25 @@ class ProcessGroups:
     """The process groups of this rank."""
 
     host: ProcessGroup
-    """gloo over all ranks, for agreement on the host beside the device's work."""
+    """gloo over all ranks, for communication on the host beside the device's work."""
     loading: dict[str, ProcessGroup] = field(default_factory=dict)
-    """gloo over all ranks, one for each split of the data: its loading thread talks on it, and nothing else does."""
+    """gloo over all ranks, one for each split of the data, used by the thread that loads it alone."""
     modules: dict[str, ProcessGroupCollection] = field(default_factory=dict)
     """Groups of the modules that this rank holds."""
     pipeline_backward: dict[str, ProcessGroup | None] = field(default_factory=dict)
-    """Per module of several stages, the group of this rank's pipeline that gradients travel on; None outside.
-    Activations travel on the module's `pp`: two communicators, so that neither direction waits for the other."""
+    """By module of several stages, the group of this rank's pipeline for gradients; None on other ranks. Activations
+    travel on the module's `pp`: two communicators, so that neither direction waits for the other."""
     bridge_to_language: dict[str, ProcessGroup | None] = field(default_factory=dict)
-    """Per encoder or decoder, the group of its ranks (of an encoder, those of the last stage) and of those of the
-    language stage that it exchanges rows with, the first or the last; None outside."""
+    """By encoder or decoder, the group of both ends of its edge (see `Layout.edge`), for what travels to the language
+    module; None on other ranks."""
     bridge_to_module: dict[str, ProcessGroup | None] = field(default_factory=dict)
-    """The same ranks, for what travels to the module: a second communicator, so that neither direction waits for the
-    other."""
+    """The same ranks, for what travels to the encoder or decoder: a second communicator, so that neither direction
+    waits for the other."""
     created: list[ProcessGroup] = field(default_factory=list)
-    """Every group of this rank once, in the order of creation."""
+    """Every group of this rank, in the order of creation."""
 
     def destroy(self) -> None:
-        """Tear all groups down, last created first. No group may be used afterwards."""
+        """Destroy all groups, last created first. No group may be used afterwards."""
         while self.created:
             dist.destroy_process_group(self.created.pop())
 
@@ -113,8 +113,8 @@ def create_process_groups(layout: Layout, platform: Platform) -> ProcessGroups:
     for name in (*layout.encoders, *layout.decoders):
         senders, receivers = layout.edge(name)
         members = tuple(sorted({*senders, *receivers}))
-        for direction, bridge in (("forward", groups.bridge_to_language), ("backward", groups.bridge_to_module)):
-            bridge[name] = alone[members[0]] if len(members) == 1 else maker.new(members, f"bridge.{name}.{direction}")
+        for end, bridge in (("to_language", groups.bridge_to_language), ("to_module", groups.bridge_to_module)):
+            bridge[name] = alone[members[0]] if len(members) == 1 else maker.new(members, f"bridge.{name}.{end}")
     groups.created = maker.created
     return groups
 
@@ -122,9 +122,9 @@ def create_process_groups(layout: Layout, platform: Platform) -> ProcessGroups:
 def group_members(grid: ModuleGrid) -> dict[str, list[Members]]:
     """Global ranks of every group of a module, by field of `ProcessGroupCollection`; a pure function.
 
-    Experts are cut over `ep` neighbours of dp*cp and never over tensor parallel ranks: each tensor parallel rank has
-    its own expert-parallel groups, and `expt_tp` is a single rank. Tensor parallel ranks route different tokens, so
-    what they hold of the experts are replicas like those of data-parallel ranks: `expt_dp` spans both.
+    Experts are cut over `ep` neighbours of dp*cp and never over tensor-parallel ranks: each tensor-parallel rank has
+    its own expert-parallel groups, and `expt_tp` is a single rank. Tensor-parallel ranks route different tokens, so
+    their experts are replicas like those of data-parallel ranks: `expt_dp` spans both.
     """
     # HyperCommGrid knows contiguous ranks only, so it enumerates positions in the grid's list.
     hyper = HyperCommGrid([grid.tp, grid.cp, grid.dp, grid.pp], ["tp", "cp", "dp", "pp"])
@@ -158,7 +158,7 @@ def group_members(grid: ModuleGrid) -> dict[str, list[Members]]:
 
 
 class _Maker:
-    """Creates groups, warms them up and keeps those of this rank."""
+    """Creates groups, uses each once, and keeps those of this rank."""
 
     def __init__(self, platform: Platform):
         self.rank = dist.get_rank()
@@ -166,7 +166,7 @@ class _Maker:
         self.created: list[ProcessGroup] = []
 
     def new(self, members: Members, description: str, backend: str | None = None) -> ProcessGroup | None:
-        """A warm group, or None where this rank is not a member; every rank must call it with the same arguments."""
+        """A group that has been used once, or None on ranks outside it; every rank must make the same call."""
         backend = backend or self.platform.backend
         group = dist.new_group(list(members), timeout=self.platform.timeout, backend=backend, group_desc=description)
         if self.rank not in members:

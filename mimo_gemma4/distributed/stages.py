@@ -1,4 +1,4 @@
-"""How consecutive layers become pipeline stages: pure Python, the same for the language model and the encoders."""
+"""Cuts consecutive layers into pipeline stages: pure Python, the same for the language model and the encoders."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,25 +16,30 @@ class Stage:
 
     @property
     def first(self) -> bool:
-        """Whether it has what lies before the layers."""
+        """Whether it also holds what comes before the layers, such as embeddings."""
         return self.layers.start == 0
 
     @property
     def last(self) -> bool:
-        """Whether it has what lies behind the layers."""
+        """Whether it also holds what comes after the layers, such as the head."""
         return self.layers.stop == self.total
 
     @classmethod
     def whole(cls, total: int) -> Self:
-        """The only stage of a module without pipeline."""
+        """The only stage of a module without a pipeline."""
         return cls(range(total), total)
 
 
 def cut_evenly(costs: Sequence[float], stages: int, cuts: Sequence[int] | None = None) -> tuple[int, ...]:
-    """Bounds of `stages` stages of layers that cost so much, from 0 to their number, by dynamic programming.
+    """Cut layers of these costs into stages by dynamic programming: the stages' bounds, from 0 to the number of layers.
 
-    The costliest stage is as cheap as it can be, and the stages before any other are cut in the same way. `cuts` are
-    the layers that a stage after the first may begin with, at least `stages - 1` of them; None: all.
+    The costliest stage is as cheap as possible, and so is the costliest of the stages before any bound; ties go to the
+    smaller sum of squared costs.
+
+    Args:
+        costs: cost of each layer.
+        stages: number of stages.
+        cuts: layers that a stage after the first may begin with, at least `stages - 1` of them; None: all.
     """
     count = len(costs)
     points = [0, *(range(1, count) if cuts is None else cuts), count]
@@ -52,5 +57,6 @@ def cut_evenly(costs: Sequence[float], stages: int, cuts: Sequence[int] | None =
 def _extended(
     part: tuple[float, float, tuple[int, ...]], cost: float, stop: int
 ) -> tuple[float, float, tuple[int, ...]]:
+    """(largest cost, sum of squared costs, bounds) with one more stage, which ends at `stop`."""
     largest, squares, bounds = part
     return max(largest, cost), squares + cost**2, (*bounds, stop)

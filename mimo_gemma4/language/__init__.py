@@ -1,1 +1,1 @@
-"""The Gemma 4 language module on megatron-core tensor parallel layers, with explicit process groups."""
+"""The Gemma 4 language module on megatron-core's tensor-parallel layers, with explicit process groups."""

@@ -1,6 +1,7 @@
 """Self-attention of one Gemma 4 layer, with its own or another layer's keys and values."""
 
 from collections.abc import Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -21,7 +22,8 @@ from mimo_gemma4.language.norm import RMSNorm, normalise
 from mimo_gemma4.language.projection import project_first
 from mimo_gemma4.language.replicated import OneHeadLinear
 from mimo_gemma4.language.rotary import rotate
-from mimo_gemma4.weights.bindings import Binding, Constant, Normal, bind_replicated, bind_sharded
+from mimo_gemma4.weights.bindings import Binding, GradientSum, Normal, bind_replicated, bind_sharded, qk_norm_init
+from mimo_gemma4.weights.lora import has_adapter
 
 Rotary = tuple[torch.Tensor, torch.Tensor]
 """Cosine and sine, each [S, B, 1, head_dim]."""
@@ -31,13 +33,14 @@ class AttentionInputs(NamedTuple):
     """What all layers of one attention type share in a microbatch."""
 
     rotary: Rotary
-    """Tables of the local tokens, [S/cp] (local)."""
+    """Tables of the local tokens."""
     key_rotary: Rotary
-    """Tables of the K keys that local queries see, for layers whose keys travel unrotated; else as `rotary`."""
+    """Tables of the K keys that local queries see, [K, B, 1, head_dim], for layers that exchange keys before rotation;
+    for others as `rotary`."""
     exchange: KeyExchange | None
-    """How keys of other context parallel ranks come here."""
+    """Brings keys from other context-parallel ranks; None: local queries see local keys only."""
     plan: AttentionPlan
-    """Attends."""
+    """Computes attention."""
 
 
 class KeyValues(NamedTuple):
@@ -53,8 +56,9 @@ class KeyValues(NamedTuple):
 class SelfAttention(nn.Module):
     """Query, key and value norms, rotary embedding, attention without logit scale, output projection.
 
-    Query heads are split over tensor parallel ranks, and so are key/value heads where there are enough of them; else
-    every rank holds their small projection whole, uses the head of its queries, and the gradient is summed over ranks.
+    Query heads are split over tensor-parallel ranks, and so are key/value heads where there are enough of them. If
+    there are fewer heads than ranks, every rank holds their small projection whole and uses the head of its queries;
+    the projection's gradient is summed over ranks.
     """
 
     def __init__(
@@ -94,11 +98,10 @@ class SelfAttention(nn.Module):
             skip_bias_add=False,
             tp_group=groups.tp,
         )
-        # Their weights are shared by heads that live on different tensor parallel ranks.
-        norm = {"dtype": config.params_dtype, "device": device, "partial_gradient": True}
-        self.q_norm = RMSNorm(head_dim, text.rms_norm_eps, **norm)
+        norm = partial(RMSNorm, head_dim, text.rms_norm_eps, dtype=config.params_dtype, device=device)
+        self.q_norm = norm()
         if layer.owns_key_values:
-            self.k_norm = RMSNorm(head_dim, text.rms_norm_eps, **norm)
+            self.k_norm = norm()
             if not self.key_value_split:
                 self.linear_key_value = OneHeadLinear(
                     text.hidden_size,
@@ -113,43 +116,46 @@ class SelfAttention(nn.Module):
     def forward(
         self, hidden: torch.Tensor, inputs: AttentionInputs, shared: KeyValues | None
     ) -> tuple[torch.Tensor, KeyValues]:
-        """Attend from hidden [S/(cp*tp), B, H] (local) to `shared`, the source layer's keys and values, or to its own.
+        """Self-attention of hidden [S/(cp*tp), B, H] (local).
 
-        Returns the projected result [S/(cp*tp), B, H] (local) and the keys and values that were attended to.
+        `shared` are the keys and values of the source layer; None: the layer computes its own. Returns the projected
+        result [S/(cp*tp), B, H] (local) and the keys and values used.
         """
         pending = None
-        if shared is None and inputs.exchange is not None and not self._adapted:
+        if shared is None and inputs.exchange is not None and not self._has_adapters:
             query_weight, key_value_weight = self._weights()
             own, whole = project_first(
                 hidden, key_value_weight, self.tp_group, sequence_parallel=self.config.sequence_parallel
             )
             pending = self._start_exchange(own.chunk(self.projections, dim=-1), inputs)
-            query = F.linear(whole, query_weight)
+            query = F.linear(whole, query_weight)  # [S/cp, B, heads * head_dim (local)]
         else:
             query, *fused = self.linear_qkv(hidden)[0].split(self.fused_sizes, dim=-1)
             if shared is None:
                 pending = self._start_exchange(fused or self._unsplit_key_values(hidden), inputs)
-        query = rotate(self.q_norm(self._heads(query)), inputs.rotary)  # while keys and values are on their way, too
+        # [S/cp, B, heads * head_dim] → [S/cp, B, heads, head_dim] (heads local), while keys and values travel
+        query = rotate(self.q_norm(self._heads(query)), inputs.rotary)
         if pending is not None:
             shared = self._key_values(finish_exchange(pending), inputs.key_rotary)
         assert shared is not None
-        output, _ = self.linear_proj(inputs.plan.attend(query, shared.key, shared.value))
+        attended = inputs.plan.attend(query, shared.key, shared.value)  # [S/cp, B, heads * head_dim (local)]
+        output, _ = self.linear_proj(attended)  # [S/(cp*tp), B, H] (local)
         return output, shared
 
     @property
-    def _adapted(self) -> bool:
-        """Whether something adds to the projections' outputs, as low-rank adapters do: then they are computed whole."""
+    def _has_adapters(self) -> bool:
+        """Whether adapters are attached: then the linears must compute the projections, not their weights alone."""
         linears = [self.linear_qkv] if self.key_value_split else [self.linear_qkv, self.linear_key_value]
-        return any(linear._forward_hooks for linear in linears)
+        return any(map(has_adapter, linears))
 
     def _weights(self) -> tuple[torch.Tensor, ...]:
-        """Rows of the queries, and of the keys and values: [rows (local), H] each."""
+        """The queries' rows of the weights, and those of keys and values, each [rows (local), H]."""
         if self.key_value_split:
             return self.linear_qkv.weight.split([self.query_size, sum(self.fused_sizes) - self.query_size])
         return self.linear_qkv.weight, self.linear_key_value.local_rows(self.linear_key_value.weight)
 
     def _start_exchange(self, projected: Sequence[torch.Tensor], inputs: AttentionInputs) -> StartedExchange:
-        """Launch the exchange of what keys and values [S/cp, B, heads * head_dim] (local), just projected, become."""
+        """Start the exchange of keys and values from their projections, each [S/cp, B, heads * head_dim (local)]."""
         raw = [self._heads(part) for part in projected]
         return start_exchange(inputs.exchange, self._travelling(raw, inputs.rotary))
 
@@ -157,7 +163,7 @@ class SelfAttention(nn.Module):
         return states.unflatten(-1, (-1, self.layer.head_dim))
 
     def _unsplit_key_values(self, hidden: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """Raw keys and values of the one head that this rank's queries use, where heads are fewer than ranks."""
+        """Raw keys and values of the one head that this rank's queries use, for fewer heads than ranks."""
         if self.config.sequence_parallel:
             hidden = gather_from_sequence_parallel_region(hidden, group=self.tp_group)
         else:
@@ -165,13 +171,13 @@ class SelfAttention(nn.Module):
         return self.linear_key_value(hidden).chunk(self.projections, dim=-1)
 
     def _travelling(self, raw: list[torch.Tensor], rotary: Rotary) -> States:
-        """What other ranks need of the local tokens: keys and values, or the raw keys where both come from those."""
+        """Keys and values of the local tokens as other ranks need them: only raw keys where values come from these."""
         if not self.layer.has_value_projection:
             return tuple(raw)
         return rotate(self.k_norm(raw[0]), rotary), normalise(raw[1], self.text.rms_norm_eps)
 
     def _key_values(self, received: States, rotary: Rotary) -> KeyValues:
-        """Keys and values from what has travelled; norms of raw keys see every rank's rows, in backward a part each."""
+        """Keys and values of K keys from what `_travelling` gave on each rank."""
         if self.layer.has_value_projection:
             return KeyValues(*received)
         (raw,) = received
@@ -180,24 +186,27 @@ class SelfAttention(nn.Module):
     def bindings(self, prefix: str) -> list[Binding]:
         """Weights under `prefix` + `q_proj.weight` and so on."""
         drawn, group = Normal(self.text.initializer_range), self.tp_group
-        # Scores are not divided by sqrt(head_dim): with these norms, those of random heads start with unit variance.
-        calm = Constant(self.layer.head_dim**-0.25)
+        norm = qk_norm_init(self.layer.head_dim)
         qkv = self.linear_qkv.weight
+        # Norms, and an unsplit key/value projection, are whole on every rank, which applies them to its own heads.
+        heads: tuple[GradientSum, ...] = ("tp",)
         bound = [
             bind_sharded(f"{prefix}q_proj.weight", qkv, 0, group, drawn, at=slice(0, self.query_size)),
             bind_sharded(f"{prefix}o_proj.weight", self.linear_proj.weight, 1, group, drawn),
-            bind_replicated(f"{prefix}q_norm.weight", self.q_norm.weight, calm),
+            bind_replicated(f"{prefix}q_norm.weight", self.q_norm.weight, norm, gradient_sum=heads),
         ]
         if not self.layer.owns_key_values:
             return bound
-        bound.append(bind_replicated(f"{prefix}k_norm.weight", self.k_norm.weight, calm))
-        size = self.key_value_size if self.key_value_split else self.layer.num_key_value_heads * self.layer.head_dim
-        for number, name in enumerate(("k_proj", "v_proj")[: self.projections]):
-            if self.key_value_split:
-                weight, start, holders = qkv, self.query_size + number * size, group
-            else:
-                weight, start, holders = self.linear_key_value.weight, number * size, None
-            bound.append(
-                bind_sharded(f"{prefix}{name}.weight", weight, 0, holders, drawn, at=slice(start, start + size))
-            )
+        bound.append(bind_replicated(f"{prefix}k_norm.weight", self.k_norm.weight, norm, gradient_sum=heads))
+        names = [f"{prefix}{name}.weight" for name in ("k_proj", "v_proj")[: self.projections]]
+        if self.key_value_split:
+            size, first = self.key_value_size, self.query_size
+            for number, name in enumerate(names):
+                rows = slice(first + number * size, first + (number + 1) * size)
+                bound.append(bind_sharded(name, qkv, 0, group, drawn, at=rows))
+            return bound
+        size, whole = self.layer.num_key_value_heads * self.layer.head_dim, self.linear_key_value.weight
+        for number, name in enumerate(names):
+            rows = slice(number * size, (number + 1) * size)
+            bound.append(bind_sharded(name, whole, 0, None, drawn, at=rows, gradient_sum=heads))
         return bound

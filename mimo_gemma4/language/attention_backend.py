@@ -1,4 +1,4 @@
-"""The one interface of attention: a backend plans a microbatch's attention per layer type; layers attend by the plan.
+"""The interface of attention kernels: a backend plans a microbatch per attention type, and layers call the plan.
 
 | backend | where | what |
 |---|---|---|
@@ -27,7 +27,7 @@ class AttentionPlan(Protocol):
     def attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
         """Query [S/cp, B, heads, D] over key and value [K, B, key/value heads, D] (heads local) → [S/cp, B, heads * D].
 
-        A query that sees nothing does not occur: padding sees itself.
+        Every query sees some key: padding sees itself.
         """
 
 
@@ -39,7 +39,7 @@ def attention_backend(name: str, device: torch.device) -> AttentionBackend:
     """The backend that `model.backend` names, on `device`.
 
     Raises:
-        ConfigError: Transformer Engine is asked for and missing, or there is no GPU for it.
+        ConfigError: `name` is `te`, and Transformer Engine or a GPU is missing.
     """
     if name == "te":
         if device.type != "cuda":

@@ -1,7 +1,7 @@
-"""Who may attend to whom, worked out on the host: every query of Gemma 4 sees one run of consecutive tokens.
+"""Which keys each query sees, computed on the host: for every query of Gemma 4, one run of consecutive tokens.
 
-Causality, window, segment and media group each bound that run, so a mask is two numbers per query. The runs also say
-which keys a context parallel rank needs, and thereby what the ranks have to exchange.
+Causality, window, segment and media group each bound that run, so a mask is two numbers per query. The runs also
+determine which keys a context-parallel rank needs, and so what the ranks exchange.
 """
 
 from collections.abc import Callable, Sequence
@@ -20,12 +20,12 @@ Put = Callable[[torch.Tensor], torch.Tensor]
 
 @dataclass(frozen=True)
 class MaskRule:
-    """What layers of one attention type let a query see, beside the earlier tokens of its segment."""
+    """Which tokens of its segment a query sees in layers of one attention type, beside earlier ones."""
 
     window: int | None
     """Number of keys a query sees, itself included; None: all."""
     groups: Literal["inside_window", "always"] | None = None
-    """Tokens of its own media item: None nothing more, `inside_window` later ones too, `always` the whole item."""
+    """Tokens of its own media item: None: nothing more; `inside_window`: later ones, too; `always`: the whole item."""
 
 
 def mask_rules(text: Gemma4TextConfig) -> dict[str, MaskRule]:
@@ -86,10 +86,10 @@ def attention_context(
     Args:
         text: the model's hyperparameters.
         positions: [B, S] position of each token in its segment.
-        segments: [B, S] number of the token's segment in its row, each one run of tokens; 0 is padding.
+        segments: [B, S] number of the token's segment in its sequence, each one run of tokens; 0 is padding.
         groups: [B, S] number of the media item the token belongs to, each one run of tokens; 0 is text. None: no media.
-        held: for each context parallel rank the sequence indices that it holds, ascending.
-        cp_group: the context parallel group.
+        held: for each context-parallel rank the sequence indices that it holds, ascending.
+        cp_group: the context-parallel group.
         put: moves host tensors to the device.
     """
     mine = held[cp_group.rank()]

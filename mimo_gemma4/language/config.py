@@ -1,4 +1,4 @@
-"""The text part of a Hugging Face Gemma 4 `config.json`, and what follows from it for layers and megatron-core."""
+"""The text part of a Hugging Face Gemma 4 `config.json`, the properties of each layer, and megatron-core's config."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
@@ -37,13 +37,13 @@ class LayerConfig:
     head_dim: int
     """Channels of one head."""
     num_key_value_heads: int
-    """Key/value heads, over all tensor parallel ranks."""
+    """Key/value heads, over all tensor-parallel ranks."""
     key_value_source: int
     """The layer whose keys and values this layer attends to: itself, or an earlier layer of the same attention type."""
     has_value_projection: bool
     """False where values are the normalised raw keys, so that no `v_proj` exists."""
     intermediate_size: int
-    """Width of the feed-forward network, over all tensor parallel ranks."""
+    """Width of the feed-forward network, over all tensor-parallel ranks."""
 
     @property
     def owns_key_values(self) -> bool:
@@ -97,7 +97,7 @@ class Gemma4TextConfig:
     """Width of one expert; 0 without `enable_moe_block`."""
     model_type: str = "gemma4_text"
     placeholder_ids: tuple[int, ...] = ()
-    """Token ids that stand for media rows (`image_token_id`, `audio_token_id`, `video_token_id` of the whole model)."""
+    """Token ids in place of soft tokens: `image_token_id`, `audio_token_id`, `video_token_id` of the whole model."""
 
     @classmethod
     def from_hf(cls, hf_config: Mapping[str, Any]) -> "Gemma4TextConfig":

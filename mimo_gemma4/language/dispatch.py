@@ -1,7 +1,7 @@
-"""How copies of tokens travel to the ranks that hold their experts, and their results back.
+"""Sends copies of tokens to the ranks that hold their experts, and the results back.
 
-A token goes to K experts, so T tokens make T * K copies. They are sorted by expert, which is by rank too, exchanged
-over the expert parallel group, and sorted by local expert. The way back undoes each of these and adds the K results up.
+A token goes to K experts, so T tokens make T * K copies. They are sorted by expert, and so by rank, exchanged over the
+expert-parallel group, and sorted by local expert. The way back undoes each step and adds up the K results of a token.
 """
 
 from typing import Any
@@ -13,19 +13,19 @@ from torch.distributed import ProcessGroup
 
 
 class Dispatch:
-    """The way of one microbatch's tokens through one layer's experts.
+    """The dispatch of one microbatch's tokens to one layer's experts.
 
-    How many copies each pair of ranks exchanges is known on the device first. Its copy to the host starts when this is
-    made and is waited for only in `dispatch`: what the caller enqueues between hides it.
+    The numbers of copies that each pair of ranks exchanges are computed on the device. Their copy to the host starts in
+    the constructor, and only `dispatch` waits for it, so work that the caller enqueues in between hides the wait.
     """
 
     def __init__(self, chosen: torch.Tensor, num_experts: int, group: ProcessGroup) -> None:
-        """Sort the copies and tell peers how many they will get; collective over `group`.
+        """Sort the copies and exchange their numbers with other ranks; collective over `group`.
 
         Args:
             chosen: [T, K] numbers of the experts that each of this rank's tokens goes to.
-            num_experts: over all ranks; each rank of `group` holds equally many, in order.
-            group: expert parallel group.
+            num_experts: experts over all ranks; each rank of `group` holds equally many, in order.
+            group: expert-parallel group.
         """
         self.group, self.copies = group, chosen.shape[1]
         flat = chosen.flatten()
@@ -39,18 +39,18 @@ class Dispatch:
             dist.all_to_all_single(received, sent, group=group)
         self.received = received.view(group.size(), -1)
         self.ends = self.received.sum(0).cumsum(0, dtype=torch.int32)
-        """[experts (local)] int32: where the rows of each local expert end."""
+        """[experts (local)] int32: where the token copies of each local expert end."""
         self._counts = _HostCopy(torch.stack((sent.view_as(self.received), self.received)))
 
     def dispatch(self, tokens: torch.Tensor, weights: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Rows [N (local), H] for this rank's experts, sorted by expert, and the weight [N (local)] of each.
+        """Token copies [N (local), H] for this rank's experts, sorted by expert, and their weights [N (local)].
 
-        `tokens` [T, H], `weights` [T, K]; N is what the ranks' routers happen to send here.
+        `tokens` [T, H], `weights` [T, K]; N is the number of copies that the ranks' routers send here.
         """
-        rows = _Spread.apply(tokens, self.order, self.inverse, self.copies)
-        row_weights = _Spread.apply(weights.flatten(), self.order, self.inverse, 1)
+        copies = _Spread.apply(tokens, self.order, self.inverse, self.copies)  # [T, H] → [T * K, H], by expert
+        copy_weights = _Spread.apply(weights.flatten(), self.order, self.inverse, 1)  # [T * K]
         if self.group.size() == 1:
-            return rows, row_weights
+            return copies, copy_weights
         sent, received = self._counts.read()
         self._sent, self._received = [sum(part) for part in sent], [sum(part) for part in received]
         ranks, experts = self.received.shape
@@ -58,21 +58,21 @@ class Dispatch:
         of_expert = of_expert.repeat_interleave(self.received.flatten(), output_size=sum(self._received))
         self._by_expert = of_expert.argsort(stable=True)
         self._by_rank = _inverse(self._by_expert)
-        return self._to_experts(rows), self._to_experts(row_weights)
+        return self._to_experts(copies), self._to_experts(copy_weights)
 
-    def combine(self, rows: torch.Tensor) -> torch.Tensor:
-        """Sum of each token's results [T, H], from the rows [N (local), H] that `dispatch` gave, in their order."""
+    def combine(self, results: torch.Tensor) -> torch.Tensor:
+        """Sums [T, H] of each token's results; `results` [N (local), H] are in the order of what `dispatch` gave."""
         if self.group.size() > 1:
-            rows = _Spread.apply(rows, self._by_rank, self._by_expert, 1)
-            rows = all_to_all(self.group, rows, self._sent, self._received)
-        return _Collect.apply(rows, self.order, self.inverse, self.copies)
+            results = _Spread.apply(results, self._by_rank, self._by_expert, 1)
+            results = all_to_all(self.group, results, self._sent, self._received)  # [N (local), H] → [T * K, H]
+        return _Collect.apply(results, self.order, self.inverse, self.copies)  # [T * K, H] → [T, H]
 
     def _to_experts(self, copies: torch.Tensor) -> torch.Tensor:
-        arrived = all_to_all(self.group, copies, self._received, self._sent)
-        return _Spread.apply(arrived, self._by_expert, self._by_rank, 1)
+        arrived = all_to_all(self.group, copies, self._received, self._sent)  # [T * K, …] → [N (local), …], by rank
+        return _Spread.apply(arrived, self._by_expert, self._by_rank, 1)  # by local expert
 
-    def row_counts(self) -> list[int]:
-        """Rows of each local expert, on the host: waits for the device where `dispatch` has not done so."""
+    def copies_by_expert(self) -> list[int]:
+        """Token copies of each local expert, on the host; waits for the device if `dispatch` has not done so."""
         return [sum(of_ranks) for of_ranks in zip(*self._counts.read()[1], strict=True)]
 
 
@@ -95,16 +95,18 @@ class _HostCopy:
 
 
 class _Spread(torch.autograd.Function):
-    """From rows [T, ...] to their copies [T * K, ...] in the order `order`; a permutation where K is 1.
+    """From tokens [T, ...] to their copies [T * K, ...] in the order `order`; a permutation where K is 1.
 
-    The gradient gathers instead of adding at scattered places, so it is deterministic and rounds once.
+    Its backward pass gathers instead of scattering sums, so it is deterministic and rounds once.
     """
 
     @staticmethod
-    def forward(ctx: Any, rows: torch.Tensor, order: torch.Tensor, inverse: torch.Tensor, copies: int) -> torch.Tensor:
+    def forward(
+        ctx: Any, tokens: torch.Tensor, order: torch.Tensor, inverse: torch.Tensor, copies: int
+    ) -> torch.Tensor:
         ctx.save_for_backward(order, inverse)
         ctx.copies = copies
-        return _spread(rows, order, copies)
+        return _spread(tokens, order, copies)
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
@@ -116,10 +118,12 @@ class _Collect(torch.autograd.Function):
     """The adjoint of `_Spread`: from copies [T * K, ...] in the order `order` to their sums [T, ...]."""
 
     @staticmethod
-    def forward(ctx: Any, rows: torch.Tensor, order: torch.Tensor, inverse: torch.Tensor, copies: int) -> torch.Tensor:
+    def forward(
+        ctx: Any, results: torch.Tensor, order: torch.Tensor, inverse: torch.Tensor, copies: int
+    ) -> torch.Tensor:
         ctx.save_for_backward(order, inverse)
         ctx.copies = copies
-        return _collect(rows, inverse, copies)
+        return _collect(results, inverse, copies)
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
@@ -127,13 +131,13 @@ class _Collect(torch.autograd.Function):
         return _spread(gradients[0], order, ctx.copies), None, None, None
 
 
-def _spread(rows: torch.Tensor, order: torch.Tensor, copies: int) -> torch.Tensor:
-    return rows.index_select(0, order if copies == 1 else order // copies)
+def _spread(tokens: torch.Tensor, order: torch.Tensor, copies: int) -> torch.Tensor:
+    return tokens.index_select(0, order if copies == 1 else order // copies)
 
 
-def _collect(rows: torch.Tensor, inverse: torch.Tensor, copies: int) -> torch.Tensor:
-    rows = rows.index_select(0, inverse)
-    return rows if copies == 1 else rows.view(len(rows) // copies, copies, *rows.shape[1:]).sum(dim=1)
+def _collect(results: torch.Tensor, inverse: torch.Tensor, copies: int) -> torch.Tensor:
+    results = results.index_select(0, inverse)
+    return results if copies == 1 else results.view(len(results) // copies, copies, *results.shape[1:]).sum(dim=1)
 
 
 def _inverse(order: torch.Tensor) -> torch.Tensor:

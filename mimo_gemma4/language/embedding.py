@@ -10,14 +10,14 @@ from megatron.core.tensor_parallel.mappings import (
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch.distributed import ProcessGroup
 
-from mimo_gemma4.weights.bindings import Binding, Normal, bind_sharded
+from mimo_gemma4.weights.bindings import Binding, GradientSum, Normal, bind_sharded
 
 
 class TokenEmbedding(VocabParallelEmbedding):
     """Rows of a table [vocabulary / tp (local), width], times sqrt(`scaled_by`).
 
-    The factor is rounded to the table's dtype, as the released models were trained. The row of `padding_id` is looked
-    up like any other but gets no gradient from that.
+    The factor is rounded to the table's dtype, as when the released models were trained. Looking up the row of
+    `padding_id` gives it no gradient.
     """
 
     def __init__(
@@ -47,6 +47,7 @@ class TokenEmbedding(VocabParallelEmbedding):
         """Scaled rows of ids [B, S/cp] (local) → [S/(cp*tp), B, width] (local); tp = 1 without sequence parallelism."""
         rows = ids.t() - self.vocab_start_index
         elsewhere = (rows < 0) | (rows >= self.num_embeddings_per_partition)
+        # [S/cp, B] → [S/cp, B, width]
         embedded = F.embedding(rows.masked_fill(elsewhere, 0), self.weight, padding_idx=self.padding_row)
         if self.tp_group.size() > 1:
             embedded = embedded.masked_fill(elsewhere.unsqueeze(-1), 0.0)
@@ -56,6 +57,7 @@ class TokenEmbedding(VocabParallelEmbedding):
                 embedded = reduce_from_tensor_model_parallel_region(embedded, group=self.tp_group)
         return embedded * self.scale
 
-    def bindings(self, name: str) -> list[Binding]:
+    def bindings(self, name: str, gradient_sum: tuple[GradientSum, ...] = ()) -> list[Binding]:
         """This rank's rows under the Hugging Face name of the table."""
-        return [bind_sharded(name, self.weight, 0, self.tp_group, Normal(self.config.init_method_std))]
+        drawn = Normal(self.config.init_method_std)
+        return [bind_sharded(name, self.weight, 0, self.tp_group, drawn, gradient_sum=gradient_sum)]

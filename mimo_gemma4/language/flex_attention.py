@@ -41,15 +41,15 @@ class FlexPlan:
 def block_mask(first: torch.Tensor, last: torch.Tensor, count: int) -> BlockMask:
     """The blocks of queries over `count` keys, of which each query sees those from `first` to `last`, int32 [B, S/cp].
 
-    A block is full where all its queries see all its keys, and is left out where it lies beyond the keys that any of
-    its queries sees; the others ask `first` and `last` pair by pair. A query that sees nothing has `first` = `count`
+    A block is full if all its queries see all its keys, and left out if none of its queries sees any of its keys; in
+    other blocks the kernel compares every pair with `first` and `last`. A query that sees nothing has `first` = `count`
     and `last` = -1.
     """
     length = first.shape[1]
     key_blocks = -(-count // BLOCK)
     lowest, highest = _per_block(first, count).amin(-1), _per_block(last, -1).amax(-1)
     begin, end = lowest // BLOCK, highest // BLOCK + 1
-    # Rows that fill up the last block of queries see nothing here, so that block is never full.
+    # Queries that fill up the last block see nothing here, so that block is never full.
     full_begin = -(-_per_block(first, count).amax(-1) // BLOCK)
     full_end = (_per_block(last, -1).amin(-1) + 1) // BLOCK
     full = (full_end - full_begin).clamp(min=0)

@@ -1,9 +1,9 @@
-"""How keys and values reach the context parallel ranks whose queries see them, and how their gradients return.
+"""Sends keys and values to the context-parallel ranks whose queries see them, and returns their gradients.
 
 All index tensors and split sizes are planned on the host, once per microbatch and attention type. `start_exchange`
-launches the exchange and `finish_exchange` waits for it, so that what is computed between the two overlaps with it; in
-backward `finish_exchange` launches the gradients' way back and `start_exchange` waits for it. Layers that share keys
-and values use one exchange: autograd adds up their gradients before the single way back.
+launches the exchange and `finish_exchange` waits for it, so work between the two overlaps with it. In backward
+`finish_exchange` launches the return of gradients and `start_exchange` waits for it. Layers that share keys and values
+use one exchange: autograd adds up their gradients before they return.
 """
 
 from collections.abc import Callable, Sequence
@@ -13,40 +13,40 @@ import torch
 import torch.distributed as dist
 
 States = tuple[torch.Tensor, ...]
-"""What travels together, each [S/cp, B, heads (local), D] before and [K, B, heads (local), D] after the exchange."""
+"""Keys and values, or raw keys, each [S/cp, B, heads (local), D] before an exchange, [K, B, heads (local), D] after."""
 
 
 class Pending(NamedTuple):
     """A collective under way."""
 
     result: torch.Tensor
-    """What it fills: [rows, number of states, B, heads (local), D]."""
+    """Its output: [keys, number of states, B, heads (local), D]."""
     source: torch.Tensor
-    """What it reads; it must not be freed before the collective has finished."""
+    """Its input, which must not be freed before the collective has finished."""
     work: dist.Work | None
-    """To be waited for; torch's asynchronous collectives return None on ranks outside the group only."""
+    """Its handle; torch's asynchronous collectives return None only on ranks outside the group."""
 
     def wait(self) -> torch.Tensor:
-        """The result, once it is there (on a GPU: for what is enqueued from now on)."""
+        """The result, after it has arrived (on a GPU: for kernels enqueued from now on)."""
         assert self.work is not None
         self.work.wait()
         return self.result
 
 
 class KeyExchange(Protocol):
-    """Both ways of an exchange, each in two halves."""
+    """An exchange of states, and the return of their gradients, each in two halves."""
 
     def send(self, states: States) -> Pending:
-        """Launch the way there."""
+        """Launch the exchange."""
 
     def assemble(self, states: States, received: torch.Tensor) -> States:
-        """All K keys in sequence order from the local states and what `send` has brought."""
+        """States of all K keys in sequence order, from the local states and the result of `send`."""
 
     def send_back(self, gradients: States) -> tuple[States, Pending]:
-        """The local rows' part of the gradients of all K keys, and the launched way back of the others."""
+        """The local keys' part of the gradients of all K keys, and the launched return of the others."""
 
     def add_returned(self, local: States, returned: torch.Tensor) -> States:
-        """Gradients of the local states: `local` and what `send_back` has brought."""
+        """Gradients of the local states: `local` plus the result of `send_back`."""
 
 
 def plan_exchange(
@@ -62,21 +62,21 @@ def plan_exchange(
     Args:
         needed: for each rank of `group`, bool [S]: the sequence indices of the keys that it needs.
         held: for each rank the sequence indices that it holds, ascending; all equally many.
-        group: the context parallel group.
+        group: the context-parallel group.
         put: moves host tensors to the device.
         windowed: whether only keys near the rank's own are needed.
     """
-    most = max(int(rows.sum()) - index.numel() for rows, index in zip(needed, held, strict=True))
+    most = max(int(keys.sum()) - index.numel() for keys, index in zip(needed, held, strict=True))
     if most == 0:
         return None
-    # A gather moves everything to everyone, in steps that keep all links busy and without a copy per receiver.
+    # A gather sends everything to every rank, but keeps all links busy and needs no copy per receiver.
     if not windowed and 2 * most >= needed[0].numel() - held[0].numel():
         return GatherExchange(needed, held, group, put)
     return HaloExchange(needed, held, group, put)
 
 
 class HaloExchange:
-    """Each rank gets from each other exactly the rows that it needs, however many ranks hold them."""
+    """Each rank receives exactly the keys that it needs, from however many ranks hold them."""
 
     def __init__(
         self,
@@ -92,15 +92,15 @@ class HaloExchange:
         sends = [needed[peer][held[rank]].nonzero().squeeze(1) for peer in range(ranks)]
         receives = [held[peer][needed[rank][held[peer]]] for peer in range(ranks)]
         sends[rank] = receives[rank] = sends[rank][:0]
-        self.send_counts, self.receive_counts = ([rows.numel() for rows in lists] for lists in (sends, receives))
+        self.send_counts, self.receive_counts = ([places.numel() for places in lists] for lists in (sends, receives))
         self.count = keys.numel()
-        self.send_rows = put(torch.cat(sends))
+        self.sent_places = put(torch.cat(sends))
         self.local_places = put(torch.searchsorted(keys, held[rank]))
         self.received_places = put(torch.searchsorted(keys, torch.cat(receives)))
 
     def send(self, states: States) -> Pending:
-        """Launch the rows that other ranks need."""
-        packed = torch.stack([state.index_select(0, self.send_rows) for state in states], dim=1)
+        """Launch the exchange of the keys that other ranks need."""
+        packed = torch.stack([state.index_select(0, self.sent_places) for state in states], dim=1)
         return self._exchange(packed, self.send_counts, self.receive_counts)
 
     def assemble(self, states: States, received: torch.Tensor) -> States:
@@ -113,18 +113,18 @@ class HaloExchange:
         return tuple(whole)
 
     def send_back(self, gradients: States) -> tuple[States, Pending]:
-        """Launch the gradients of other ranks' rows."""
+        """Launch the return of the gradients of other ranks' keys."""
         packed = torch.stack([gradient.index_select(0, self.received_places) for gradient in gradients], dim=1)
         pending = self._exchange(packed, self.receive_counts, self.send_counts)
         return tuple(gradient.index_select(0, self.local_places) for gradient in gradients), pending
 
     def add_returned(self, local: States, returned: torch.Tensor) -> States:
-        """Sum over the ranks that had used a row, one after the other: always in the same order."""
-        parts = zip(self.send_rows.split(self.send_counts), returned.split(self.send_counts), strict=True)
-        for rows, part in parts:
-            if rows.numel():
+        """Add up the gradients of a key from all ranks that used it, in a fixed order of ranks."""
+        parts = zip(self.sent_places.split(self.send_counts), returned.split(self.send_counts), strict=True)
+        for places, part in parts:
+            if places.numel():
                 for gradient, addend in zip(local, part.unbind(1), strict=True):
-                    gradient.index_add_(0, rows, addend)  # `send_back` made it, for this alone
+                    gradient.index_add_(0, places, addend)  # in place: `send_back` made it, nothing else reads it
         return local
 
     def _exchange(self, packed: torch.Tensor, sends: list[int], receives: list[int]) -> Pending:
@@ -134,7 +134,7 @@ class HaloExchange:
 
 
 class GatherExchange:
-    """All ranks get all rows, and keep those that they need; gradients are summed by a reduce-scatter."""
+    """All ranks gather all keys and select those that they need; gradients return by a reduce-scatter."""
 
     def __init__(
         self,
@@ -146,9 +146,9 @@ class GatherExchange:
         """Plan as in `plan_exchange`."""
         self.group, self.local_count = group, held[0].numel()
         gathered = torch.cat(list(held))
-        row_of_index = torch.empty_like(gathered)
-        row_of_index[gathered] = torch.arange(gathered.numel())
-        self.rows = put(row_of_index[needed[group.rank()]])
+        place_of_index = torch.empty_like(gathered)
+        place_of_index[gathered] = torch.arange(gathered.numel())
+        self.places = put(place_of_index[needed[group.rank()]])
 
     def send(self, states: States) -> Pending:
         """Launch the all-gather."""
@@ -158,22 +158,22 @@ class GatherExchange:
         return Pending(gathered, packed, work)
 
     def assemble(self, states: States, received: torch.Tensor) -> States:
-        """All K keys in sequence order, whatever the number of ranks: kernels then add them up in one order."""
-        return tuple(gathered.index_select(0, self.rows) for gathered in received.unbind(1))
+        """All K keys in sequence order for any number of ranks, so that kernels always sum in the same order."""
+        return tuple(gathered.index_select(0, self.places) for gathered in received.unbind(1))
 
     def send_back(self, gradients: States) -> tuple[States, Pending]:
-        """Launch the reduce-scatter; it brings the local rows' gradients whole, so their part here is zero."""
-        rows, shape = self.local_count, gradients[0].shape[1:]
-        packed = gradients[0].new_zeros(rows * self.group.size(), len(gradients), *shape)
+        """Launch the reduce-scatter; its result are the local keys' whole gradients, so their part here is zero."""
+        count, shape = self.local_count, gradients[0].shape[1:]
+        packed = gradients[0].new_zeros(count * self.group.size(), len(gradients), *shape)
         for number, gradient in enumerate(gradients):
-            packed[:, number].index_copy_(0, self.rows, gradient)
-        summed = packed.new_empty(rows, *packed.shape[1:])
+            packed[:, number].index_copy_(0, self.places, gradient)
+        summed = packed.new_empty(count, *packed.shape[1:])
         work = dist.reduce_scatter_tensor(summed, packed, group=self.group, async_op=True)
-        nothing = packed.new_zeros(()).expand(rows, *shape)
+        nothing = packed.new_zeros(()).expand(count, *shape)
         return tuple(nothing for _ in gradients), Pending(summed, packed, work)
 
     def add_returned(self, local: States, returned: torch.Tensor) -> States:
-        """What the reduce-scatter brought."""
+        """The result of the reduce-scatter."""
         return returned.unbind(1)
 
 
@@ -186,7 +186,7 @@ class Transit:
         self.pending: Pending | None = None
 
     def wait(self) -> torch.Tensor:
-        """What the launched half brings; its buffers are let go."""
+        """The result of the launched half; releases its buffers."""
         assert self.pending is not None
         pending, self.pending = self.pending, None
         return pending.wait()
@@ -198,7 +198,7 @@ class StartedExchange(NamedTuple):
     transit: Transit | None
     """None: there is nothing to exchange."""
     states: States
-    """The local states, as autograd is to see them."""
+    """The local states, as inputs of `finish_exchange` for autograd."""
 
 
 def start_exchange(exchange: KeyExchange | None, states: States) -> StartedExchange:
@@ -217,7 +217,7 @@ def finish_exchange(started: StartedExchange) -> States:
 
 
 class _StartExchange(torch.autograd.Function):
-    """The identity, which launches the way there, and in backward ends the way back."""
+    """The identity, which launches the exchange, and in backward waits for the returned gradients."""
 
     @staticmethod
     def forward(ctx: Any, transit: Transit, *states: torch.Tensor) -> States:
@@ -231,7 +231,7 @@ class _StartExchange(torch.autograd.Function):
 
 
 class _FinishExchange(torch.autograd.Function):
-    """Ends the way there, and in backward launches the way back."""
+    """Waits for the exchange, and in backward launches the return of gradients."""
 
     @staticmethod
     def forward(ctx: Any, transit: Transit, *states: torch.Tensor) -> States:

@@ -1,7 +1,7 @@
-"""Head and summed cross entropy over a tensor parallel vocabulary, a block of words at a time.
+"""Head and summed cross entropy over a tensor-parallel vocabulary, a block of words at a time.
 
-Neither logits nor their gradients ever exist for the whole vocabulary: forward keeps two numbers per token, backward
-computes every block's logits again. That costs a third more head GEMM than keeping them and saves gigabytes.
+Neither logits nor their gradients exist for the whole vocabulary at once: forward keeps two numbers per token, and
+backward computes every block's logits again. This costs a third more time in the head's GEMMs and saves gigabytes.
 """
 
 from collections.abc import Callable, Iterator
@@ -15,7 +15,7 @@ from torch.distributed import ProcessGroup
 
 IGNORED = -100
 LOGITS_AT_ONCE = 2**26
-"""Logits of this rank that are held at a time (256 MiB in fp32): the words per block follow from it."""
+"""Most logits of this rank in memory at a time (256 MiB in fp32); determines the words per block."""
 
 
 def softcapped(logits: torch.Tensor, cap: float | None) -> torch.Tensor:
@@ -35,7 +35,7 @@ def summed_cross_entropy(
 ) -> torch.Tensor:
     """Sum over tokens with labels != -100 of the cross entropy of softcapped `hidden @ weight.T`, in nats, fp32 scalar.
 
-    `hidden` [tokens, H] is equal on all tensor parallel ranks, `weight` is [vocabulary / tp (local), H], `labels`
+    `hidden` [tokens, H] is equal on all tensor-parallel ranks, `weight` is [vocabulary / tp (local), H], `labels`
     [tokens]. The result is equal on all ranks; the gradient of `hidden` is this rank's part, to be summed over them.
     """
     words = max(1, logits_at_once // max(1, hidden.shape[0]))
@@ -47,7 +47,7 @@ def most_likely(
 ) -> torch.Tensor:
     """Vocabulary ids [tokens] of the largest logits of `hidden @ weight.T`; the softcap keeps their order.
 
-    `hidden` [tokens, H] is equal on all tensor parallel ranks, `weight` is [vocabulary / tp (local), H]. Of
+    `hidden` [tokens, H] is equal on all tensor-parallel ranks, `weight` is [vocabulary / tp (local), H]. Of
     equal logits the lowest id wins, so the result is equal on all ranks.
     """
     vocabulary = weight.shape[0]
@@ -64,7 +64,7 @@ def most_likely(
 
 
 class _SummedCrossEntropy(torch.autograd.Function):
-    """Saves the log of each token's normaliser, from which backward has every probability in one pass."""
+    """Saves the log of each token's normaliser, so that backward computes every probability in one pass."""
 
     @staticmethod
     def forward(
@@ -77,14 +77,14 @@ class _SummedCrossEntropy(torch.autograd.Function):
         words: int,
     ) -> torch.Tensor:
         statistics = _fused(_block_statistics, hidden.device.type)
-        rows = labels - tp_group.rank() * weight.shape[0]
-        maximum = torch.full_like(labels, -torch.inf, dtype=torch.float32)
+        rows = labels - tp_group.rank() * weight.shape[0]  # [tokens], of the labels in this rank's weight
+        maximum = torch.full_like(labels, -torch.inf, dtype=torch.float32)  # [tokens]
         total, target = torch.zeros_like(maximum), torch.zeros_like(maximum)
-        for first, block in _blocks(weight, words):
+        for first, block in _blocks(weight, words):  # logits [tokens, words], never [tokens, vocabulary]
             maximum, total, target = statistics(F.linear(hidden, block), rows - first, maximum, total, target, cap)
         largest = maximum.clone()
         dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=tp_group)
-        sums = torch.stack((total * (maximum - largest).exp(), target))
+        sums = torch.stack((total * (maximum - largest).exp(), target))  # [2, tokens]
         dist.all_reduce(sums, group=tp_group)
         normaliser = largest + sums[0].log()  # log of the sum of exponentials
         ctx.save_for_backward(hidden, weight, rows, normaliser, labels)
@@ -100,6 +100,7 @@ class _SummedCrossEntropy(torch.autograd.Function):
         hidden_gradient = torch.zeros_like(hidden, dtype=torch.float32) if hidden_wanted else None
         weight_gradient = torch.empty_like(weight) if weight_wanted else None
         for first, block in _blocks(weight, ctx.words):
+            # [tokens, words]
             gradient = gradient_of(F.linear(hidden, block), rows - first, normaliser, factors, ctx.cap)
             if hidden_gradient is not None:
                 hidden_gradient += _product_in_fp32(gradient, block)
@@ -151,12 +152,12 @@ def _block_gradient(
 
 @cache
 def _fused(function: Callable[..., Any], device_type: str) -> Callable[..., Any]:
-    """The element-wise work on a block as one kernel where there is a GPU to gain from it."""
+    """The function compiled to one kernel on CUDA; elsewhere the function itself."""
     return torch.compile(function, dynamic=True) if device_type == "cuda" else function
 
 
 def _product_in_fp32(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
-    """`left @ right` with the fp32 sums of the product left unrounded where the device can return them."""
+    """`left @ right` in fp32, without rounding the product's fp32 sums to half precision where the device can."""
     if left.is_cuda and left.dtype != torch.float32:
         return torch.mm(left, right, out_dtype=torch.float32)
     return left @ right

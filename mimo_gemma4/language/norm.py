@@ -1,4 +1,4 @@
-"""RMSNorm as Gemma 4 has it: in fp32, times the plain weight, then rounded once."""
+"""RMSNorm of Gemma 4: in fp32, times the plain weight, then rounded once."""
 
 from typing import Any
 
@@ -6,23 +6,15 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from mimo_gemma4.language.replicated import replicated_parameter
-
 
 class RMSNorm(nn.Module):
-    """Root-mean-square normalisation of the last dimension, whose size is `size`.
+    """Root-mean-square normalisation of the last dimension, whose size is `size`."""
 
-    `partial_gradient`: tensor parallel ranks each see only a part of the tokens or heads (see `replicated_parameter`).
-    """
-
-    def __init__(
-        self, size: int, epsilon: float, *, dtype: torch.dtype, device: torch.device, partial_gradient: bool
-    ) -> None:
+    def __init__(self, size: int, epsilon: float, *, dtype: torch.dtype, device: torch.device) -> None:
         """Allocate the weight, all ones."""
         super().__init__()
         self.epsilon = epsilon
-        ones = torch.ones(size, dtype=dtype, device=device)
-        self.weight = replicated_parameter(ones, partial_gradient=partial_gradient)
+        self.weight = nn.Parameter(torch.ones(size, dtype=dtype, device=device))
 
     def forward(self, states: torch.Tensor) -> torch.Tensor:
         """Normalise [..., size]."""
@@ -30,7 +22,7 @@ class RMSNorm(nn.Module):
 
 
 def normalise(states: torch.Tensor, epsilon: float, weight: torch.Tensor | None = None) -> torch.Tensor:
-    """RMSNorm of the last dimension, whose size is that of `weight`, if there is one."""
+    """RMSNorm of the last dimension; `weight`, if any, has its size."""
     if states.device.type == "cpu" and states.dtype == torch.float32:
         return _Normalise.apply(states, epsilon, weight)
     return F.rms_norm(states, states.shape[-1:], weight, epsilon)

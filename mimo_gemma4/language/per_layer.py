@@ -1,4 +1,4 @@
-"""Per-layer embeddings: every layer gets a small vector of each token's id and embedding besides the hidden states."""
+"""Per-layer embeddings: small vectors computed from each token's id and embedding, an extra input of every layer."""
 
 import torch
 import torch.nn.functional as F
@@ -9,24 +9,25 @@ from torch.distributed import ProcessGroup
 from mimo_gemma4.language.config import Gemma4TextConfig
 from mimo_gemma4.language.embedding import TokenEmbedding
 from mimo_gemma4.language.norm import RMSNorm
-from mimo_gemma4.language.replicated import ReplicatedLinear
+from mimo_gemma4.language.replicated import sum_over_token_shares
 from mimo_gemma4.weights.bindings import (
     ONES,
     Binding,
+    GradientSum,
+    Initial,
     Normal,
     bind_replicated,
-    branch_norm,
     part_of,
-    share_between_stages,
+    residual_norm_init,
 )
 
 
 class PerLayerEmbedding(nn.Module):
-    """From token ids and (spliced) embeddings to the inputs of the layers of one pipeline stage.
+    """From token ids and embeddings with soft tokens to the inputs of the layers of one pipeline stage.
 
-    The table's columns and the projection's rows are those of these layers; the norm is common to all stages.
-    The table of ids is split over the vocabulary; the small projection is replicated and works on whatever tokens the
-    rank holds, so that it needs no communication but the sum of its gradient under sequence parallelism.
+    A stage holds its layers' columns of the table and rows of the projection; the norm is common to all stages. The
+    table is split over the vocabulary. The small projection is replicated and applied to the tokens that the rank
+    holds, so its only communication is the sum of its gradient under sequence parallelism.
     """
 
     def __init__(
@@ -39,7 +40,8 @@ class PerLayerEmbedding(nn.Module):
     ) -> None:
         """Allocate this rank's weights for `layers`, uninitialised but for the norm."""
         super().__init__()
-        self.text, self.size, self.layers = text, text.hidden_size_per_layer_input, layers
+        self.text, self.config = text, config
+        self.size, self.layers = text.hidden_size_per_layer_input, layers
         width = len(layers) * self.size
         self.table = TokenEmbedding(
             text.vocab_size_per_layer_input,
@@ -50,74 +52,68 @@ class PerLayerEmbedding(nn.Module):
             tp_group=tp_group,
         )
         self.projection = _linear(text.hidden_size, width, config, device)
-        self.norm = RMSNorm(
-            self.size,
-            text.rms_norm_eps,
-            dtype=config.params_dtype,
-            device=device,
-            partial_gradient=config.sequence_parallel,
-        )
-        if len(layers) < text.num_hidden_layers:
-            share_between_stages(self.norm.weight, "pp")
+        self.norm = RMSNorm(self.size, text.rms_norm_eps, dtype=config.params_dtype, device=device)
 
     def forward(self, embeddings: torch.Tensor, ids: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """Inputs of every layer of the stage, each [S/(cp*tp), B, size] (local).
 
-        `embeddings` [S/(cp*tp), B, H] (local) are scaled and hold the media rows; `ids` [B, S/cp] (local) hold the
-        padding id in place of media. The order of roundings is that of transformers' `project_per_layer_inputs`.
+        `embeddings` [S/(cp*tp), B, H] (local) are scaled and hold the soft tokens; `ids` [B, S/cp] (local) hold the
+        padding id in place of placeholders. Values are rounded in the same order as in transformers'
+        `project_per_layer_inputs`.
         """
         projected = self.projection(embeddings) * self.text.hidden_size**-0.5
-        context = self.norm(projected.unflatten(-1, (-1, self.size)))
+        context = self.norm(projected.unflatten(-1, (-1, self.size)))  # [S/(cp*tp), B, layers, size]
         identity = self.table(ids).unflatten(-1, (-1, self.size))
         return ((context + identity) * 2.0**-0.5).unbind(dim=2)
 
     def bindings(self, prefix: str) -> list[Binding]:
         """The table, the projection and its norm, under the names of transformers' text model."""
         start, width = self.layers.start * self.size, self.text.num_hidden_layers * self.size
-        drawn = Normal(self.text.initializer_range)
+        drawn, share = Normal(self.text.initializer_range), sum_over_token_shares(self.config)
+        stages: tuple[GradientSum, ...] = ("pp",) if len(self.layers) < self.text.num_hidden_layers else ()
         (table,) = self.table.bindings(f"{prefix}embed_tokens_per_layer.weight")
-        projection = bind_replicated(f"{prefix}per_layer_model_projection.weight", self.projection.weight, drawn)
+        projection = bind_replicated(
+            f"{prefix}per_layer_model_projection.weight", self.projection.weight, drawn, gradient_sum=share
+        )
+        name = f"{prefix}per_layer_projection_norm.weight"
         return [
             part_of(table, 1, start, width),
             part_of(projection, 0, start, width),
-            bind_replicated(f"{prefix}per_layer_projection_norm.weight", self.norm.weight, ONES),
+            bind_replicated(name, self.norm.weight, ONES, gradient_sum=share + stages),
         ]
 
 
 class PerLayerInput(nn.Module):
-    """How one layer takes its input in: norm(projection(gelu(gate(h)) * input)), to be added to h."""
+    """One layer's use of its input: norm(projection(gelu(gate(h)) * input)), to be added to h."""
 
     def __init__(self, text: Gemma4TextConfig, config: TransformerConfig, device: torch.device) -> None:
         """Allocate the replicated weights, uninitialised but for the norm."""
         super().__init__()
-        self.text, size = text, text.hidden_size_per_layer_input
+        self.text, self.config, size = text, config, text.hidden_size_per_layer_input
         self.gate = _linear(text.hidden_size, size, config, device)
         self.projection = _linear(size, text.hidden_size, config, device)
-        self.norm = RMSNorm(
-            text.hidden_size,
-            text.rms_norm_eps,
-            dtype=config.params_dtype,
-            device=device,
-            partial_gradient=config.sequence_parallel,
-        )
+        self.norm = RMSNorm(text.hidden_size, text.rms_norm_eps, dtype=config.params_dtype, device=device)
 
     def forward(self, hidden: torch.Tensor, per_layer_input: torch.Tensor) -> torch.Tensor:
-        """From [S/(cp*tp), B, H] and [S/(cp*tp), B, size] (local) to what is added to `hidden`."""
+        """[S/(cp*tp), B, H] and [S/(cp*tp), B, size] (local) → [S/(cp*tp), B, H] (local), to be added to `hidden`."""
         gated = F.gelu(self.gate(hidden), approximate="tanh") * per_layer_input
         return self.norm(self.projection(gated))
 
     def bindings(self, prefix: str) -> list[Binding]:
         """Weights under the names of transformers' decoder layer."""
-        drawn, quiet = Normal(self.text.initializer_range), branch_norm(self.text.num_hidden_layers)
+        drawn, residual = Normal(self.text.initializer_range), residual_norm_init(self.text.num_hidden_layers)
+        weights: dict[str, tuple[torch.Tensor, Initial]] = {
+            "per_layer_input_gate": (self.gate.weight, drawn),
+            "per_layer_projection": (self.projection.weight, drawn),
+            "post_per_layer_input_norm": (self.norm.weight, residual),
+        }
+        share = sum_over_token_shares(self.config)
         return [
-            bind_replicated(f"{prefix}per_layer_input_gate.weight", self.gate.weight, drawn),
-            bind_replicated(f"{prefix}per_layer_projection.weight", self.projection.weight, drawn),
-            bind_replicated(f"{prefix}post_per_layer_input_norm.weight", self.norm.weight, quiet),
+            bind_replicated(f"{prefix}{name}.weight", weight, initial, gradient_sum=share)
+            for name, (weight, initial) in weights.items()
         ]
 
 
-def _linear(inputs: int, outputs: int, config: TransformerConfig, device: torch.device) -> ReplicatedLinear:
-    """A linear that every tensor parallel rank applies to the tokens it holds."""
-    return ReplicatedLinear(
-        inputs, outputs, dtype=config.params_dtype, device=device, partial_gradient=config.sequence_parallel
-    )
+def _linear(inputs: int, outputs: int, config: TransformerConfig, device: torch.device) -> nn.Linear:
+    """A linear that every tensor-parallel rank applies to the tokens it holds."""
+    return nn.Linear(inputs, outputs, bias=False, dtype=config.params_dtype, device=device)

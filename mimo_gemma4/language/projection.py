@@ -1,4 +1,4 @@
-"""A column-parallel product in two parts, so that what depends on the first may leave before the second is computed."""
+"""A column-parallel product in two parts, so that the first can be sent while the second is computed."""
 
 from typing import Any
 
@@ -12,17 +12,17 @@ def project_first(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The product with the first rows of a column-parallel weight, and the input of the product with the others.
 
-    Over tensor parallel ranks the input is gathered once, here, and its gradient is summed once, after both products'
+    Over tensor-parallel ranks the input is gathered once, here, and its gradient is summed once, after both products'
     backward passes and while this one's weight gradient is computed.
 
-    Under sequence parallelism the whole input is kept for the backward pass. megatron-core's linears keep their rank's
-    share, (tp - 1)/tp * S/cp * B * H elements less per layer, and gather it again.
+    Under sequence parallelism the whole input is kept for the backward pass. megatron-core's linears instead keep
+    their rank's share, (tp - 1)/tp * S/cp * B * H elements less per layer, and gather the input again.
 
     Args:
         hidden: [S/(cp*tp), B, H] (local) under sequence parallelism, else [S/cp, B, H] (local), equal on all ranks of
             `group`.
         weight: [rows (local), H].
-        group: the tensor parallel group.
+        group: the tensor-parallel group.
         sequence_parallel: how `hidden` is cut.
 
     Returns:
@@ -62,7 +62,7 @@ class _ProjectFirst(torch.autograd.Function):
 def _sum_over_ranks(
     parts: torch.Tensor, group: dist.ProcessGroup, scatters: bool
 ) -> tuple[torch.Tensor, dist.Work | None]:
-    """What the launched sum of all ranks' `parts` [S/cp, B, H] fills: as many rows, or this rank's share of them."""
+    """Launch the sum of all ranks' `parts` [S/cp, B, H]: its output, whole or this rank's share, and its handle."""
     if scatters:
         share = parts.new_empty(parts.shape[0] // group.size(), *parts.shape[1:])
         return share, dist.reduce_scatter_tensor(share, parts, group=group, async_op=True)

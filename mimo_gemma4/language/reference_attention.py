@@ -1,4 +1,4 @@
-"""Attention by torch's scaled-dot-product attention, a block of queries at a time: right everywhere, fast nowhere."""
+"""Attention by torch's scaled-dot-product attention, a block of queries at a time: on any device, but slow."""
 
 from functools import cached_property
 from typing import Any
@@ -34,19 +34,19 @@ class ReferencePlan:
         ((_, keys),) = self.blocks
         return _attend(query, key[keys], value[keys], self._only_mask)
 
-    def block(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, rows: slice, keys: slice) -> Any:
-        """Result [rows, B, heads * D] of the queries `rows` over the keys `keys`, both already cut out."""
-        return _attend(query, key, value, self._mask(rows, keys))
+    def block(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, queries: slice, keys: slice) -> Any:
+        """Result [queries, B, heads * D] for the slices `queries` and `keys`; the tensors hold only these slices."""
+        return _attend(query, key, value, self._mask(queries, keys))
 
-    def _mask(self, rows: slice, keys: slice) -> torch.Tensor:
-        """Which of `keys` each of the queries `rows` sees: bool [B, 1, rows, keys]."""
+    def _mask(self, queries: slice, keys: slice) -> torch.Tensor:
+        """Which of `keys` each of `queries` sees: bool [B, 1, queries, keys]."""
         numbers = torch.arange(keys.start, keys.stop, device=self.runs.device)
-        first, last = self.runs[:, :, None, rows, None]
+        first, last = self.runs[:, :, None, queries, None]
         return (numbers >= first) & (numbers <= last)
 
     @cached_property
     def _only_mask(self) -> torch.Tensor:
-        """The mask of a single block, which all layers of the type share."""
+        """The mask of the only block, which all layers of the type share."""
         return self._mask(*self.blocks[0])
 
 
@@ -59,10 +59,7 @@ def _attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: t
 
 
 class _BlockwiseAttention(torch.autograd.Function):
-    """Keeps its inputs alone; backward computes each block again, so that masks and scores exist for one at a time.
-
-    For one block that would only cost time.
-    """
+    """Keeps only its inputs; backward computes each block again, so that masks and scores exist for one at a time."""
 
     @staticmethod
     def forward(
@@ -70,21 +67,21 @@ class _BlockwiseAttention(torch.autograd.Function):
     ) -> torch.Tensor:
         ctx.plan = plan
         ctx.save_for_backward(query, key, value)
-        attended = [plan.block(query[rows], key[keys], value[keys], rows, keys) for rows, keys in plan.blocks]
+        attended = [plan.block(query[own], key[keys], value[keys], own, keys) for own, keys in plan.blocks]
         return torch.cat(attended)
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         query, key, value = ctx.saved_tensors
         query_gradients = []
-        # Blocks' contributions to a key are many: in bf16 their sum would lose them.
+        # Many blocks contribute to a key's gradient: summed in bf16, small contributions would be lost.
         precise = torch.promote_types(key.dtype, torch.float32)
         key_gradient, value_gradient = (torch.zeros_like(states, dtype=precise) for states in (key, value))
-        for rows, keys in ctx.plan.blocks:
-            inputs = [states.detach().requires_grad_() for states in (query[rows], key[keys], value[keys])]
+        for own, keys in ctx.plan.blocks:
+            inputs = [states.detach().requires_grad_() for states in (query[own], key[keys], value[keys])]
             with torch.enable_grad():
-                attended = ctx.plan.block(*inputs, rows, keys)
-            of_query, of_key, of_value = torch.autograd.grad(attended, inputs, gradients[0][rows])
+                attended = ctx.plan.block(*inputs, own, keys)
+            of_query, of_key, of_value = torch.autograd.grad(attended, inputs, gradients[0][own])
             query_gradients.append(of_query)
             key_gradient[keys] += of_key
             value_gradient[keys] += of_value

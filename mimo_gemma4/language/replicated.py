@@ -1,38 +1,26 @@
-"""Parameters that every tensor parallel rank holds whole, and the mark on those whose gradient is then only partial."""
+"""Parameters that every tensor-parallel rank holds whole."""
 
 import torch
 import torch.nn.functional as F
+from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import nn
 
+from mimo_gemma4.weights.bindings import GradientSum
 
-def replicated_parameter(values: torch.Tensor, *, partial_gradient: bool) -> nn.Parameter:
-    """A parameter equal on all tensor parallel ranks.
 
-    With `partial_gradient`, each rank sees only a part of the tokens or heads that the parameter is applied to:
-    `tp_gradient_partial = True` tells the optimizer to sum its gradient over the ranks.
+def sum_over_token_shares(config: TransformerConfig) -> tuple[GradientSum, ...]:
+    """`Binding.gradient_sum` of a parameter that every tensor-parallel rank applies to all tokens that it holds.
+
+    Under sequence parallelism the ranks hold different tokens; else they hold the same and compute equal gradients.
     """
-    parameter = nn.Parameter(values)
-    if partial_gradient:
-        parameter.tp_gradient_partial = True  # type: ignore[attr-defined]
-    return parameter
+    return ("tp",) if config.sequence_parallel else ()
 
 
-class ReplicatedLinear(nn.Linear):
-    """A linear without bias whose weight [outputs, inputs] is whole on every tensor parallel rank.
+class OneHeadLinear(nn.Linear):
+    """A replicated linear with `projections` times `heads` heads of outputs, of which a rank computes one of each.
 
-    `partial_gradient`: ranks each apply it to a part of the tokens or heads (see `replicated_parameter`).
+    Its gradient is the sum over tensor-parallel ranks.
     """
-
-    def __init__(
-        self, inputs: int, outputs: int, *, dtype: torch.dtype, device: torch.device, partial_gradient: bool
-    ) -> None:
-        """Allocate the weight."""
-        super().__init__(inputs, outputs, bias=False, dtype=dtype, device=device)
-        self.weight = replicated_parameter(self.weight.detach(), partial_gradient=partial_gradient)
-
-
-class OneHeadLinear(ReplicatedLinear):
-    """A replicated linear with `projections` times `heads` heads of outputs, of which a rank computes one of each."""
 
     def __init__(
         self,
@@ -46,8 +34,7 @@ class OneHeadLinear(ReplicatedLinear):
         device: torch.device,
     ) -> None:
         """Allocate the weight [projections * heads * head_dim, inputs]; this rank computes head number `head`."""
-        outputs = projections * heads * head_dim
-        super().__init__(inputs, outputs, dtype=dtype, device=device, partial_gradient=True)
+        super().__init__(inputs, projections * heads * head_dim, bias=False, dtype=dtype, device=device)
         self.shape, self.head = (projections, heads, head_dim), head
 
     def local_rows(self, whole: torch.Tensor) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""How the language model is cut into pipeline stages, and what passes from one to the next."""
+"""Cuts the language model into pipeline stages; the tensors that one stage sends to the next."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -14,28 +14,28 @@ from mimo_gemma4.language.config import Gemma4TextConfig, LayerConfig
 
 @dataclass(frozen=True)
 class LanguageStage(Stage):
-    """The decoder layers of one pipeline stage, and whose keys and values cross its ends.
+    """The decoder layers of one pipeline stage, and which layers' keys and values it receives and sends.
 
-    The first stage embeds the tokens, the last has the final norm and the head.
+    The first stage also has the embedding, the last the final norm and the head.
     """
 
     received: tuple[int, ...] = ()
-    """Layers of earlier stages whose keys and values this or later stages attend to."""
+    """Layers of earlier stages whose keys and values this or later stages use."""
     sent: tuple[int, ...] = ()
-    """Layers of this or earlier stages whose keys and values later stages attend to."""
+    """Layers of this or earlier stages whose keys and values later stages use."""
 
 
 @dataclass(frozen=True)
 class StageTensors:
-    """What a stage works on and hands to the next."""
+    """Inputs of a stage, and what it sends to the next."""
 
     hidden: torch.Tensor
     """[S/(cp*tp), B, H] (local)."""
     embeddings: torch.Tensor | None = None
-    """Embeddings with the media rows in place, [S/(cp*tp), B, H] (local), from which every stage computes its per-layer
-    embeddings; None in models without."""
+    """[S/(cp*tp), B, H] (local): embeddings with soft tokens, from which every stage computes its per-layer embeddings;
+    None in models without."""
     shared: dict[int, KeyValues] = field(default_factory=dict)
-    """By layer, keys and values that later stages attend to."""
+    """By layer, keys and values that later stages use."""
 
     def flat(self) -> list[torch.Tensor]:
         """All tensors in a fixed order."""
@@ -57,7 +57,7 @@ def cut_stages(
     """Cut the layers into consecutive stages of about equal cost.
 
     The cost is the forward operations for a sequence of `sequence_length` tokens; the head counts in the last stage.
-    The costliest stage is as cheap as it can be, and the stages before any other are cut in the same way.
+    Minimises the largest cost of a stage; the stages before any given one are cut in the same way.
 
     Args:
         text: hyperparameters.
@@ -65,7 +65,7 @@ def cut_stages(
         sequence_length: tokens of a sequence.
         part_shared_key_values: allow cuts between layers and the source of their keys and values.
 
-    Raises `LayoutError` where there are fewer places to cut than asked for.
+    Raises `LayoutError` where there are too few places to cut.
     """
     count = text.num_hidden_layers
     layers = text.layers
@@ -90,5 +90,5 @@ def cut_stages(
 
 
 def _crossing(layers: Sequence[LayerConfig], cut: int) -> tuple[int, ...]:
-    """Layers before `cut` whose keys and values layers from `cut` on attend to."""
+    """Layers before `cut` whose keys and values are used by layers from `cut` on."""
     return tuple(sorted({layer.key_value_source for layer in layers[cut:] if layer.key_value_source < cut}))

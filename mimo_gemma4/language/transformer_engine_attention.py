@@ -1,7 +1,7 @@
 """Windowed attention by Transformer Engine, for sliding layers without media groups.
 
 Its packed (THD) format is not used: with cuDNN 9.19 the backward pass of 256-channel heads is wrong there (gradients
-off by 20%, or not finite) while that of `sbhd` is right. Each stretch of consecutive queries is a call of its own.
+off by 20%, or not finite), but right with `sbhd`. Each stretch of consecutive queries is a call of its own.
 """
 
 from functools import cache
@@ -31,7 +31,7 @@ def import_transformer_engine() -> ModuleType:
 
 
 class TransformerEnginePlan:
-    """Stretches of consecutive queries of one segment, each over its own stretch of the keys, alike in all rows."""
+    """Stretches of consecutive queries of one segment, each over its own stretch of keys, equal in all sequences."""
 
     def __init__(self, window: int, stretches: list[tuple[slice, slice]]) -> None:
         """`window`: keys that a query sees, itself included; `stretches`: (queries, keys) of each."""
@@ -50,8 +50,8 @@ class TransformerEnginePlan:
         starts = (segments.diff(dim=1) != 0) | (keys.last.diff(dim=1) != 1)
         begins = [0, *(starts[0].nonzero().squeeze(1) + 1).tolist(), index.shape[1]]
         key_begins, key_ends = keys.first[:, begins[:-1]], keys.last[:, [end - 1 for end in begins[1:]]] + 1
-        alike = all((rows == rows[:1]).all() for rows in (starts, key_begins, key_ends))
-        if not alike or len(begins) - 1 > MOST_STRETCHES:
+        equal = all((bounds == bounds[:1]).all() for bounds in (starts, key_begins, key_ends))  # in all sequences
+        if not equal or len(begins) - 1 > MOST_STRETCHES:
             return None
         queries = (slice(*ends) for ends in zip(begins, begins[1:], strict=False))
         own = (slice(*ends) for ends in zip(key_begins[0].tolist(), key_ends[0].tolist(), strict=True))
@@ -61,8 +61,8 @@ class TransformerEnginePlan:
         """Attend as `AttentionPlan` says."""
         attention = _dot_product_attention(query.shape[2], key.shape[2], query.shape[3])
         attended = [
-            attention(*map(_own_memory, (query[rows], key[own], value[own])), window_size=(self.window - 1, 0))
-            for rows, own in self.stretches
+            attention(*map(_own_memory, (query[queries], key[keys], value[keys])), window_size=(self.window - 1, 0))
+            for queries, keys in self.stretches
         ]
         return attended[0] if len(attended) == 1 else torch.cat(attended)
 

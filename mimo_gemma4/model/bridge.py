@@ -94,8 +94,8 @@ class Bridge:
         name: str,
         rank: int,
         *,
-        forward_group: dist.ProcessGroup,
-        backward_group: dist.ProcessGroup,
+        to_language_group: dist.ProcessGroup,
+        to_module_group: dist.ProcessGroup,
         module_tp_group: dist.ProcessGroup | None,
         language_tp_group: dist.ProcessGroup | None,
         hidden_size: int,
@@ -108,8 +108,8 @@ class Bridge:
             layout: all grids.
             name: the encoder or decoder.
             rank: this process's global rank.
-            forward_group: group of the ranks of both ends that carries what travels to the language model.
-            backward_group: group of the same ranks that carries what travels to the module.
+            to_language_group: group of the ranks of both ends that carries what travels to the language model.
+            to_module_group: group of the same ranks that carries what travels to the module.
             module_tp_group: this rank's tensor-parallel group in the module's grid, None outside it.
             language_tp_group: this rank's tensor-parallel group in the language model's grid, None outside it.
             hidden_size: width H of the language model.
@@ -118,7 +118,7 @@ class Bridge:
         """
         self.name, self.rank = name, rank
         self.module, self.language = layout.grids[name], layout.language
-        self.to_language, self.to_module = P2PChannel(forward_group), P2PChannel(backward_group)
+        self.to_language, self.to_module = P2PChannel(to_language_group), P2PChannel(to_module_group)
         self.module_tp_group = module_tp_group
         # Under sequence parallelism every language rank receives all that it needs.
         self.language_tp_group = None if self.language.sequence_parallel else language_tp_group

@@ -1,8 +1,9 @@
 """What this rank holds of the composed model, and what each role computes.
 
 A `MimoModel` is built on every rank and holds only the modules whose grids contain the rank. Encoders turn media into
-rows; bridges move the rows; the language role embeds its local tokens, splices the rows over the placeholders, and runs
-Gemma 4; decoders turn rows of its final hidden states into a loss. No rank ever builds a whole `[S, B, H]`.
+soft tokens; bridges move them; the language role embeds its local tokens, splices the soft tokens over the placeholders
+and runs Gemma 4; decoders turn its final hidden states at soft tokens into a loss. No rank ever builds a whole
+`[S, B, H]`.
 """
 
 from collections.abc import Mapping, Sequence
@@ -17,6 +18,7 @@ from mimo_gemma4.data.manifest import Microbatch
 from mimo_gemma4.decoders.base import Decoder
 from mimo_gemma4.decoders.registry import build_decoder
 from mimo_gemma4.distributed.layout import Layout
+from mimo_gemma4.distributed.module_context import ModuleContext
 from mimo_gemma4.distributed.pipeline import Pipeline
 from mimo_gemma4.distributed.platform import Platform
 from mimo_gemma4.distributed.process_groups import ProcessGroups
@@ -32,7 +34,7 @@ from mimo_gemma4.weights.bindings import BoundModule
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 Media = Sequence[tuple[torch.Tensor, torch.Tensor]]
-"""Per encoder: flat positions [n] on the host and rows [n, H], as its bridge delivered them."""
+"""Per encoder: flat positions [n] on the host and soft tokens [n, H], as its bridge delivered them."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +55,7 @@ class MimoModel:
     def __init__(
         self, config: Config, hf_config: dict[str, Any], layout: Layout, groups: ProcessGroups, platform: Platform
     ):
-        """Build the modules that this rank holds; weights are uninitialised until `weights.initialise` or `load`.
+        """Build the modules that this rank holds; their weights are uninitialised (see `weights.bindings`).
 
         Args:
             config: the run's options.
@@ -74,18 +76,7 @@ class MimoModel:
             self._build_language()
         for name in layout.encoders:
             if name in groups.modules:
-                grid = layout.grids[name]
-                self.encoders[name] = build_encoder(
-                    name,
-                    hf_config,
-                    groups.modules[name],
-                    language_hidden=self.text.hidden_size,
-                    dtype=self.dtype,
-                    device=platform.device,
-                    activation_checkpointing=config.train.activation_checkpointing,
-                    stage=grid.coordinate(self.rank).pp,
-                    stages=grid.pp,
-                )
+                self.encoders[name] = build_encoder(name, hf_config, self._context(name))
         for name in layout.decoders:
             if name in groups.modules:
                 self.decoders[name] = self._decoder(name)
@@ -95,8 +86,8 @@ class MimoModel:
         self.modules = {name: held[name] for name in layout.grids if name in held}
         """This rank's modules by name, in the layout's order, as they are trained: with their adapters, if any."""
         self.trained_from: dict[str, int] = {}
-        """The first pipeline stage that trains of each encoder that does; `build.build_modules` finds it out. Decoders
-        are in it where something trains that the gradient of their states reaches."""
+        """The first pipeline stage that trains of each encoder that does; `train.build.build_modules` finds it out.
+        Decoders are in it where something trains that the gradient of their states reaches."""
         self.pipelines = {name: self._pipeline(name) for name in self.modules if layout.grids[name].pp > 1}
         """This rank's neighbours in the pipelines of its modules."""
         names = (*layout.encoders, *layout.decoders)
@@ -144,27 +135,31 @@ class MimoModel:
 
     def _decoder(self, name: str) -> Decoder:
         options = self.config.module(name)
-        return build_decoder(
-            name,
-            options.decoder,
-            options.decoder_options,
+        return build_decoder(name, options.decoder, options.decoder_options, self._context(name))
+
+    def _context(self, name: str) -> ModuleContext:
+        """What this rank's part of an encoder or decoder is built from."""
+        grid = self.layout.grids[name]
+        return ModuleContext(
             self.groups.modules[name],
             language_hidden=self.text.hidden_size,
             dtype=self.dtype,
             device=self.platform.device,
             activation_checkpointing=self.config.train.activation_checkpointing,
+            pp_rank=grid.coordinate(self.rank).pp,
+            pp_size=grid.pp,
         )
 
     def _bridge(self, name: str) -> Bridge:
         module_groups, language_groups = self.groups.modules.get(name), self.groups.modules.get("language")
-        forward_group, backward_group = self.groups.bridge_to_language[name], self.groups.bridge_to_module[name]
-        assert forward_group is not None and backward_group is not None
+        to_language, to_module = self.groups.bridge_to_language[name], self.groups.bridge_to_module[name]
+        assert to_language is not None and to_module is not None
         return Bridge(
             self.layout,
             name,
             self.rank,
-            forward_group=forward_group,
-            backward_group=backward_group,
+            to_language_group=to_language,
+            to_module_group=to_module,
             module_tp_group=None if module_groups is None else module_groups.tp,
             language_tp_group=None if language_groups is None else language_groups.tp,
             hidden_size=self.text.hidden_size,
@@ -173,7 +168,7 @@ class MimoModel:
         )
 
     def encode(self, name: str, inputs: Mapping[str, Any], received: Sequence[torch.Tensor]) -> torch.Tensor:
-        """Rows [rows, H] of media items; on stages before the encoder's last, what the next one works on.
+        """Soft tokens [n, H] of media items; on stages before the encoder's last, what the next one works on.
 
         Args:
             name: the encoder.
@@ -194,7 +189,7 @@ class MimoModel:
 
         Args:
             name: the decoder.
-            states: final hidden states [rows, H] of its lane's media items.
+            states: final hidden states [n, H] of its lane's media items.
             targets: what its processor collated, on the host.
         """
         return self.decoders[name](states, **self._put(targets))
@@ -225,7 +220,7 @@ class MimoModel:
 
         Args:
             tokens: the local tokens.
-            media: rows to put over the placeholders, on the first stage.
+            media: soft tokens to put over the placeholders, on the first stage.
             received: what the previous stage has sent, empty on the first.
         """
         assert self.language is not None
@@ -233,12 +228,12 @@ class MimoModel:
             return self.language.received(received)
         embeddings = self.language.embed(tokens.input_ids)
         if torch.is_grad_enabled() and not embeddings.requires_grad:
-            # A frozen table: media rows may need a gradient on this rank's peers alone, whose backward pass then waits
+            # A frozen table: soft tokens may need a gradient on this rank's peers alone, whose backward pass then waits
             # for this rank in its collectives. It also makes every stage's output need one.
             embeddings.requires_grad_()
         flat = embeddings.view(-1, embeddings.shape[-1])
-        for positions, rows in media:
-            flat = flat.index_copy(0, self.platform.put(positions), rows)
+        for positions, soft_tokens in media:  # [n] and [n, H] into [S/(cp*tp) * B, H] (local)
+            flat = flat.index_copy(0, self.platform.put(positions), soft_tokens)
         return self.language.first_inputs(flat.view_as(embeddings))
 
     def run_stage(self, tokens: LocalTokens, inputs: StageTensors) -> StageTensors:
@@ -251,7 +246,7 @@ class MimoModel:
 
         Args:
             tokens: the local tokens.
-            media: rows to put over the placeholders, on the first stage.
+            media: soft tokens to put over the placeholders, on the first stage.
 
         Returns:
             [S/(cp*tp), B, H] (local) on the last stage, None on others.

@@ -2,8 +2,9 @@
 
 Every module has an optimizer of its own on its own process groups: megatron-core's `DistributedDataParallel` sums
 gradients over dp_cp (reduce-scatter) into fp32 buffers, and its `DistributedOptimizer` (ZeRO-1) keeps fp32 main weights
-and moments of this rank's shard. Losses are sums (`calculate_per_token_loss`), so nothing here divides by a number of
-ranks; `agreement.py` finds the one global token count, norm and clip coefficient that every module then applies.
+and moments of this rank's shard. Further sums of gradients follow from the module's bindings. Losses are sums
+(`calculate_per_token_loss`), so nothing here divides by a number of ranks; `step_reduction` computes the global token
+count, norm and clip coefficient that every module applies.
 """
 
 import copy
@@ -11,6 +12,7 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Any, get_args
 
 import torch
 import torch.distributed as dist
@@ -22,20 +24,23 @@ from torch import Tensor, nn
 
 from mimo_gemma4.config import OptimConfig
 from mimo_gemma4.optim.step_reduction import StepResults
-from mimo_gemma4.weights.bindings import Binding, BoundModule
+from mimo_gemma4.weights.bindings import Binding, BoundModule, GradientSum
+
+SliceKey = tuple[str, tuple[tuple[int, int], ...]]
+"""Name and bounds of a slice of a Hugging Face tensor."""
 
 
 @dataclass(frozen=True)
 class Shard:
-    """The elements `[start, end)` of a flattened local tensor that this data-parallel rank answers for."""
+    """The elements `[start, end)` of a flattened local tensor that this data-parallel rank updates and saves."""
 
     tensor: Tensor
     """Local parameter or buffer, whole."""
     start: int
     end: int
     state: dict[str, Tensor] = field(default_factory=dict)
-    """`main_weight` (the memory of the weight where that is fp32), `exp_avg` and `exp_avg_sq` → [end - start] fp32, as
-    the optimizer keeps them; empty for frozen parameters and buffers."""
+    """The optimizer's `main_weight` (the weight's own memory if that is fp32), `exp_avg` and `exp_avg_sq`, each
+    [end - start] fp32; empty for frozen parameters and buffers."""
 
     @property
     def values(self) -> Tensor:
@@ -46,7 +51,7 @@ class Shard:
     def gradient(self) -> Tensor:
         """The shard's elements of the reduced gradient, [end - start] fp32, a view."""
         main_grad: Tensor = self.tensor.main_grad  # type: ignore[attr-defined]  # megatron-core's DDP sets it
-        return main_grad.view(-1)[self.start : self.end]  # type: ignore[attr-defined]
+        return main_grad.view(-1)[self.start : self.end]
 
 
 class ModuleOptimizer:
@@ -60,27 +65,30 @@ class ModuleOptimizer:
         """Wrap `module`, whose weights are loaded and whose `requires_grad` flags are final. Collective over its grid.
 
         Args:
-            module: an encoder or the language module, with `bindings()` and `config: TransformerConfig`. A parameter
-                whose gradient is the sum over what tensor parallel ranks compute carries `tp_gradient_partial = True`;
-                one of which pipeline stages hold copies carries the name of their group as `stage_group`.
+            module: an encoder, decoder or the language module, with `bindings()` and `config: TransformerConfig`.
+                Its bindings name the groups over which each parameter's gradient is summed.
             groups: the module's process groups; `tp`, `pp`, `embd`, `dp`, `dp_cp` and, for experts, `ep` and `expt_dp`.
-            config: AdamW's constants (`Config.module_optim`). The learning rate is given at each step.
+            config: AdamW's constants (`Config.module_optim`). The learning rate is an argument of each step.
+
+        Raises `ValueError` where bindings of one tensor name different groups.
         """
         self.module = module
         self.groups = groups
-        self.bindings: list[Binding] = module.bindings()  # type: ignore[operator]
+        self.bindings: list[Binding] = module.bindings()
+        self.by_tensor = binding_by_tensor(self.bindings)
+        """One binding of each bound tensor, by the tensor's id."""
         self.owned = owned_bindings(self.bindings, groups)
         self.ddp: DistributedDataParallel | None = None
         self.optimizers: list[DistributedOptimizer] = []
         trainable = [parameter for parameter in module.parameters() if parameter.requires_grad]
+        assert all(id(parameter) in self.by_tensor for parameter in trainable), "a trainable parameter has no binding"
         if trainable:
+            _mark_for_megatron(self.by_tensor.values())
             self.ddp = _wrap(module, groups, trainable)
             for buffers in (self.ddp.buffers, self.ddp.expert_parallel_buffers):
                 if buffers:
                     self.optimizers.append(_distributed_adamw(self.ddp, buffers, config))
         self.trainable_shards = [shard for optimizer in self.optimizers for shard in _shards(optimizer)]
-        bound = {id(binding.tensor) for binding in self.bindings}
-        assert all(id(parameter) in bound for parameter in trainable), "a trainable parameter has no binding"
         self._summed = self._summed_shards()
 
     @property
@@ -94,16 +102,16 @@ class ModuleOptimizer:
             self.ddp.zero_grad_buffer()
 
     def finish_gradients(self) -> None:
-        """Sum gradients over dp_cp, each rank keeping its shard, then over further holders where they are partial.
+        """Sum gradients over replicas, each rank keeping its shard, then over the bindings' `gradient_sum` groups.
 
-        Peers on such a group own the same element ranges, so these sums move only shards.
+        Ranks of such a group own the same element ranges, so these sums move only shards.
         """
         if self.ddp is None:
             return
         self.ddp.finish_grad_sync()
         for group, shards in self._summed:
             gradients = [shard.gradient for shard in shards]
-            if len(gradients) == 1:  # such as a table, of which no copy is made
+            if len(gradients) == 1:  # possibly a large table: sum it in place, without a copy
                 dist.all_reduce(gradients[0], group=group)
                 continue
             total = torch.cat(gradients)
@@ -113,9 +121,9 @@ class ModuleOptimizer:
     def square_norm(self) -> Tensor:
         """This rank's part of the squared norm of the gradient sum: fp64 scalar on the device, no host sync.
 
-        Summed over all ranks of the module it counts each element of each trainable Hugging Face parameter once: shards
+        The sum over all ranks of the module counts each element of each trainable Hugging Face parameter once: shards
         partition a parameter over data-parallel ranks, and `owned_bindings` picks one holder among replicas. It is not
-        finite where a counted element is not. Call after `finish_gradients`.
+        finite if a counted element is not. Call after `finish_gradients`.
         """
         gradients = [
             gradient if mask is None else torch.where(mask, gradient, 0.0)
@@ -126,11 +134,11 @@ class ModuleOptimizer:
         return torch.stack(torch._foreach_norm(gradients, 2.0, torch.float64)).square().sum()
 
     @torch.no_grad()
-    def apply(self, agreement: StepResults, learning_rate: float) -> None:
-        """One AdamW step with gradients divided by `agreement.divisor`, then the new weights to all dp_cp ranks.
+    def apply(self, results: StepResults, learning_rate: float) -> None:
+        """One AdamW step with gradients divided by `results.divisor`, then the new weights to all dp_cp ranks.
 
-        A step whose gradients are not finite anywhere leaves weights, moments and the step count as they are, on every
-        rank of every module alike; the decision is made on the device.
+        If a gradient anywhere is not finite, weights, moments and step count stay unchanged on every rank of every
+        module; the decision is made on the device.
         """
         if self.ddp is None:
             return
@@ -138,16 +146,16 @@ class ModuleOptimizer:
             adamw = optimizer.optimizer
             for group in adamw.param_groups:
                 group["lr"] = learning_rate
-            # torch's contract between gradient scaler and fused optimizer: divide by the one, skip where the other is 1
-            adamw.grad_scale = agreement.divisor.float()
-            adamw.found_inf = agreement.nonfinite.float()
+            # torch's contract of gradient scaler and fused optimizer: divide by grad_scale, skip if found_inf is 1
+            adamw.grad_scale = results.divisor.float()
+            adamw.found_inf = results.nonfinite.float()
             optimizer.prepare_grads()
             optimizer.step_with_ready_grads()
         self.ddp.start_param_sync()
 
     @torch.no_grad()
     def main_weights_to_model(self) -> None:
-        """Round the main weights into the module's weights on all dp_cp ranks (after loading a checkpoint)."""
+        """Round the main weights into the module's weights on all dp_cp ranks, after loading a checkpoint."""
         if self.ddp is None:
             return
         for shard in self.trainable_shards:
@@ -162,19 +170,19 @@ class ModuleOptimizer:
 
     @cached_property
     def device(self) -> torch.device:
-        """Where the module's tensors lie."""
+        """The device of the module's tensors."""
         return self.bindings[0].tensor.device
 
     def shards(self) -> list[Shard]:
-        """What this rank answers for of every bound tensor: trainable ones as ZeRO-1 cuts them, the rest evenly."""
+        """This rank's shard of every bound tensor: trainable ones as cut by ZeRO-1, others cut evenly."""
         trained = {id(shard.tensor) for shard in self.trainable_shards}
         trained |= {id(p) for p in self.module.parameters() if p.requires_grad}
-        rest = {id(b.tensor): b.tensor for b in self.bindings if id(b.tensor) not in trained}
-        return self.trainable_shards + [_even_shard(tensor, _replicas(tensor, self.groups)) for tensor in rest.values()]
+        rest = [binding for number, binding in self.by_tensor.items() if number not in trained]
+        return self.trainable_shards + [_even_shard(b.tensor, _replicas(b, self.groups)) for b in rest]
 
     @cached_property
     def _counted(self) -> list[tuple[Shard, Tensor | None]]:
-        """Trainable shards that count in the norm, with a mask [end - start] where only some elements do."""
+        """Trainable shards that count in the norm, with a mask [end - start] if only some of their elements do."""
         regions: dict[int, list[Binding]] = {}
         for binding in self.owned:
             regions.setdefault(id(binding.tensor), []).append(binding)
@@ -191,17 +199,15 @@ class ModuleOptimizer:
         return counted
 
     def _summed_shards(self) -> list[tuple[dist.ProcessGroup, list[Shard]]]:
-        """Groups over which gradients are summed after dp_cp, and the shards that are; collective over these groups.
+        """Groups over which gradients are summed after their replicas, each with the shards of these gradients.
 
-        Tensor parallel ranks may each compute a part of a gradient, and so may pipeline stages that hold copies: the
-        first and the last (`embd`), or all (`pp`).
+        Collective over these groups.
         """
-        partial = {"tp": [s for s in self.trainable_shards if getattr(s.tensor, "tp_gradient_partial", False)]}
-        for name in ("embd", "pp"):
-            partial[name] = [s for s in self.trainable_shards if getattr(s.tensor, "stage_group", None) == name]
         summed = []
-        for name, shards in partial.items():
+        for name in get_args(GradientSum):
+            shards = [s for s in self.trainable_shards if name in self.by_tensor[id(s.tensor)].gradient_sum]
             group = getattr(self.groups, name, None)
+            assert group is not None or not shards, f"there is no process group {name!r} to sum gradients over"
             if group is None or group.size() == 1:
                 continue
             ranges = [(tuple(shard.tensor.shape), shard.start, shard.end) for shard in shards]
@@ -216,7 +222,7 @@ def learning_rate(config: OptimConfig, step: int, steps: int) -> float:
     """Learning rate of optimizer step `step` (the first is 1) out of `steps`: a pure function of its arguments.
 
     It rises linearly to `config.lr` over `config.warmup_steps`, then follows `config.schedule` down to `config.min_lr`,
-    reached at the last step (cosine: Loshchilov and Hutter 2017, without restarts). A peak below the floor is kept.
+    reached at the last step (cosine: Loshchilov and Hutter 2017, without restarts). A peak below the floor stays.
 
     Args:
         config: the module's options (`Config.module_optim`).
@@ -233,15 +239,42 @@ def learning_rate(config: OptimConfig, step: int, steps: int) -> float:
     return floor + (config.lr - floor) * remaining
 
 
-def owned_bindings(bindings: Sequence[Binding], groups: ProcessGroupCollection) -> list[Binding]:
-    """The bindings that this rank, together with the ranks that share its data-parallel shards, answers for.
+def binding_by_tensor(bindings: Iterable[Binding]) -> dict[int, Binding]:
+    """The first binding of each tensor, by the tensor's id.
 
-    Of several holders of the same slice of a Hugging Face tensor (tensor parallel replicas, key-value heads shared by
-    part of the tensor parallel group, a head tied across pipeline stages) the one with the lowest rank answers; all
-    data-parallel replicas of the holder do, each for its own shard. Collective over `tp` and `pp`.
+    Raises `ValueError` where bindings of one tensor name different groups: its gradient is summed as a whole.
     """
-    mine = [(_slice_key(binding), _replica_ranks(binding.tensor, groups)[0]) for binding in bindings]
-    owners: dict[tuple, int] = {}
+    found: dict[int, Binding] = {}
+    for binding in bindings:
+        first = found.setdefault(id(binding.tensor), binding)
+        if set(first.gradient_sum) != set(binding.gradient_sum) or first.replicas != binding.replicas:
+            named = (f"{b.name}: gradient_sum={b.gradient_sum!r}, replicas={b.replicas!r}" for b in (first, binding))
+            raise ValueError("bindings of one tensor name different groups: " + "; ".join(named))
+    return found
+
+
+def _mark_for_megatron(bindings: Iterable[Binding]) -> None:
+    """Set the attributes by which megatron-core's data parallelism sorts parameters into buffers and buckets.
+
+    `allreduce = False` gives experts a buffer of their own, reduced over `expt_dp`. `shared_embedding` gives a tensor a
+    bucket of its own, so that the shards of all pipeline stages hold the same elements of it.
+    """
+    for binding in bindings:
+        if binding.replicas == "expt_dp":
+            binding.tensor.allreduce = False  # type: ignore[attr-defined]
+        if not {"embd", "pp"}.isdisjoint(binding.gradient_sum):
+            binding.tensor.shared_embedding = True  # type: ignore[attr-defined]
+
+
+def owned_bindings(bindings: Sequence[Binding], groups: ProcessGroupCollection) -> list[Binding]:
+    """The bindings that this rank owns: it counts them in the norm and saves them, each replica its own shard.
+
+    Several ranks may hold the same slice of a Hugging Face tensor: tensor-parallel replicas, key-value heads shared by
+    part of the tensor-parallel group, a head tied across pipeline stages. The lowest rank of these owns it, together
+    with its data-parallel replicas. Collective over `tp` and `pp`.
+    """
+    mine = [(_slice_key(b), dist.get_process_group_ranks(_replicas(b, groups))[0]) for b in bindings]
+    owners: dict[SliceKey, int] = {}
     for stage in _gather(_gather(mine, groups.tp), groups.pp):
         for peer in stage:
             for key, holder in peer:
@@ -250,21 +283,17 @@ def owned_bindings(bindings: Sequence[Binding], groups: ProcessGroupCollection) 
     return list(owned.values())
 
 
-def _slice_key(binding: Binding) -> tuple:
-    return (binding.name, *((part.start, part.stop) for part in binding.index))
+def _slice_key(binding: Binding) -> SliceKey:
+    return binding.name, tuple((part.start, part.stop) for part in binding.index)
 
 
-def _replicas(tensor: Tensor, groups: ProcessGroupCollection) -> dist.ProcessGroup:
-    """The group whose ranks hold copies of a tensor and share out its optimizer state."""
-    return groups.dp_cp if getattr(tensor, "allreduce", True) else groups.expt_dp
+def _replicas(binding: Binding, groups: ProcessGroupCollection) -> dist.ProcessGroup:
+    """The group whose ranks hold copies of the binding's tensor and shards of its optimizer state."""
+    return groups.dp_cp if binding.replicas == "dp_cp" else groups.expt_dp
 
 
-def _replica_ranks(tensor: Tensor, groups: ProcessGroupCollection) -> list[int]:
-    return dist.get_process_group_ranks(_replicas(tensor, groups))
-
-
-def _gather(value: list, group: dist.ProcessGroup) -> list[list]:
-    gathered: list[list] = [[] for _ in range(group.size())]
+def _gather(value: list[Any], group: dist.ProcessGroup) -> list[list[Any]]:
+    gathered: list[list[Any]] = [[] for _ in range(group.size())]
     dist.all_gather_object(gathered, value, group=group)
     return gathered
 
@@ -279,7 +308,7 @@ def _wrap(
 ) -> DistributedDataParallel:
     ddp_config = DistributedDataParallelConfig(use_distributed_optimizer=True, grad_reduce_in_fp32=True)
     config = copy.copy(module.config)
-    config.calculate_per_token_loss = True  # type: ignore[union-attr]  # gradients are summed, never averaged
+    config.calculate_per_token_loss = True  # gradients are summed, never averaged
     experts = getattr(groups, "expt_dp", None)
     layout = DistributedOptimizer.compute_full_param_layout(
         list(trainable), None, groups.dp_cp.size(), ddp_config, experts.size() if experts is not None else None
@@ -287,12 +316,12 @@ def _wrap(
     return DistributedDataParallel(config, ddp_config, module, pg_collection=groups, full_param_layout=layout)
 
 
-def _distributed_adamw(ddp: DistributedDataParallel, buffers: list, config: OptimConfig) -> DistributedOptimizer:
+def _distributed_adamw(ddp: DistributedDataParallel, buffers: list[Any], config: OptimConfig) -> DistributedOptimizer:
     """ZeRO-1 AdamW over the parameters of some gradient buffers.
 
-    Built directly, since megatron-core's factory gathers parameter groups over the whole world, which modules on
-    disjoint ranks cannot enter alike. torch's fused AdamW serves CPU and CUDA, so a checkpoint does not depend on
-    which optional packages are installed.
+    Built directly, because megatron-core's factory gathers parameter groups over the whole world, which modules on
+    disjoint ranks cannot do together. torch's fused AdamW works on CPU and CUDA, so a checkpoint does not depend on
+    installed optional packages.
     """
     parameters = [parameter for buffer in buffers for parameter in buffer.params]
     adamw = torch.optim.AdamW(

@@ -1,13 +1,13 @@
-"""What all ranks of all grids agree on once per step: token count, loss, gradient norm, finiteness, sample identity.
+"""The results of a step over all ranks of all grids: token count, loss, gradient norm, finiteness, sample identity.
 
-One fp64 all-reduce (SUM) carries everything; its results stay on the device, so the step needs no host sync. Losses and
+One fp64 all-reduce (SUM) carries everything; the results stay on the device, so the step needs no host sync. Losses and
 gradients are sums up to here, and every module divides by the same global token count, whatever its data-parallel size.
 """
 
 import hashlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.distributed as dist
@@ -15,30 +15,34 @@ from torch import Tensor
 
 from mimo_gemma4.distributed.layout import Layout
 
-USAGE_COLUMNS = 3
-"""Numbers that a rank tells about its use of each module."""
-
 
 class HasSquareNorm(Protocol):
-    """A module's share of the gradient norm (`optim.ModuleOptimizer`)."""
+    """A module's share of the gradient norm (`optim.module_optimizer.ModuleOptimizer`)."""
 
     def square_norm(self) -> Tensor:
         """fp64 scalar on the device, to be summed over all ranks."""
         ...
 
 
-class Usage(Protocol):
-    """What a rank tells about its use of the machine (`usage.Usage`)."""
+class ModuleUsage(NamedTuple):
+    """How a module spends a step, on one rank or summed over ranks."""
 
-    @property
-    def modules(self) -> Tensor:
-        """fp64 [modules, USAGE_COLUMNS], to be summed over all ranks."""
-        ...
+    busy: float
+    """Seconds computing."""
+    wait: float
+    """Seconds waiting for what other ranks send."""
+    flops: float
+    """Floating point operations."""
 
-    @property
-    def memory_gib(self) -> float:
-        """Memory of this rank in GiB."""
-        ...
+
+@dataclass(frozen=True)
+class RankUsage:
+    """How one rank spends a step."""
+
+    modules: Tensor
+    """fp64 [modules, `ModuleUsage`] on the device, in the layout's order; zero where the rank does not hold one."""
+    memory_gib: float
+    """Largest device memory in use so far, in GiB; on the CPU, of the process."""
 
 
 @dataclass(frozen=True)
@@ -48,14 +52,14 @@ class StepResults:
     loss: Tensor
     """Mean loss per loss token in nats; 0 in a step without loss tokens."""
     decoder_losses: Tensor
-    """[decoders]: loss of each decoder, summed over its rows, in the layout's order."""
+    """[decoders]: loss of each decoder, summed over its soft tokens, in the layout's order."""
     loss_tokens: Tensor
     """N: labels that are not -100."""
     tokens: Tensor
     """Positions, padding excluded."""
     grad_norm: Tensor
-    """Norm of the gradient of the loss over all modules, before clipping. The loss is the sum over all loss tokens, and
-    of the decoders' by their weights, over N."""
+    """Norm of the loss's gradient over all modules, before clipping. The loss is the sum over all loss tokens, plus the
+    decoders' losses by their weights, over N."""
     module_grad_norm: Tensor
     """[modules]: the same per module, in the layout's order."""
     divisor: Tensor
@@ -67,7 +71,7 @@ class StepResults:
     hash_difference: Tensor
     """[language lanes]: 0 where encoders encoded exactly the items that the lane expects."""
     usage: Tensor
-    """[modules, USAGE_COLUMNS]: sums over all ranks."""
+    """[modules, `ModuleUsage`]: sums over all ranks."""
     memory_gib: Tensor
     """[ranks]: memory of each rank."""
 
@@ -75,25 +79,19 @@ class StepResults:
 class StepReduction:
     """The fused reduction of a step over all ranks."""
 
-    def __init__(
-        self, layout: Layout, clip_grad: float | None, device: torch.device, group: dist.ProcessGroup | None = None
-    ):
-        """Fix the vector's parts, alike on all ranks.
+    def __init__(self, layout: Layout, clip_grad: float | None, device: torch.device):
+        """Fix the parts of the reduced vector, the same on all ranks.
 
         Args:
-            layout: gives the modules, the language lanes, and which rank tells what.
+            layout: gives the modules, the language lanes, and which rank contributes what.
             clip_grad: largest gradient norm; null: no clipping.
             device: where the vector lives.
-            group: all ranks; null: the default group.
         """
         self.modules, self.decoders = tuple(layout.grids), layout.decoders
         self.clip_grad = clip_grad
         self.device = device
-        self.group = group
-        self.rank = dist.get_rank(group)
-        lanes, modules = layout.language.dp, len(self.modules)
-        losses = len(self.decoders)
-        self.sizes = [1, 1, 1, modules, modules, lanes, modules * USAGE_COLUMNS, layout.world_size, losses]
+        self.rank = dist.get_rank()
+        self.sizes = _part_sizes(layout)
         self.reports_loss = self.reports_tokens = False
         if self.rank in layout.language:
             at = layout.language.coordinate(self.rank)
@@ -109,12 +107,12 @@ class StepReduction:
         loss_tokens: Tensor | float = 0.0,
         tokens: Tensor | float = 0.0,
         hash_difference: Tensor | None = None,
-        usage: Usage | None = None,
+        usage: RankUsage | None = None,
         decoder_losses: Mapping[str, Tensor] | None = None,
     ) -> StepResults:
-        """Sum this rank's contributions with all others'. Collective over all ranks; no host sync.
+        """Sum the contributions of all ranks. Collective over all ranks; no host sync.
 
-        Every rank may give its counts: one rank tells each shard of tokens, the first of its tensor parallel group.
+        Every rank may pass its counts: of the ranks that hold the same tokens, only the first contributes them.
 
         Args:
             optimizers: this rank's modules by name, after `finish_gradients`. Empty when evaluating.
@@ -122,60 +120,80 @@ class StepReduction:
             loss_tokens: labels of that shard that are not -100.
             tokens: positions of this rank's whole language lane, padding excluded.
             hash_difference: [language lanes] on the device, see `sample_hash`.
-            usage: what this rank tells about its use of the machine.
+            usage: how this rank spent a step.
             decoder_losses: by decoder that this rank holds, the summed loss of its lane.
         """
-        vector = torch.zeros(sum(self.sizes), dtype=torch.float64, device=self.device)
-        mine = vector.split(self.sizes)
+        vector = torch.zeros(sum(self.sizes.values()), dtype=torch.float64, device=self.device)
+        parts = self._parts(vector)
         if self.reports_loss:
-            mine[0][0], mine[1][0] = loss_sum, loss_tokens
+            parts["loss_sum"][0], parts["loss_tokens"][0] = loss_sum, loss_tokens
         if self.reports_tokens:
-            mine[2].fill_(tokens)
+            parts["tokens"].fill_(tokens)
         for position, name in enumerate(self.modules):
             if name in optimizers:
                 square = optimizers[name].square_norm()
-                mine[3][position] = square
-                mine[4][position] = ~square.isfinite()
+                parts["square_norms"][position] = square
+                parts["nonfinite_ranks"][position] = ~square.isfinite()
         if hash_difference is not None:
-            mine[5].copy_(hash_difference)
+            parts["hash_difference"].copy_(hash_difference)
         if usage is not None:
-            mine[6].copy_(usage.modules.flatten())
-            mine[7][self.rank : self.rank + 1].fill_(usage.memory_gib)
+            parts["usage"].copy_(usage.modules.flatten())
+            parts["memory_gib"][self.rank : self.rank + 1].fill_(usage.memory_gib)
         for position, name in enumerate(self.decoders):
             if decoder_losses is not None and name in self.reports_decoder_loss:
-                mine[8][position] = decoder_losses[name]
-        dist.all_reduce(vector, group=self.group)
-        return self._results(vector)
+                parts["decoder_losses"][position] = decoder_losses[name]
+        dist.all_reduce(vector)
+        return self._results(self._parts(vector))
 
-    def _results(self, vector: Tensor) -> StepResults:
-        loss_sum, loss_tokens, tokens, squares, nonfinite_ranks, hashes, usage, memory, losses = vector.split(
-            self.sizes
-        )
-        count = loss_tokens[0].clamp(min=1.0)
+    def _parts(self, vector: Tensor) -> dict[str, Tensor]:
+        """Views of the vector's parts, by name."""
+        return dict(zip(self.sizes, vector.split(list(self.sizes.values())), strict=True))
+
+    def _results(self, parts: Mapping[str, Tensor]) -> StepResults:
+        """The results from the summed parts."""
+        loss_sum, loss_tokens, squares = parts["loss_sum"][0], parts["loss_tokens"][0], parts["square_norms"]
+        count = loss_tokens.clamp(min=1.0)
         norm = squares.sum().sqrt() / count
         clip = torch.ones_like(norm) if self.clip_grad is None else (self.clip_grad / (norm + 1e-6)).clamp(max=1.0)
+        finite = loss_sum.isfinite() & norm.isfinite() & parts["decoder_losses"].isfinite().all()
         return StepResults(
-            loss=loss_sum[0] / count,
-            decoder_losses=losses,
-            loss_tokens=loss_tokens[0],
-            tokens=tokens[0],
+            loss=loss_sum / count,
+            decoder_losses=parts["decoder_losses"],
+            loss_tokens=loss_tokens,
+            tokens=parts["tokens"][0],
             grad_norm=norm,
             module_grad_norm=squares.sqrt() / count,
             divisor=count / clip,
-            nonfinite=(~(loss_sum[0].isfinite() & norm.isfinite() & losses.isfinite().all())).double(),
-            nonfinite_ranks=nonfinite_ranks,
-            hash_difference=hashes,
-            usage=usage.view(-1, USAGE_COLUMNS),
-            memory_gib=memory,
+            nonfinite=(~finite).double(),
+            nonfinite_ranks=parts["nonfinite_ranks"],
+            hash_difference=parts["hash_difference"],
+            usage=parts["usage"].view(len(self.modules), -1),
+            memory_gib=parts["memory_gib"],
         )
 
 
-class StepReport:
-    """An agreement on its way to the host: made when the step is enqueued, read when the device has finished it."""
+def _part_sizes(layout: Layout) -> dict[str, int]:
+    """The parts of the reduced vector, in its order: number of elements by name."""
+    modules = len(layout.grids)
+    return {
+        "loss_sum": 1,
+        "loss_tokens": 1,
+        "tokens": 1,
+        "square_norms": modules,
+        "nonfinite_ranks": modules,
+        "hash_difference": layout.language.dp,
+        "usage": modules * len(ModuleUsage._fields),
+        "memory_gib": layout.world_size,
+        "decoder_losses": len(layout.decoders),
+    }
 
-    def __init__(self, agreement: StepResults):
+
+class StepReport:
+    """Step results on their way to the host: made when the step is enqueued, read when the device has finished it."""
+
+    def __init__(self, results: StepResults):
         """Start the copy; it does not wait for the device."""
-        tensors = {part.name: getattr(agreement, part.name) for part in fields(StepResults)}
+        tensors = {part.name: getattr(results, part.name) for part in fields(StepResults)}
         self._shapes = {name: tensor.shape for name, tensor in tensors.items()}
         packed = torch.cat([tensor.reshape(-1) for tensor in tensors.values()])
         self._finished = torch.cuda.Event() if packed.is_cuda else None
@@ -185,7 +203,7 @@ class StepReport:
             self._finished.record()
 
     def read(self) -> dict[str, Any]:
-        """Every field of the agreement as a float or nested list of floats; waits until the copy is done."""
+        """Every field of the results as a float or nested list of floats; waits until the copy is done."""
         if self._finished is not None:
             self._finished.synchronize()
         parts = self._host.split([shape.numel() for shape in self._shapes.values()])

@@ -26,7 +26,7 @@ from mimo_gemma4.model.mimo_model import MimoModel
 from mimo_gemma4.optim.module_optimizer import ModuleOptimizer
 from mimo_gemma4.partition import CpLayout, pack_multiple, segment_multiple, sequence_multiple
 from mimo_gemma4.train.evaluate import Evaluator
-from mimo_gemma4.train.initial_weights import fill, fill_adapters, fill_decoders, find_start, restore
+from mimo_gemma4.train.initial_weights import fill_adapters, fill_decoders, fill_weights, find_start_checkpoint, restore
 from mimo_gemma4.train.setup import RunSetup
 from mimo_gemma4.train.trainer import Trainer
 from mimo_gemma4.weights.freezing import freeze
@@ -34,17 +34,17 @@ from mimo_gemma4.weights.lora import attach
 
 
 def build_trainer(setup: RunSetup) -> Trainer:
-    """Everything of one rank, resumed where the configuration says so. Collective over all ranks."""
+    """The trainer of this rank, resumed where the configuration asks for it. Collective over all ranks."""
     config, groups = setup.config, setup.groups
     keep_model(setup)
     encoder = all_ranks_or_raise(groups.host, lambda: build_conversation_encoder(setup))
     prepare_shards(setup)
     train_data = open_dataset(setup, "train", config.data.train, encoder)
     valid_data = open_dataset(setup, "valid", config.data.valid, encoder) if config.data.valid else None
-    start = find_start(setup)
+    start = find_start_checkpoint(setup)
     model = build_modules(setup)
     if start is None:
-        fill(setup, model)
+        fill_weights(setup, model)
     elif start.weights_only:
         fill_adapters(setup, model)
         fill_decoders(setup, model)
@@ -60,7 +60,7 @@ def build_trainer(setup: RunSetup) -> Trainer:
 
 
 def keep_config(setup: RunSetup) -> None:
-    """Make the run's directory and keep the configuration in it. Raises `ConfigError`. Collective."""
+    """Make the run's directory and save the configuration in it. Raises `ConfigError`. Collective."""
     directory = Path(setup.config.run.dir)
 
     def keep() -> None:
@@ -76,7 +76,7 @@ def keep_config(setup: RunSetup) -> None:
 
 
 def keep_model(setup: RunSetup) -> None:
-    """Keep configuration and tokenizer in the run's directory, where an export finds them. Collective."""
+    """Save the model's configuration and tokenizer in the run's directory, for an export. Collective."""
     config = setup.config
 
     def keep() -> None:
@@ -134,7 +134,7 @@ def open_dataset(setup: RunSetup, split: str, shards: ShardsConfig, encoder: Con
 
 
 def build_loader(setup: RunSetup, dataset: ShardDataset, *, train: bool) -> StepLoader:
-    """Plans and reads this rank's part of training steps, or of an evaluation: one pass in order, padded."""
+    """The loader of this rank's part of training steps, or of an evaluation: one pass in order, padded."""
     config, layout, rank = setup.config, setup.layout, setup.platform.rank
     language = layout.language
     tp = language.tp if language.sequence_parallel else 1
@@ -177,7 +177,7 @@ def build_loader(setup: RunSetup, dataset: ShardDataset, *, train: bool) -> Step
 
 
 def decoder_targets(setup: RunSetup, encoder: ConversationEncoder) -> dict[str, DecoderTargets]:
-    """What the decoders of the layout do with media, by name."""
+    """What the decoders of the layout read, by name."""
     targets = {}
     for name in setup.layout.decoders:
         grid, options = setup.layout.grids[name], setup.config.module(name)
@@ -198,7 +198,7 @@ def cp_layout_chooser(setup: RunSetup) -> Callable[[Sequence[int]], CpLayout]:
 def build_model(setup: RunSetup) -> MimoModel:
     """This rank's modules with their first weights, frozen as configured. Collective over all ranks."""
     model = build_modules(setup)
-    fill(setup, model)
+    fill_weights(setup, model)
     return model
 
 
@@ -225,7 +225,7 @@ def build_modules(setup: RunSetup) -> MimoModel:
 
 
 def tensor_names(setup: RunSetup, model: MimoModel) -> dict[str, set[str]]:
-    """Per module of the layout, the Hugging Face names of what any rank holds of it. Collective over all ranks."""
+    """Hugging Face names of each module's tensors on all ranks, by module. Collective over all ranks."""
     host = setup.groups.host
     mine = {name: {binding.name for binding in module.bindings()} for name, module in model.modules.items()}
     everyone: list[dict[str, set[str]]] = [{}] * host.size()
@@ -234,10 +234,10 @@ def tensor_names(setup: RunSetup, model: MimoModel) -> dict[str, set[str]]:
 
 
 def first_trained_stages(setup: RunSetup, model: MimoModel) -> dict[str, int]:
-    """Per encoder that trains, the first pipeline stage with a parameter that does. Collective over all ranks.
+    """By encoder that trains, its first pipeline stage with a trainable parameter. Collective over all ranks.
 
-    Decoders are in it, with their only stage, where the language model or an encoder trains. Raises `ConfigError` where
-    there are steps to train for and nothing trains.
+    Decoders are included, with their only stage, where the language model or an encoder trains. Raises `ConfigError`
+    where nothing trains although `train.steps` is positive.
     """
     layout, host = setup.layout, setup.groups.host
     mine = {

@@ -19,10 +19,11 @@ from mimo_gemma4.train.step import StepRunner
 
 
 @dataclass(frozen=True)
-class Reading:
-    """One evaluated sample: its number in the dataset index, the generated and the true answer."""
+class AnsweredSample:
+    """One sample with the text of its generated and its true answer."""
 
     index: int
+    """Number of the sample in the dataset index."""
     predicted: str
     true: str
 
@@ -31,12 +32,12 @@ class Evaluator:
     """Evaluates the model of all ranks; `run` is collective over all of them."""
 
     def __init__(self, config: Config, model: MimoModel, loader: StepLoader):
-        """`loader` plans the held-out samples once, in order, padded."""
+        """Evaluate `model` on the samples of `loader`, which plans them once, in order, padded."""
         self.config, self.model, self.loader = config, model, loader
         self.runner = StepRunner(model)
-        self.agreement = StepReduction(model.layout, None, model.platform.device)
-        self.readings: list[Reading] = []
-        """On rank 0: the answers of the last run, in dataset order."""
+        self.reduction = StepReduction(model.layout, None, model.platform.device)
+        self.answered: list[AnsweredSample] = []
+        """On rank 0: the samples answered in the last run, in dataset order."""
 
     def run(self, step: int) -> dict[str, Any] | None:
         """Evaluate; rank 0 returns `{step, loss, losses, accuracy, items, per_modality}`, the others None."""
@@ -44,7 +45,7 @@ class Evaluator:
             module.eval()
         loss, tokens, items = 0.0, 0.0, 0
         decoders = self.model.layout.decoders
-        decoder_sums, decoder_rows = dict.fromkeys(decoders, 0.0), dict.fromkeys(decoders, 0)
+        decoder_sums, decoder_soft_tokens = dict.fromkeys(decoders, 0.0), dict.fromkeys(decoders, 0)
         answers: list[Answer] = []
 
         def observe(batch: LanguageBatch, microbatch: Microbatch, media: Media) -> None:
@@ -54,26 +55,26 @@ class Evaluator:
         for number in range(self.loader.planner.steps or 0):
             data = self.loader.load(number)
             totals = self.runner.run(data, train=False, observe=observe if generating else None)
-            agreement = self.agreement.reduce(
+            results = self.reduction.reduce(
                 {}, totals.loss_sum, totals.loss_tokens, totals.tokens, decoder_losses=totals.decoder_losses
             )
-            report = StepReport(agreement).read()
+            report = StepReport(results).read()
             loss += report["loss"] * report["loss_tokens"]
             tokens += report["loss_tokens"]
             items += len(data.manifest.samples)
             for name, total in zip(decoders, report["decoder_losses"], strict=True):
                 decoder_sums[name] += total
-                decoder_rows[name] += data.manifest.soft_tokens_of(name)
+                decoder_soft_tokens[name] += data.manifest.soft_tokens_of(name)
         for module in self.model.modules.values():
             module.train()
-        self.readings = self._gather(answers)
+        self.answered = self._gather(answers)
         if self.model.rank != 0:
             return None
-        means = {"loss": loss / max(tokens, 1.0), "losses": mean_losses(decoder_sums, decoder_rows)}
+        means = {"loss": loss / max(tokens, 1.0), "losses": mean_losses(decoder_sums, decoder_soft_tokens)}
         return {"step": step, **means, **self._score(generating, items)}
 
     def _answers(self, batch: LanguageBatch, microbatch: Microbatch, media: Media) -> Sequence[Answer]:
-        """Answers of a microbatch, kept on one rank of the lane."""
+        """Answers to a microbatch, on one rank of the lane; empty on the others."""
         answers = greedy_answers(
             self.model,
             batch,
@@ -85,23 +86,23 @@ class Evaluator:
         groups = self.model.groups.modules["language"]
         return answers if groups.tp.rank() == groups.cp.rank() == groups.pp.rank() == 0 else []
 
-    def _gather(self, answers: list[Answer]) -> list[Reading]:
+    def _gather(self, answers: list[Answer]) -> list[AnsweredSample]:
         everyone: list[list[Answer]] = [[] for _ in range(self.model.groups.host.size())]
         dist.all_gather_object(everyone, answers, group=self.model.groups.host)
         if self.model.rank != 0:
             return []
         decode = self.loader.dataset.encoder.decode
         found = sorted((answer for part in everyone for answer in part), key=lambda answer: answer.index)
-        return [Reading(answer.index, decode(answer.predicted), decode(answer.true)) for answer in found]
+        return [AnsweredSample(answer.index, decode(answer.predicted), decode(answer.true)) for answer in found]
 
     def _score(self, generating: bool, items: int) -> dict[str, Any]:
         dataset = self.loader.dataset
         if not generating:
             return {"accuracy": None, "items": items, "per_modality": {}}
         hits: dict[str, list[bool]] = defaultdict(list)
-        for reading in self.readings:
-            kinds = sorted({item.modality for item in dataset.media(reading.index)}) or ["text"]
-            hits["+".join(kinds)].append(reading.predicted == reading.true)
+        for sample in self.answered:
+            kinds = sorted({item.modality for item in dataset.media(sample.index)}) or ["text"]
+            hits["+".join(kinds)].append(sample.predicted == sample.true)
         every = [hit for part in hits.values() for hit in part]
         per_modality = {kind: {"accuracy": sum(part) / len(part), "items": len(part)} for kind, part in hits.items()}
         return {"accuracy": sum(every) / max(1, len(every)), "items": len(every), "per_modality": per_modality}

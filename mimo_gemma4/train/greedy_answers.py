@@ -1,4 +1,4 @@
-"""Greedy answers: the language lanes extend their own prompts, token by token, with media rows already in place."""
+"""Greedy answers: the language lanes extend the prompts of a microbatch token by token, its soft tokens in place."""
 
 from dataclasses import dataclass
 
@@ -35,15 +35,16 @@ def greedy_answers(
 
     Collective over the language lane and the lanes that share its experts.
 
-    A prompt ends at the first position that has a label; everything behind it is blanked, so nothing of the true answer
-    is seen. Every round runs the whole microbatch again: exact under any layout, and evaluation answers are short.
+    A prompt ends at the first position that has a label; everything after it is blanked, so that the model sees nothing
+    of the true answer. Every new token takes a forward pass over the whole microbatch: exact under any layout, and
+    affordable because evaluation answers are short.
 
     Args:
         model: the composed model, on a language rank.
         batch: the lane's microbatch, host tensors [B, S].
         microbatch: its place in the manifest.
-        media: positions and rows of the media, as the bridges delivered them.
-        max_new_tokens: longest answer; an answer also ends at the end of its row.
+        media: positions and soft tokens, as the bridges delivered them.
+        max_new_tokens: longest answer; an answer also ends with its sequence.
         stop_ids: token ids that end an answer.
     """
     if not microbatch.sequences:
@@ -51,9 +52,9 @@ def greedy_answers(
         return []
     labelled = (batch.labels != IGNORE).any(dim=1)  # a sample masked for corrupt media has no label and no answer
     last_prompt = (batch.labels != IGNORE).int().argmax(dim=1)  # [B]
-    media = [_of_prompts(model, microbatch, part, last_prompt) for part in media]
-    open_batch = _blanked_behind(last_prompt, batch)
-    rows = torch.arange(microbatch.sequences)
+    media = [_media_of_prompts(model, microbatch, part, last_prompt) for part in media]
+    open_batch = _without_answers(batch, last_prompt)
+    sequences = torch.arange(microbatch.sequences)
     done = ~labelled
     for offset in range(max_new_tokens):
         at = last_prompt + offset
@@ -61,76 +62,70 @@ def greedy_answers(
         if done.all():
             _serve_other_lanes(model, max_new_tokens - offset)
             break
-        _any_lane_goes_on(model, True)
+        _any_lane_generates(model, True)  # answers the lanes that share its experts
         tokens = _next_tokens(model, open_batch, microbatch, media, at.clamp(max=microbatch.seq_length - 1))
         tokens = tokens.masked_fill(done, 0)
-        open_batch.input_ids[rows[~done], at[~done] + 1] = tokens[~done]
+        open_batch.input_ids[sequences[~done], at[~done] + 1] = tokens[~done]
         done |= torch.isin(tokens, torch.tensor(sorted(stop_ids)))
-    return [
-        Answer(
-            planned.index,
-            _until_stop(
-                open_batch.input_ids[planned.sequence, last_prompt[planned.sequence] + 1 :].tolist()[:max_new_tokens],
-                stop_ids,
-            ),
-            _until_stop(
-                _first_turn(batch.labels[planned.sequence, last_prompt[planned.sequence] :].tolist()), stop_ids
-            ),
-        )
-        for planned in microbatch.samples
-        if labelled[planned.sequence]
-    ]
+    answers = []
+    for planned in microbatch.samples:
+        if labelled[planned.sequence]:
+            start = last_prompt[planned.sequence]
+            predicted = open_batch.input_ids[planned.sequence, start + 1 :].tolist()[:max_new_tokens]
+            true = _first_turn(batch.labels[planned.sequence, start:].tolist())
+            answers.append(Answer(planned.index, _until_stop(predicted, stop_ids), _until_stop(true, stop_ids)))
+    return answers
 
 
-def _blanked_behind(last_prompt: torch.Tensor, batch: LanguageBatch) -> LanguageBatch:
-    """The prompts of a padded microbatch [B, S], whose rows end at `last_prompt` [B], with room for answers."""
+def _without_answers(batch: LanguageBatch, last_prompt: torch.Tensor) -> LanguageBatch:
+    """A padded microbatch [B, S] whose positions after `last_prompt` [B] are blanked, as room for answers."""
     columns = torch.arange(batch.input_ids.shape[1])
-    behind = columns > last_prompt[:, None]
+    after = columns > last_prompt[:, None]
     return LanguageBatch(
-        input_ids=batch.input_ids.masked_fill(behind, 0),
+        input_ids=batch.input_ids.masked_fill(after, 0),
         labels=torch.full_like(batch.labels, IGNORE),
         positions=columns.expand_as(batch.positions),
         segments=torch.ones_like(batch.segments),
-        groups=batch.groups.masked_fill(behind, 0),
+        groups=batch.groups.masked_fill(after, 0),
     )
 
 
-def _serve_other_lanes(model: MimoModel, rounds: int) -> None:
-    """Run this rank's experts for the lanes that share them and still extend answers, for at most `rounds` tokens."""
+def _serve_other_lanes(model: MimoModel, tokens: int) -> None:
+    """Run this rank's experts for the lanes that share them and still generate, for at most `tokens` tokens."""
     assert model.language is not None
-    for _ in range(rounds):
-        if not _any_lane_goes_on(model, False):
+    for _ in range(tokens):
+        if not _any_lane_generates(model, False):
             return
         model.language.serve_experts()
 
 
-def _any_lane_goes_on(model: MimoModel, this_lane: bool) -> bool:
-    """Whether this lane, or one that shares its experts, has an answer to extend by another token."""
+def _any_lane_generates(model: MimoModel, this_lane: bool) -> bool:
+    """Whether this lane, or one that shares its experts, has an answer that needs another token."""
     assert model.language is not None
     if not model.language.shares_experts:
         return this_lane
-    going = torch.tensor(int(this_lane), device=model.platform.device)
-    dist.all_reduce(going, op=dist.ReduceOp.MAX, group=model.groups.modules["language"].ep)
-    return bool(going.item())
+    generating = torch.tensor(int(this_lane), device=model.platform.device)
+    dist.all_reduce(generating, op=dist.ReduceOp.MAX, group=model.groups.modules["language"].ep)
+    return bool(generating.item())
 
 
-def _of_prompts(
+def _media_of_prompts(
     model: MimoModel, microbatch: Microbatch, media: tuple[torch.Tensor, torch.Tensor], last_prompt: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The media rows that lie in the prompts: those of later turns would overwrite generated tokens."""
+    """The soft tokens that lie in the prompts: those of later turns would overwrite generated tokens."""
     assert model.adapter is not None
-    positions, rows = media
+    positions, soft_tokens = media
     index = model.adapter.token_index(microbatch.seq_length)
     if model.adapter.config.tp_size > 1:  # under sequence parallelism flat positions count this rank's share
         index = index.chunk(model.adapter.config.tp_size)[model.groups.modules["language"].tp.rank()]
     kept = index[positions // microbatch.sequences] <= last_prompt[positions % microbatch.sequences]
-    return positions[kept], rows[kept.to(rows.device)]
+    return positions[kept], soft_tokens[kept.to(soft_tokens.device)]
 
 
 def _next_tokens(
     model: MimoModel, batch: LanguageBatch, microbatch: Microbatch, media: Media, at: torch.Tensor
 ) -> torch.Tensor:
-    """The most likely token after position `at[b]` of each row: [B] on the host, equal on the whole lane."""
+    """The most likely token after position `at[b]` of each sequence: [B] on the host, equal on the whole lane."""
     assert model.adapter is not None
     groups = model.groups.modules["language"]
     hidden = model.hidden(model.local_tokens(batch, microbatch), media)
@@ -141,13 +136,13 @@ def _next_tokens(
         here = model.adapter.token_index(microbatch.seq_length)[None, :] == at[:, None]
         chosen = torch.where(here, predicted, -1).amax(dim=1)
     chosen = chosen.to(model.platform.device)
-    for group in (groups.cp, groups.pp):  # one context parallel rank of the last stage knows it
+    for group in (groups.cp, groups.pp):  # one context-parallel rank of the last stage knows it
         dist.all_reduce(chosen, op=dist.ReduceOp.MAX, group=group)
     return chosen.cpu()
 
 
 def _first_turn(labels: list[int]) -> list[int]:
-    """The leading run of labels."""
+    """The labels before the first position without one."""
     end = labels.index(IGNORE) if IGNORE in labels else len(labels)
     return labels[:end]
 

@@ -8,6 +8,7 @@ from typing import Any
 import torch.distributed as dist
 
 from mimo_gemma4.checkpoint import save_load as checkpoint
+from mimo_gemma4.checkpoint.files import read_marker
 from mimo_gemma4.config import LoraConfig
 from mimo_gemma4.distributed.collective_errors import all_ranks_or_raise
 from mimo_gemma4.encoders.base import Encoder
@@ -48,13 +49,13 @@ def load_adapters(name: str, module: AdaptedModule, lora: LoraConfig, seed: int)
 
 
 def fill_decoders(setup: RunSetup, model: MimoModel) -> None:
-    """First values of decoders, which no Hugging Face directory holds: random."""
+    """First values of decoders: random, since no Hugging Face directory holds them."""
     for decoder in model.decoders.values():
         initialise(decoder.bindings(), setup.config.run.seed)
 
 
-def fill(setup: RunSetup, model: MimoModel) -> None:
-    """First weights: from Hugging Face directories, of which a rank reads only what it holds, or random. Collective."""
+def fill_weights(setup: RunSetup, model: MimoModel) -> None:
+    """First weights, from Hugging Face directories (a rank reads only what it holds) or random. Collective."""
     bases = {
         name: module.base if isinstance(module, AdaptedModule) else module
         for name, module in model.modules.items()
@@ -64,12 +65,12 @@ def fill(setup: RunSetup, model: MimoModel) -> None:
     fill_decoders(setup, model)
     modules = setup.config.module
     own = {name: path for name in setup.layout.grids if (path := modules(name).hf_path) is not None}
-    fill_from_model(setup, [module for name, module in bases.items() if name not in own])
+    fill_from_model_directory(setup, [module for name, module in bases.items() if name not in own])
     for name, path in own.items():
-        fill_from_own(name, bases.get(name), path, setup.config.run.seed, setup.groups.host)
+        fill_from_own_directory(name, bases.get(name), path, setup.config.run.seed, setup.groups.host)
 
 
-def fill_from_model(setup: RunSetup, modules: list[BoundModule]) -> None:
+def fill_from_model_directory(setup: RunSetup, modules: list[BoundModule]) -> None:
     """First weights of this rank's `modules` from `model.hf_path`, or random without one. Collective over all ranks."""
     config, host = setup.config, setup.groups.host
     bindings = [binding for module in modules for binding in module.bindings()]
@@ -86,7 +87,9 @@ def fill_from_model(setup: RunSetup, modules: list[BoundModule]) -> None:
             print(f"model.hf_path: {count} tensors of {part} are not in this layout and were not read", flush=True)
 
 
-def fill_from_own(name: str, module: BoundModule | None, path: str, seed: int, host: dist.ProcessGroup) -> None:
+def fill_from_own_directory(
+    name: str, module: BoundModule | None, path: str, seed: int, host: dist.ProcessGroup
+) -> None:
     """First weights of a module from its own directory; None: this rank does not hold it. Collective over all ranks."""
     origin = f"modules.{name}.hf_path {path}"
     bindings = [] if module is None else module.bindings()
@@ -101,32 +104,31 @@ def fill_from_own(name: str, module: BoundModule | None, path: str, seed: int, h
 
 
 @dataclass(frozen=True)
-class Start:
-    """Where a run takes its weights from, if not from `model`."""
+class StartCheckpoint:
+    """The checkpoint that a run starts from, in place of the weights of `model`."""
 
-    checkpoint: Path
+    path: Path
     weights_only: bool
-    """Leave the optimizer and the step count at their beginning."""
+    """Start with a fresh optimizer and at step 0."""
 
 
-def find_start(setup: RunSetup) -> Start | None:
+def find_start_checkpoint(setup: RunSetup) -> StartCheckpoint | None:
     """The checkpoint that `checkpoint.resume`, else `checkpoint.init_from`, asks for. Collective."""
     host, options = setup.groups.host, setup.config.checkpoint
     found = checkpoint.resolve(options.resume, Path(setup.config.run.dir) / "checkpoints", host=host)
     if found is not None:
-        return Start(found, weights_only=False)
+        return StartCheckpoint(found, weights_only=False)
     if options.init_from is None:
         return None
-    return Start(checkpoint.initial(options.init_from, host=host), weights_only=True)
+    return StartCheckpoint(checkpoint.initial(options.init_from, host=host), weights_only=True)
 
 
-def restore(setup: RunSetup, start: Start, optimizers: dict[str, ModuleOptimizer]) -> int:
-    """Load a checkpoint; the number of steps that are finished. Collective.
+def restore(setup: RunSetup, start: StartCheckpoint, optimizers: dict[str, ModuleOptimizer]) -> int:
+    """Load a checkpoint and return the number of finished steps. Collective.
 
-    Only weights: decoders that the checkpoint does not hold, and adapters on a module that has none in it, keep their
-    first values.
+    With `weights_only`, decoders and adapters that the checkpoint does not hold keep their first values.
     """
-    host, path = setup.groups.host, start.checkpoint
+    host, path = setup.groups.host, start.path
     recorded = recorded_adapters(setup, path)
     check_adapters(setup, start, recorded)
     modules = [
@@ -154,13 +156,13 @@ def recorded_adapters(setup: RunSetup, path: Path) -> dict[str, float]:
 
 
 def recorded_state(path: Path) -> dict[str, Any]:
-    """The trainer state of a checkpoint; empty where it is damaged, which loading it reports."""
-    marker = checkpoint.read_marker(path)
+    """The trainer state of a checkpoint; empty where the checkpoint is damaged, which `save_load.load` reports."""
+    marker = read_marker(path)
     return {} if isinstance(marker, str) else marker["trainer"]
 
 
-def check_adapters(setup: RunSetup, start: Start, recorded: Mapping[str, float]) -> None:
-    """Raise `ConfigError` where a checkpoint's adapters would be left out or count with another factor."""
+def check_adapters(setup: RunSetup, start: StartCheckpoint, recorded: Mapping[str, float]) -> None:
+    """Raise `ConfigError` where a checkpoint's adapters would be ignored or get another scale."""
     expected, key = setup.config.lora_scales, "checkpoint.resume"
     names = set(recorded) | set(expected)
     if start.weights_only:
@@ -168,7 +170,7 @@ def check_adapters(setup: RunSetup, start: Start, recorded: Mapping[str, float])
     for name in sorted(names):
         if recorded.get(name) != expected.get(name):
             raise ConfigError(
-                f"{key}: the adapters of {name} in {start.checkpoint} have the scale {recorded.get(name)}, but "
+                f"{key}: the adapters of {name} in {start.path} have the scale {recorded.get(name)}, but "
                 f"modules.{name}.lora asks for {expected.get(name)} (None: no adapters); use the rank and alpha they "
                 "were trained with, or export them merged and start from that"
             )

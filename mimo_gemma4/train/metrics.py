@@ -1,17 +1,18 @@
-"""What a run tells: `metrics.jsonl`, log lines, TensorBoard, Weights & Biases, and the pictures of a finished run.
+"""What a run records: `metrics.jsonl`, log lines, TensorBoard, Weights & Biases, and the pictures of a finished run.
 
 Only global rank 0 makes a `MetricsLog`; it takes plain dicts. A step's record is
 `{step, loss, losses: {<decoder>: mean}, grad_norm, lr, tokens, loss_tokens, tokens_per_second, step_seconds,
 bad_samples: {<fault>: count}, imbalance: {<name>: {before, after}},
 modules: {<name>: {lr, grad_norm, mfu, busy, wait, memory_gib}}}`:
-loss in nats per loss token, a decoder's per row and without its weight; grad_norm before clipping, over all modules and
-of each; lr of the language module and of each; busy and wait as shares of the step, mfu as a share of the peak; what is
-not known is None. bad_samples counts those that others took the places of in this step; imbalance is the cost of a
-module's costliest lane over the mean of its lanes, before and after balancing. An evaluation's record is
+loss is in nats per loss token, a decoder's per soft token and without its weight; grad_norm is before clipping, over
+all modules and of each; lr is the language module's and each module's; busy and wait are shares of the step, mfu is a
+share of the peak; unknown values are None. bad_samples counts the samples that were replaced in this step; imbalance is
+the cost of a module's costliest lane over the mean of its lanes, before and after balancing. An evaluation's record is
 `{step, loss, losses, accuracy, items, per_modality}`.
 """
 
 import json
+import logging
 import math
 import sys
 from collections.abc import Mapping, Sequence
@@ -22,7 +23,9 @@ from typing import Any, Protocol
 from mimo_gemma4.atomic import replace_file
 from mimo_gemma4.config import Config
 from mimo_gemma4.config.structured import dump
-from mimo_gemma4.errors import ConfigError
+from mimo_gemma4.errors import MissingPackageError, optional_import
+
+logger = logging.getLogger(__name__)
 
 Record = Mapping[str, Any]
 
@@ -44,13 +47,19 @@ class MetricsLog:
     """Hands every record to all sinks that the configuration asks for."""
 
     def __init__(self, config: Config, first_step: int = 1):
-        """Open the sinks of `config.logging`; old records of `first_step` or later are dropped."""
+        """Open the sinks of `config.logging`; old records of `first_step` or later are dropped.
+
+        Without the package tensorboard a warning is logged; without wandb `MissingPackageError` is raised.
+        """
         directory = Path(config.run.dir)
         directory.mkdir(parents=True, exist_ok=True)
         self._bad_samples = BadSampleLines(directory, first_step)
         self.sinks: list[Sink] = [JsonLines(directory, first_step), LogLines(config, first_step)]
         if config.logging.tensorboard:
-            self.sinks.append(TensorBoard(directory / "tensorboard", first_step))
+            try:
+                self.sinks.append(TensorBoard(directory / "tensorboard", first_step))
+            except MissingPackageError as error:  # on by default, so it must not end a run
+                logger.warning("%s, or set logging.tensorboard=false", error)
         if config.logging.wandb:
             self.sinks.append(WeightsAndBiases(config))
 
@@ -78,17 +87,17 @@ class BadSampleLines:
     """`bad_samples.jsonl`, an object for every sample that is not trained on, once each."""
 
     def __init__(self, directory: Path, first_step: int):
-        """Keep what was found before `first_step`; samples that indexing left out are told anew by every run."""
+        """Keep the samples found before `first_step`; every run records anew those that indexing found."""
         self.path = directory / "bad_samples.jsonl"
         kept = [record for record in read_records(self.path) if (record["step"] or first_step) < first_step]
-        self.told = {(record["shard"], record["key"]) for record in kept}
+        self.recorded = {(record["shard"], record["key"]) for record in kept}
         replace_file(self.path, "".join(json.dumps(record) + "\n" for record in kept))
 
     def add(self, records: Sequence[Record]) -> None:
-        """Append those that are not in the file yet."""
-        fresh = [record for record in records if (record["shard"], record["key"]) not in self.told]
+        """Append the samples that are not in the file yet."""
+        fresh = [record for record in records if (record["shard"], record["key"]) not in self.recorded]
         if fresh:
-            self.told |= {(record["shard"], record["key"]) for record in fresh}
+            self.recorded |= {(record["shard"], record["key"]) for record in fresh}
             with self.path.open("a", encoding="utf-8") as file:
                 file.writelines(json.dumps(record) + "\n" for record in fresh)
 
@@ -139,7 +148,7 @@ class LogLines:
             self.bar.start()
 
     def step(self, record: Record) -> None:
-        """Print if it is time to; speed and ETA are means over the steps since the last line."""
+        """Print if a line is due; speed and ETA are means over the steps since the last line."""
         self.seconds.append(record["step_seconds"])
         self.tokens += record["tokens"]
         self.bad_samples += sum(record.get("bad_samples", {}).values())
@@ -162,7 +171,7 @@ class LogLines:
         self._print(f"eval {record['step']:>6}  loss {record['loss']:.4f}{losses}{shown}  items {record['items']}")
 
     def close(self) -> None:
-        """Take the bar away."""
+        """Remove the bar."""
         if self.bar is not None:
             self.bar.stop()
 
@@ -177,9 +186,12 @@ class TensorBoard:
     """TensorBoard event files; keys are grouped by `/`."""
 
     def __init__(self, directory: Path, first_step: int):
-        """Open an event file that hides what an interrupted run wrote of `first_step` and later."""
-        from torch.utils.tensorboard import SummaryWriter
+        """Open an event file that hides what an interrupted run wrote of `first_step` and later.
 
+        Raises `MissingPackageError`.
+        """
+        with optional_import("tensorboard", extra="tensorboard", purpose="`logging.tensorboard`"):
+            from torch.utils.tensorboard import SummaryWriter
         self.writer: Any = SummaryWriter(str(directory), purge_step=first_step)
 
     def step(self, record: Record) -> None:
@@ -201,11 +213,9 @@ class WeightsAndBiases:
     """A Weights & Biases run."""
 
     def __init__(self, config: Config):
-        """Start the run. Raises `ConfigError` where the package is not installed."""
-        try:
+        """Start the run. Raises `MissingPackageError`."""
+        with optional_import("wandb", extra="wandb", purpose="`logging.wandb`"):
             import wandb
-        except ImportError as error:
-            raise ConfigError("`logging.wandb` needs the package wandb: uv sync --extra wandb") from error
         directory = Path(config.run.dir)
         self.run: Any = wandb.init(
             project=config.logging.wandb, name=directory.name, dir=str(directory), config=dump(config)
@@ -224,9 +234,9 @@ class WeightsAndBiases:
         self.run.finish()
 
 
-def mean_losses(sums: Mapping[str, float], rows: Mapping[str, int]) -> dict[str, float | None]:
-    """Loss per row of every decoder from the sums over its rows; None where it had none."""
-    return {name: total / rows[name] if rows[name] else None for name, total in sums.items()}
+def mean_losses(sums: Mapping[str, float], soft_tokens: Mapping[str, int]) -> dict[str, float | None]:
+    """Every decoder's loss per soft token, from the sums over its soft tokens; None where it had none."""
+    return {name: total / soft_tokens[name] if soft_tokens[name] else None for name, total in sums.items()}
 
 
 def format_step(record: Record, last_step: int, seconds_per_step: float, tokens_per_second: float) -> str:
@@ -250,7 +260,7 @@ def format_step(record: Record, last_step: int, seconds_per_step: float, tokens_
 
 
 def read_records(path: Path) -> list[dict[str, Any]]:
-    """The objects of a JSON-lines file; none where it does not exist. A line that a crash cut short is left out."""
+    """The objects of a JSON-lines file; none where it does not exist. A line that a crash cut short is ignored."""
     records = []
     for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
         try:
@@ -272,9 +282,9 @@ def flatten(record: Record, prefix: str = "") -> dict[str, float]:
 
 
 def plot_loss(metrics_path: str | Path, out_path: str | Path) -> None:
-    """Draw the loss of every step in `metrics.jsonl`, and of the evaluations beside it, into a picture."""
-    from matplotlib.figure import Figure
-
+    """Draw the losses of `metrics.jsonl` and of the evaluations beside it. Raises `MissingPackageError`."""
+    with optional_import("matplotlib", extra="plots", purpose="drawing pictures"):
+        from matplotlib.figure import Figure
     steps = read_records(Path(metrics_path))
     evaluations = read_records(Path(metrics_path).with_name("evaluations.jsonl"))
     figure = Figure(figsize=(7, 4), layout="constrained")
@@ -292,9 +302,12 @@ def plot_loss(metrics_path: str | Path, out_path: str | Path) -> None:
 def save_samples(
     images: Sequence[Any], predicted: Sequence[str], true: Sequence[str], path: str | Path, columns: int = 8
 ) -> None:
-    """Draw a grid of images (PIL images or arrays [H, W] or [H, W, 3]) with the given answers, wrong ones in red."""
-    from matplotlib.figure import Figure
+    """Draw a grid of images (PIL images or arrays [H, W] or [H, W, 3]) with the given answers, wrong ones in red.
 
+    Raises `MissingPackageError`.
+    """
+    with optional_import("matplotlib", extra="plots", purpose="drawing pictures"):
+        from matplotlib.figure import Figure
     columns = max(1, min(columns, len(images)))
     rows = max(1, math.ceil(len(images) / columns))
     figure = Figure(figsize=(1.4 * columns, 1.6 * rows), layout="constrained")

@@ -1,8 +1,8 @@
 """Chrome traces of chosen training steps (`profile.steps`): what every rank did when, module by module.
 
-A span is written `module.action[number]`, for example `vision.encode[3]`: the microbatch for an action of the schedule,
-the step for what happens once a step. Times are microseconds after the trace's `baseTimeNanoseconds`, which counts from
-1970 by the clock of the host: traces of ranks agree as well as the clocks of their hosts do, on one host exactly.
+A span is named `module.action[number]`, for example `vision.encode[3]`. The number is the microbatch for an action of
+the schedule, the step for what happens once per step. Times are microseconds after the trace's `baseTimeNanoseconds`,
+which counts from 1970 by the host's clock: traces of one host agree exactly, those of several as well as their clocks.
 """
 
 import gzip
@@ -21,11 +21,11 @@ from mimo_gemma4.distributed.layout import Layout
 from mimo_gemma4.distributed.platform import Platform
 
 FOLDER = "profile"
-"""Where in `run.dir` the traces are."""
+"""Folder of the traces in `run.dir`."""
 COMPRESSED_FROM = 32 * 2**20
 """Bytes from which a trace is compressed; viewers open both."""
 TRAINER = "trainer"
-"""Stands for the module in spans of what concerns all modules."""
+"""In place of a module in spans that concern all modules."""
 
 Span = Callable[[str, str, int], AbstractContextManager[None]]
 """From module, action and its number to a context whose time is recorded under these names."""
@@ -33,7 +33,7 @@ _UNRECORDED = nullcontext()
 
 
 class SpanName(NamedTuple):
-    """What a span tells about itself."""
+    """The parts of a span's name."""
 
     module: str
     action: str
@@ -41,7 +41,7 @@ class SpanName(NamedTuple):
     """Microbatch, or step."""
 
     def __str__(self) -> str:
-        """Its name in the trace."""
+        """The name as it stands in the trace."""
         return f"{self.module}.{self.action}[{self.number}]"
 
     @property
@@ -51,7 +51,7 @@ class SpanName(NamedTuple):
 
     @classmethod
     def parse(cls, text: str) -> "SpanName | None":
-        """The name of a span of this project; None for other annotations."""
+        """Parse the name of a span; None for annotations of others."""
         found = re.fullmatch(r"(\S+)\.(\w+)\[(\d+)\]", text)
         return cls(found[1], found[2], int(found[3])) if found else None
 
@@ -64,7 +64,7 @@ def unrecorded(module: str, action: str, number: int) -> AbstractContextManager[
 class Tracer:
     """Traces the chosen steps of one rank, and costs nothing in the others.
 
-    One step before those is observed and thrown away: what the profiler sets up on first use is no part of the picture.
+    The step before them is traced and thrown away, because the profiler's setup on first use would distort it.
     """
 
     def __init__(self, steps: Collection[int], folder: Path, layout: Layout, platform: Platform):
@@ -81,7 +81,7 @@ class Tracer:
 
     @contextmanager
     def step(self, number: int) -> Iterator[None]:
-        """Trace the block, step `number`, if it is chosen; the file is written when the next one is not."""
+        """Trace the block, step `number`, if it is chosen; the file is written once the next step is not."""
         if self._profiler is None and {number, number + 1} & self.steps:
             self._profiler = self._start(number)
         with self.span(TRAINER, "step", number):
@@ -90,7 +90,7 @@ class Tracer:
             return
         if number + 1 in self.steps:
             self._profiler.step()
-        else:  # the profiler waits for the device, then hands over what it has seen
+        else:  # waits for the device, then calls `_save`
             self._profiler.stop()
             self._profiler = None
 
@@ -109,7 +109,7 @@ class Tracer:
         return profiler
 
     def _save(self, profiler: profile) -> None:
-        """Write what was traced, behind what this run has traced before."""
+        """Append the traced steps to those that this run has traced before, and write all."""
         self.folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=self.folder) as scratch:
             path = Path(scratch) / "trace.json"
@@ -124,7 +124,7 @@ class Tracer:
         write_trace(self._trace, self.folder, self.platform.rank)
 
     def _place(self) -> dict[str, Any]:
-        """What the trace says about its rank: number, coordinates by module, and both in words."""
+        """The rank's number and coordinates by module, and both in words."""
         rank, grids = self.platform.rank, self.layout.grids
         modules = {name: grids[name].coordinate(rank)._asdict() for name in self.layout.modules_of(rank)}
         return {"rank": rank, "label": self._label(), "modules": modules}

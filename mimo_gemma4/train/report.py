@@ -1,10 +1,12 @@
-"""What a finished run leaves for people: loss.png, samples.png and a table of the evaluation. Rank 0 only."""
+"""The report of a finished run: loss.png, samples.png and a table of the evaluation. Rank 0 only."""
 
 import io
 import json
-from collections.abc import Callable
+import logging
+from collections.abc import Callable, Mapping
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -13,8 +15,11 @@ from mimo_gemma4.data.dataset import ShardDataset
 from mimo_gemma4.data.shards import read_range
 from mimo_gemma4.encoders.gemma4_sound import log_mel
 from mimo_gemma4.encoders.waveform import read_waveform
+from mimo_gemma4.errors import MissingPackageError
 from mimo_gemma4.train.metrics import plot_loss, save_samples
 from mimo_gemma4.train.trainer import Trainer
+
+logger = logging.getLogger(__name__)
 
 _HEIGHT, _WIDEST = 128, 512
 """Pixels of a picture in samples.png."""
@@ -23,22 +28,35 @@ _HEIGHT, _WIDEST = 128, 512
 def write_report(trainer: Trainer) -> None:
     """Draw the loss curve and some answers into the run's folder, and print the evaluation."""
     folder = Path(trainer.config.run.dir)
-    if (folder / "metrics.jsonl").stat().st_size:
-        plot_loss(folder / "metrics.jsonl", folder / "loss.png")
-    evaluator = trainer.evaluator
-    if evaluator is None or not (folder / "eval.json").is_file():
-        return
-    result = json.loads((folder / "eval.json").read_text(encoding="utf-8"))
-    pictured = ((reading, sample_picture(evaluator.loader.dataset, reading.index)) for reading in evaluator.readings)
-    shown = list(islice(((reading, image) for reading, image in pictured if image), trainer.config.eval.pictures))
-    if shown:
-        readings, images = zip(*shown, strict=True)
-        save_samples(images, [r.predicted for r in readings], [r.true for r in readings], folder / "samples.png")
-    print(evaluation_table(result), flush=True)
-    print(f"results: {folder} (metrics.jsonl, loss.png{', samples.png' if shown else ''}, checkpoints)", flush=True)
+    pictures: list[str] = []
+    try:
+        if (folder / "metrics.jsonl").stat().st_size:
+            plot_loss(folder / "metrics.jsonl", folder / "loss.png")
+            pictures.append("loss.png")
+        if draw_answers(trainer, folder / "samples.png"):
+            pictures.append("samples.png")
+    except MissingPackageError as error:  # the run itself has succeeded
+        logger.warning("%s", error)
+    if trainer.evaluator is not None and (folder / "eval.json").is_file():
+        print(evaluation_table(json.loads((folder / "eval.json").read_text(encoding="utf-8"))), flush=True)
+        print(f"results: {folder} ({', '.join(['metrics.jsonl', *pictures, 'checkpoints'])})", flush=True)
 
 
-def evaluation_table(result: dict) -> str:
+def draw_answers(trainer: Trainer, path: Path) -> bool:
+    """Draw the first answers of the last evaluation that have a picture; whether there were any."""
+    if trainer.evaluator is None:
+        return False
+    answered, dataset = trainer.evaluator.answered, trainer.evaluator.loader.dataset
+    pictured = ((sample, sample_picture(dataset, sample.index)) for sample in answered)
+    shown = list(islice(((sample, image) for sample, image in pictured if image), trainer.config.eval.pictures))
+    if not shown:
+        return False
+    samples, images = zip(*shown, strict=True)
+    save_samples(images, [sample.predicted for sample in samples], [sample.true for sample in samples], path)
+    return True
+
+
+def evaluation_table(result: Mapping[str, Any]) -> str:
     """The record of an evaluation as lines for a terminal."""
     lines = [f"held-out evaluation after step {result['step']}", f"  loss               {result['loss']:.4f}"]
     if result["accuracy"] is not None:
@@ -49,7 +67,7 @@ def evaluation_table(result: dict) -> str:
 
 
 def sample_picture(dataset: ShardDataset, index: int) -> Image.Image | None:
-    """First image and spectrogram of the first sound of sample `index`, side by side; None where it has neither."""
+    """First image and first sound, as a spectrogram, of a sample side by side; None where it has neither."""
     first: dict[str, Image.Image] = {}
     for item in dataset.media(index):
         if item.media_type in _DRAWN and item.media_type not in first:
@@ -76,7 +94,7 @@ def _image(data: bytes) -> Image.Image:
 
 
 def _spectrogram(data: bytes) -> Image.Image:
-    """A sound as a square: its time from left to right, its mel bands from below, brighter where louder."""
+    """A sound as a square: time to the right, mel bands upwards, brighter where louder."""
     bands = log_mel(read_waveform(data)).T[::-1]
     grey = (bands - bands.min()) * (255 / max(1e-6, bands.max() - bands.min()))
     return Image.fromarray(grey.astype(np.uint8)).resize((_HEIGHT, _HEIGHT)).convert("RGB")

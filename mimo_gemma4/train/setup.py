@@ -1,4 +1,4 @@
-"""What every part of a run stands on: options, model configuration, layout, device, process groups."""
+"""The setup of a run: options, model configuration, layout, device and process groups."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ from mimo_gemma4.errors import ConfigError
 
 @dataclass(frozen=True)
 class RunSetup:
-    """What every part of a run stands on."""
+    """What all parts of a run are built from."""
 
     config: Config
     hf_config: dict[str, Any]
@@ -40,7 +40,7 @@ def set_up_run(config: Config) -> RunSetup:
 
 
 def check_decoder_names(layout: Layout, hf_config: Mapping[str, Any]) -> None:
-    """Raise `ConfigError` where a decoder is called like one of the model's encoders."""
+    """Raise `ConfigError` where a decoder has the name of one of the model's encoders."""
     for name in layout.decoders:
         if hf_config.get(f"{name}_config"):
             raise ConfigError(

@@ -1,4 +1,4 @@
-"""The training loop: step, agree, update, tell; evaluate and save when due. The same code on every rank."""
+"""The training loop: step, reduce, update, record; evaluate and save when due. The same code on every rank."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -13,17 +13,17 @@ from mimo_gemma4.data.dataset import BadSample
 from mimo_gemma4.data.loader import StepData, StepLoader
 from mimo_gemma4.data.manifest import StepManifest
 from mimo_gemma4.distributed.collective_errors import all_ranks_or_raise
-from mimo_gemma4.distributed.layout import LANGUAGE
+from mimo_gemma4.distributed.layout import LANGUAGE, ModuleGrid
 from mimo_gemma4.errors import DataError, NumericsError
 from mimo_gemma4.flops import peak_flops
 from mimo_gemma4.model.mimo_model import MimoModel
 from mimo_gemma4.optim.module_optimizer import ModuleOptimizer, learning_rate
-from mimo_gemma4.optim.step_reduction import StepReduction, StepReport, StepResults, sample_hash
+from mimo_gemma4.optim.step_reduction import ModuleUsage, StepReduction, StepReport, StepResults, sample_hash
 from mimo_gemma4.train.evaluate import Evaluator
 from mimo_gemma4.train.metrics import MetricsLog, mean_losses
 from mimo_gemma4.train.profiling import FOLDER, TRAINER, Tracer
 from mimo_gemma4.train.step import StepRunner, StepTotals
-from mimo_gemma4.train.usage import Moment, UsageMeter, now, seconds_between
+from mimo_gemma4.train.usage import Moment, UsageMeter, now, seconds_between, utilisation
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class _Pending:
     """Learning rate of every module of the layout."""
     measured: _Measured
     previous: _Measured | None
-    """The step whose usage travelled with this one's results: the one before; None where there is none."""
+    """The step before, whose usage was reduced with this one's results; None for the first step."""
 
 
 class Trainer:
@@ -65,20 +65,20 @@ class Trainer:
         evaluator: Evaluator | None,
         finished_steps: int = 0,
     ):
-        """Take over built parts; training goes on after `finished_steps`."""
+        """Train with these parts, continuing after `finished_steps`."""
         self.config, self.model, self.optimizers = config, model, dict(optimizers)
         self.loader, self.evaluator, self.step = loader, evaluator, finished_steps
         self.tracer = Tracer(config.profile.numbers, Path(config.run.dir) / FOLDER, model.layout, model.platform)
         self.runner = StepRunner(model, self.tracer.span)
-        self.agreement = StepReduction(model.layout, config.optim.clip_grad, model.platform.device)
+        self.reduction = StepReduction(model.layout, config.optim.clip_grad, model.platform.device)
         self.meter = UsageMeter(model, loader.planner.dataset)
         self.log = all_ranks_or_raise(
             model.groups.host, lambda: MetricsLog(config, finished_steps + 1) if model.rank == 0 else None
         )
-        self._tell_bad(None, [*loader.dataset.unusable, *loader.dataset.too_long])
+        self._record_bad_samples(None, [*loader.dataset.unusable, *loader.dataset.too_long])
         if evaluator is not None:
             held_out = evaluator.loader.dataset
-            self._tell_bad(None, [*held_out.unusable, *held_out.too_long])
+            self._record_bad_samples(None, [*held_out.unusable, *held_out.too_long])
         self._pending: _Pending | None = None
         self._measured: _Measured | None = None
         device = model.platform.device
@@ -94,7 +94,7 @@ class Trainer:
                     self.save()
                 if self._due(self.config.eval.every):
                     self.evaluate()
-            self._tell_pending()
+            self._record_pending()
         finally:
             self.close()
 
@@ -119,26 +119,26 @@ class Trainer:
         for name, optimizer in self.optimizers.items():
             with span(name, "reduce_gradients", step):
                 optimizer.finish_gradients()
-        # What the device found in the last step is read now, while it works on this one, when it costs no wait.
-        self._tell_pending()
+        # The last step's results are read now, while the device works on this step: that costs no wait.
+        self._record_pending()
         measured = self._measured
-        with span(TRAINER, "agree", step):
-            agreement = self.agree(totals, data, None if measured is None else measured.manifest)
+        with span(TRAINER, "reduce_results", step):
+            results = self.reduce(totals, data, None if measured is None else measured.manifest)
         rates = {name: self._learning_rate(name, step) for name in self.model.layout.grids}
         for name, optimizer in self.optimizers.items():
             with span(name, "optimizer_step", step):
-                optimizer.apply(agreement, rates[name])
+                optimizer.apply(results, rates[name])
         self.step = step
         self._measured = _Measured(data.manifest, start, now(device))
-        self._pending = _Pending(step, StepReport(agreement), rates, self._measured, measured)
-        return agreement
+        self._pending = _Pending(step, StepReport(results), rates, self._measured, measured)
+        return results
 
-    def agree(self, totals: StepTotals, data: StepData, previous: StepManifest | None = None) -> StepResults:
-        """The fused reduction of this step's totals, and of the usage of the `previous` step, over all ranks."""
+    def reduce(self, totals: StepTotals, data: StepData, previous: StepManifest | None = None) -> StepResults:
+        """Reduce this step's totals and the usage of the `previous` step over all ranks."""
         usage = None
         if previous is not None:
             usage = self.meter.usage(previous, self.runner.finished_seconds())
-        return self.agreement.reduce(
+        return self.reduction.reduce(
             self.optimizers,
             loss_sum=totals.loss_sum,
             loss_tokens=totals.loss_tokens,
@@ -149,15 +149,15 @@ class Trainer:
         )
 
     def _hash_difference(self, data: StepData) -> torch.Tensor:
-        """Hash of the items that this rank's encoders were given less that of the items it waits for, per lane."""
+        """[language lanes]: hash of the items given to this rank's modules, less the hash of those it expects."""
         layout, rank = self.model.layout, self.model.rank
         difference = torch.zeros(layout.language.dp, dtype=torch.float64)
         for name, items in data.items.items():
             at = layout.grids[name].coordinate(rank)
-            if at.tp == at.pp == 0:  # one rank tells of the items of a lane
+            if at.tp == at.pp == 0:  # one rank reports the items of a lane
                 for lane, identity in items:
                     difference[lane] += sample_hash([identity])
-        if self.agreement.reports_tokens:
+        if self.reduction.reports_tokens:
             difference[layout.language.coordinate(rank).dp] -= sample_hash(data.expected)
         return self.model.platform.put(difference)
 
@@ -165,16 +165,16 @@ class Trainer:
         """Evaluate now; rank 0 records and returns the result."""
         if self.evaluator is None:
             return None
-        self._tell_pending()
+        self._record_pending()
         record = self.evaluator.run(self.step)
         if self.log is not None and record is not None:
             self.log.evaluation(record)
-            self._tell_bad(self.step, self.evaluator.loader.bad.values())
+            self._record_bad_samples(self.step, self.evaluator.loader.bad.values())
         return record
 
     def save(self) -> None:
         """Write a checkpoint now."""
-        self._tell_pending()
+        self._record_pending()
         checkpoint.save(
             Path(self.config.run.dir) / "checkpoints",
             self.step,
@@ -190,7 +190,7 @@ class Trainer:
     def _learning_rate(self, module: str, step: int) -> float:
         return learning_rate(self.config.module_optim(module), step, self.config.train.steps)
 
-    def _tell_pending(self) -> None:
+    def _record_pending(self) -> None:
         """Read, check and record the last step's results, once."""
         pending, self._pending = self._pending, None
         if pending is None:
@@ -198,11 +198,11 @@ class Trainer:
         result = pending.report.read()
         self._check(pending, result)
         if self.log is not None:
-            self.log.step(self._record(pending, result))
+            self.log.step(self._step_record(pending, result))
             skipped_samples = pending.measured.manifest.skipped_samples
-            self._tell_bad(pending.step, [self.loader.bad[index] for index in skipped_samples])
+            self._record_bad_samples(pending.step, [self.loader.bad[index] for index in skipped_samples])
 
-    def _tell_bad(self, step: int | None, samples: Iterable[BadSample]) -> None:
+    def _record_bad_samples(self, step: int | None, samples: Iterable[BadSample]) -> None:
         """Record samples that are not trained on; `step` is None for those that were found by indexing."""
         if self.log is not None:
             self.log.bad_samples([{"step": step, **sample.record()} for sample in samples])
@@ -232,32 +232,34 @@ class Trainer:
             dict(zip(decoders, sums, strict=True)), {name: manifest.soft_tokens_of(name) for name in decoders}
         )
 
-    def _record(self, pending: _Pending, result: Mapping[str, Any]) -> dict[str, Any]:
-        seconds, modules = pending.measured.seconds, {}
-        for row, grid in enumerate(self.model.layout.grids.values()):
-            told = {"lr": pending.rates[grid.name], "grad_norm": result["module_grad_norm"][row]}
-            if pending.previous is None:
-                modules[grid.name] = told | dict.fromkeys(("mfu", "busy", "wait", "memory_gib"))
-                continue
-            busy, wait, flops = (value / pending.previous.seconds for value in result["usage"][row])
-            ranks = len(grid.ranks)
-            modules[grid.name] = told | {
-                "mfu": flops / (self._peak * ranks) if self._peak else None,
-                "busy": busy / ranks,
-                "wait": wait / ranks,
-                "memory_gib": max(result["memory_gib"][rank] for rank in grid.ranks),
-            }
+    def _step_record(self, pending: _Pending, result: Mapping[str, Any]) -> dict[str, Any]:
+        """The step's line of `metrics.jsonl` (`train.metrics`)."""
+        manifest, seconds = pending.measured.manifest, pending.measured.seconds
+        grids = self.model.layout.grids.values()
         return {
             "step": pending.step,
             "loss": result["loss"],
-            "losses": self._decoder_losses(pending.measured.manifest, result["decoder_losses"]),
+            "losses": self._decoder_losses(manifest, result["decoder_losses"]),
             "grad_norm": result["grad_norm"],
             "lr": pending.rates[LANGUAGE],
             "tokens": int(result["tokens"]),
             "loss_tokens": int(result["loss_tokens"]),
             "tokens_per_second": result["tokens"] / seconds,
             "step_seconds": seconds,
-            "bad_samples": self.loader.faults(pending.measured.manifest),
-            "imbalance": {name: asdict(part) for name, part in pending.measured.manifest.imbalance.items()},
-            "modules": modules,
+            "bad_samples": self.loader.faults(manifest),
+            "imbalance": {name: asdict(part) for name, part in manifest.imbalance.items()},
+            "modules": {
+                grid.name: {"lr": pending.rates[grid.name], "grad_norm": norm}
+                | self._usage_record(grid, ModuleUsage(*usage), result["memory_gib"], pending.previous)
+                for grid, norm, usage in zip(grids, result["module_grad_norm"], result["usage"], strict=True)
+            },
         }
+
+    def _usage_record(
+        self, grid: ModuleGrid, usage: ModuleUsage, memory_gib: Sequence[float], measured: _Measured | None
+    ) -> dict[str, float | None]:
+        """A module's shares of the `measured` step and the memory of its fullest rank; all None without such a step."""
+        if measured is None:
+            return dict.fromkeys(("mfu", "busy", "wait", "memory_gib"))
+        shares = utilisation(usage, ranks=len(grid.ranks), seconds=measured.seconds, peak=self._peak)
+        return shares | {"memory_gib": max(memory_gib[rank] for rank in grid.ranks)}

@@ -1,10 +1,9 @@
-"""How each module spends the step: seconds at work and waiting, floating point operations, memory."""
+"""How each module spends a step: seconds busy and waiting, floating point operations, memory."""
 
 import time
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 
 import torch
 
@@ -12,18 +11,15 @@ from mimo_gemma4.data.dataset import ShardDataset
 from mimo_gemma4.data.manifest import StepManifest
 from mimo_gemma4.flops import text_flops
 from mimo_gemma4.model.mimo_model import MimoModel
+from mimo_gemma4.optim.step_reduction import ModuleUsage, RankUsage
 from mimo_gemma4.weights.lora import AdaptedModule
 
-COLUMNS = ("busy", "wait", "flops")
-"""What a rank tells per module: seconds computing, seconds waiting for what others send, operations of the step."""
-
-
 Moment = float | torch.cuda.Event
-"""When the CPU, or the GPU's stream, came to some place of the program."""
+"""When the CPU or the GPU's stream reached a place in the program."""
 
 
 def now(device: torch.device) -> Moment:
-    """This moment on `device`; on a GPU, the one at which it will have done what is enqueued."""
+    """This moment; on a GPU, the moment at which it will have finished what is enqueued."""
     if device.type != "cuda":
         return time.perf_counter()
     event = torch.cuda.Event(enable_timing=True)
@@ -32,10 +28,10 @@ def now(device: torch.device) -> Moment:
 
 
 def seconds_between(start: Moment, end: Moment) -> float:
-    """Seconds from one moment to another, which a GPU must have passed: reading events does not wait for it."""
+    """Seconds from `start` to `end`. A GPU must have passed both: this does not wait for it."""
     if isinstance(start, torch.cuda.Event):
         assert isinstance(end, torch.cuda.Event)
-        return start.elapsed_time(end) / 1e3
+        return float(start.elapsed_time(end)) / 1e3
     assert isinstance(end, float)
     return end - start
 
@@ -64,37 +60,36 @@ class Stopwatch:
         return seconds
 
 
-@dataclass(frozen=True)
-class Usage:
-    """What one rank tells of one step."""
-
-    modules: torch.Tensor
-    """fp64 [modules, 3] on the device: `COLUMNS` per module of the layout; zero where this rank does not hold it."""
-    memory_gib: float
-    """Largest device memory in use so far, in GiB; on the CPU, of the process."""
-
-
 class UsageMeter:
-    """Counts this rank's operations and turns a stopwatch's times into a `Usage`."""
+    """Counts this rank's operations, and puts them and a stopwatch's times into a `RankUsage`."""
 
     def __init__(self, model: MimoModel, dataset: ShardDataset):
         """Operations follow from the manifest and the media headers of `dataset`."""
         self.model, self.dataset = model, dataset
         self.passes = {name: self._passes(name) for name in model.modules}
 
-    def usage(self, manifest: StepManifest, seconds: dict[tuple[str, str], float]) -> Usage:
-        """What this rank did in the step that `manifest` planned."""
-        table = torch.zeros(len(self.model.layout.grids), len(COLUMNS), dtype=torch.float64)
-        for row, name in enumerate(self.model.layout.grids):
-            if name in self.model.modules:
-                table[row, 0], table[row, 1] = seconds.get((name, "busy"), 0.0), seconds.get((name, "wait"), 0.0)
-                table[row, 2] = self._flops(name, manifest)
-        return Usage(self.model.platform.put(table), _peak_memory_gib(self.model.platform.device))
+    def usage(self, manifest: StepManifest, seconds: Mapping[tuple[str, str], float]) -> RankUsage:
+        """How this rank spent the step that `manifest` planned; `seconds` by (module, busy or wait)."""
+        modules = torch.tensor(
+            [self._module_usage(name, manifest, seconds) for name in self.model.layout.grids], dtype=torch.float64
+        )
+        return RankUsage(self.model.platform.put(modules), _peak_memory_gib(self.model.platform.device))
+
+    def _module_usage(self, name: str, manifest: StepManifest, seconds: Mapping[tuple[str, str], float]) -> ModuleUsage:
+        """A module's usage; zeros where this rank does not hold it."""
+        if name not in self.model.modules:
+            return ModuleUsage(0.0, 0.0, 0.0)
+        return ModuleUsage(
+            busy=seconds.get((name, "busy"), 0.0),
+            wait=seconds.get((name, "wait"), 0.0),
+            flops=self._flops(name, manifest),
+        )
 
     def _passes(self, name: str) -> int:
-        """How often a module's linears work: forward, for the gradients of their inputs, and of their weights.
+        """Number of passes through a module's linears: forward, gradients of inputs, gradients of weights.
 
-        The operations of an encoder's projector and of adapters are negligible; below adapters gradients still pass.
+        An encoder's projector and adapters themselves count as free. Gradients of inputs also pass through a frozen
+        language model or decoder, and through a module with adapters.
         """
         module = self.model.modules[name]
         adapters = set(module.adapters.parameters()) if isinstance(module, AdaptedModule) else set()
@@ -105,7 +100,7 @@ class UsageMeter:
         return 1 if name in self.model.encoders and not adapters else 2
 
     def _flops(self, name: str, manifest: StepManifest) -> float:
-        """Operations of this rank's data-parallel lane, told by one rank of the lane."""
+        """Operations of this rank's lane, reported by one rank of the lane and zero on the others."""
         grid = self.model.layout.grids[name]
         at = grid.coordinate(self.model.rank)
         if (at.tp, at.cp, at.pp) != (0, 0, 0):
@@ -121,6 +116,22 @@ class UsageMeter:
         forward = encoder.flops(item.header for item in items if item.media_type != "video")
         forward += encoder.frame_flops(item.header for item in items if item.media_type == "video")
         return forward * self.passes[name]
+
+
+def utilisation(usage: ModuleUsage, *, ranks: int, seconds: float, peak: float | None) -> dict[str, float | None]:
+    """A module's shares of a step: `busy` and `wait` of its ranks' time, `mfu` of their peak operations.
+
+    Args:
+        usage: of the module, summed over its ranks.
+        ranks: number of them.
+        seconds: length of the step.
+        peak: operations per second that one rank's device can do; None, and so `mfu`, where it is not known.
+    """
+    return {
+        "mfu": usage.flops / seconds / (peak * ranks) if peak else None,
+        "busy": usage.busy / seconds / ranks,
+        "wait": usage.wait / seconds / ranks,
+    }
 
 
 def _peak_memory_gib(device: torch.device) -> float:

@@ -1,1 +1,1 @@
-"""Compares a run's model with transformers."""
+"""Comparison of a run's model with transformers."""

@@ -1,4 +1,4 @@
-"""Checks a user can run on their own weights, layout and machine.
+"""Checks that users can run on their own weights, layout and machine.
 
 Run with:  torchrun --nproc-per-node N -m mimo_gemma4.verify hf-parity config=vlm.yaml model.hf_path=DIR [key=value …]
 
@@ -20,7 +20,7 @@ from torch import nn
 from mimo_gemma4.config import load_config
 from mimo_gemma4.distributed.collective_errors import all_ranks_or_raise
 from mimo_gemma4.distributed.platform import destroy_distributed
-from mimo_gemma4.errors import ConfigError, MimoError, tell
+from mimo_gemma4.errors import ConfigError, MimoError, report_error
 from mimo_gemma4.model.mimo_model import PRECISIONS
 from mimo_gemma4.train.build import build_model
 from mimo_gemma4.train.setup import RunSetup, set_up_run
@@ -28,15 +28,15 @@ from mimo_gemma4.verify.parity import Deviation, GreedyAgreement, Outputs, devia
 from mimo_gemma4.verify.sequences import DatasetSequences, RandomSequences, Sequences
 
 ALLOWED_RATIO = 1.1
-"""How much larger than the peer's an error may be: two correct implementations round differently, not worse."""
+"""Largest error relative to the peer's: two correct implementations round differently, but not worse."""
 ROUNDING = 1e-5
-"""Relative error that always passes: what the order of fp32 sums alone does to this model."""
-TOLD_AT_MOST = 20
-"""Disagreeing positions that are printed."""
+"""Relative error that always passes: the order of fp32 sums alone causes as much."""
+PRINTED_AT_MOST = 20
+"""Number of disagreeing positions that are printed, of either kind."""
 
 
 def main(arguments: list[str]) -> int:
-    """Run the check that the arguments name; the exit code: 0 where it passed, 1 where it did not."""
+    """Run the check that the arguments name and return the exit code: 0 if it passed, else 1."""
     parser = argparse.ArgumentParser(prog="python -m mimo_gemma4.verify", description=__doc__)
     checks = parser.add_subparsers(dest="check", required=True)
     parity = checks.add_parser("hf-parity", help="compare the configured layout with transformers")
@@ -49,7 +49,7 @@ def main(arguments: list[str]) -> int:
     try:
         return hf_parity(options, rest)
     except MimoError as error:
-        tell(error)
+        report_error(error)
         return 1
 
 
@@ -70,15 +70,15 @@ def hf_parity(options: argparse.Namespace, arguments: list[str]) -> int:
     def reference() -> tuple[list[Outputs], Deviation] | None:
         return _reference(setup, sequences, device) if setup.platform.rank == 0 else None
 
-    told = all_ranks_or_raise(host, reference)
+    truth_and_peer = all_ranks_or_raise(host, reference)
     model = build_model(setup)
     for module in model.modules.values():
         module.eval()
     with torch.no_grad():
         ours = sequences.run(model)
     passed = [True]
-    if told is not None:
-        truth, peer = told
+    if truth_and_peer is not None:
+        truth, peer = truth_and_peer
         found = Deviation.join([deviation(mine, true) for mine, true in zip(ours, truth, strict=True)])
         passed = [_report(found, peer, config.model.precision)]
     dist.broadcast_object_list(passed, src=0, group=host)
@@ -88,7 +88,7 @@ def hf_parity(options: argparse.Namespace, arguments: list[str]) -> int:
 
 
 def _reference(setup: RunSetup, sequences: Sequences, device: torch.device) -> tuple[list[Outputs], Deviation]:
-    """The truth, and the deviation of the peer from it."""
+    """Outputs of the truth, and the peer's deviation from them."""
     path, precision = str(setup.config.model.hf_path), setup.config.model.precision
     numbers = range(sequences.count)
     with _transformers_model(path, torch.float32, "eager", device) as model:
@@ -103,7 +103,7 @@ def _reference(setup: RunSetup, sequences: Sequences, device: torch.device) -> t
 
 @contextmanager
 def _transformers_model(path: str, dtype: torch.dtype, attention: str, device: torch.device) -> Iterator[nn.Module]:
-    """transformers' model of a directory, gone from the device afterwards."""
+    """transformers' model of a directory; its device memory is freed afterwards."""
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
     text_only = AutoConfig.from_pretrained(path).model_type.endswith("_text")
@@ -133,7 +133,7 @@ def _transformers_outputs(model: Any, inputs: dict[str, torch.Tensor]) -> Output
 
 
 def _keep(kept: list[torch.Tensor]) -> Callable[..., None]:
-    """A forward hook that puts a layer's hidden states on the host."""
+    """A forward hook that appends a layer's hidden states, copied to the host."""
 
     def hook(layer: nn.Module, arguments: Any, output: Any) -> None:
         kept.append((output[0] if isinstance(output, tuple) else output).cpu())
@@ -142,32 +142,32 @@ def _keep(kept: list[torch.Tensor]) -> Callable[..., None]:
 
 
 def _report(ours: Deviation, peer: Deviation, precision: str) -> bool:
-    """Print the comparison; whether it passed."""
+    """Print the comparison and return whether it passed."""
     from rich.console import Console
     from rich.table import Table
 
     table = Table("after", f"transformers {precision}", "here", "ratio", title="relative error against fp32")
-    rows = [(f"layer {number}", *errors) for number, errors in enumerate(zip(peer.layers, ours.layers, strict=True))]
-    rows.append(("logits", peer.logits, ours.logits))
-    for name, theirs, mine in rows:
+    errors = [(f"layer {number}", *pair) for number, pair in enumerate(zip(peer.layers, ours.layers, strict=True))]
+    errors.append(("logits", peer.logits, ours.logits))
+    for name, theirs, mine in errors:
         table.add_row(name, f"{theirs:.2e}", f"{mine:.2e}", f"{mine / theirs:.2f}")
     console = Console()
     console.print(table)
     agreement = GreedyAgreement.of(ours, peer)
     positions, decided = len(agreement.decided), int(agreement.decided.sum())
     wrong = len(agreement.near_ties) + len(agreement.faults)
-    print(f"greedy tokens: {positions - wrong} of {positions} as the truth has them")
+    print(f"greedy tokens: {positions - wrong} of {positions} equal the truth")
     print(f"decided positions (lead above twice the noise): {decided} ({decided / positions:.1%})")
     for name, places in (("near tie", agreement.near_ties), ("BUG", agreement.faults)):
-        for place in places[:TOLD_AT_MOST].tolist():
+        for place in places[:PRINTED_AT_MOST].tolist():
             print(
                 f"  {name}: position {place}: the truth prefers its token by {ours.cost[place]:.2e}, "
                 f"transformers' {precision} noise is {peer.noise[place]:.2e}"
             )
-        if len(places) > TOLD_AT_MOST:
-            print(f"  … and {len(places) - TOLD_AT_MOST} more of this kind")
-    worst = max(mine / theirs for _, theirs, mine in rows)
-    exact = all(mine <= max(ROUNDING, ALLOWED_RATIO * theirs) for _, theirs, mine in rows)
+        if len(places) > PRINTED_AT_MOST:
+            print(f"  … and {len(places) - PRINTED_AT_MOST} more of this kind")
+    worst = max(mine / theirs for _, theirs, mine in errors)
+    exact = all(mine <= max(ROUNDING, ALLOWED_RATIO * theirs) for _, theirs, mine in errors)
     passed = exact and not len(agreement.faults)
     print(
         f"{'PASSED' if passed else 'FAILED'}: largest ratio {worst:.2f} (allowed {ALLOWED_RATIO}, or errors up to "

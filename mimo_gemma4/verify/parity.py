@@ -1,4 +1,4 @@
-"""How far one implementation of a model is from another: per-layer and logit errors, greedy tokens, near ties."""
+"""Deviation of one implementation of a model from another: errors per layer and of logits, greedy tokens, near ties."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
@@ -33,9 +33,9 @@ class Deviation:
     noise: torch.Tensor
     """[positions of all sequences]: largest error of any logit."""
     lead: torch.Tensor
-    """[positions]: how far the truth's best logit is above its second best."""
+    """[positions]: the truth's best logit minus its second best."""
     cost: torch.Tensor
-    """[positions]: how far the truth's best logit is above that of the token chosen here; 0 where they are the same."""
+    """[positions]: the truth's best logit minus its logit of the token chosen here; 0 where they are the same token."""
 
     @classmethod
     def join(cls, parts: Sequence["Deviation"]) -> "Deviation":
@@ -75,18 +75,18 @@ def deviation(outputs: Outputs, truth: Outputs) -> Deviation:
 
 @dataclass(frozen=True)
 class GreedyAgreement:
-    """Greedy tokens of one implementation against the truth's, judged by the noise of a peer.
+    """Greedy tokens of one implementation compared with the truth's, judged by the noise of a peer.
 
-    Two logits that the peer (the reference in the precision of the run) gets wrong by up to its noise can change places
-    where the truth has them less than twice that apart: such positions are near ties, and say nothing.
+    The peer is the reference in the precision of the run. Errors up to its noise can swap two logits that are less than
+    twice that noise apart in the truth: such positions are near ties and prove nothing.
     """
 
     decided: torch.Tensor
-    """bool [positions]: no near tie."""
+    """bool [positions]: whether the truth's lead exceeds twice the noise."""
     near_ties: torch.Tensor
-    """Numbers of the positions where another token was chosen, and the noise explains it …"""
+    """Numbers of the positions where another token was chosen and the noise explains it."""
     faults: torch.Tensor
-    """… and where it does not."""
+    """Numbers of the positions where another token was chosen and the noise does not explain it."""
 
     @classmethod
     def of(cls, ours: Deviation, peer: Deviation) -> "GreedyAgreement":

@@ -1,8 +1,8 @@
-"""The sequences that a layout and transformers both compute for a comparison."""
+"""Sequences that both the configured layout and transformers compute, for a comparison."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.distributed as dist
@@ -21,13 +21,13 @@ from mimo_gemma4.verify.parity import Outputs
 
 
 class Sequences(Protocol):
-    """Some sequences, known to every rank."""
+    """Sequences that every rank knows."""
 
     count: int
     """Number of sequences."""
 
     def reference_inputs(self, number: int) -> dict[str, torch.Tensor]:
-        """Arguments of transformers' model for one sequence, a batch of one, on the host."""
+        """Arguments of transformers' model for one sequence [1, S], on the host."""
         ...
 
     def run(self, model: MimoModel) -> list[Outputs]:
@@ -36,10 +36,10 @@ class Sequences(Protocol):
 
 
 class RandomSequences:
-    """Text of random token ids, equal on every rank; every language lane computes all of them."""
+    """Random token ids, equal on every rank; every language lane computes all sequences."""
 
     def __init__(self, setup: RunSetup, count: int, length: int) -> None:
-        """`count` sequences of `length` tokens, rounded up to what the layout can cut."""
+        """`count` sequences of `length` tokens, rounded up to a length that the layout can cut."""
         self.count, self.setup = count, setup
         language = setup.layout.language
         multiple = sequence_multiple(language.cp, language.tp if language.sequence_parallel else 1)
@@ -59,11 +59,11 @@ class RandomSequences:
         parts: list[Part] = []
         if model.language is not None:
             lane = model.layout.language.coordinate(model.rank).dp
-            rows, length = self.ids.shape
+            sequences, length = self.ids.shape
             zeros = torch.zeros_like(self.ids)
             batch = LanguageBatch(self.ids, zeros, torch.arange(length).expand_as(zeros), zeros + 1, zeros)
-            places = [(row, row, length) for row in range(rows)]
-            part = compute(model, batch, Microbatch(lane, 0, rows, length, ()), [], places)
+            places = [Place(number, number, length) for number in range(sequences)]
+            part = compute(model, batch, Microbatch(lane, 0, sequences, length, ()), [], places)
             parts = [part] if lane == 0 else []
         return gather(parts, self.setup.groups.host)
 
@@ -81,7 +81,7 @@ class DatasetSequences:
         self.setup = replace(setup, config=replace(setup.config, eval=one_batch))
 
     def reference_inputs(self, number: int) -> dict[str, torch.Tensor]:
-        """Token ids, and the media as transformers' model takes them. Raises `ConfigError` for a foreign encoder."""
+        """Token ids and media inputs. Raises `ConfigError` for an encoder that transformers' Gemma 4 does not have."""
         inputs: dict[str, torch.Tensor] = {"input_ids": torch.from_numpy(self.dataset.encode(number).input_ids)[None]}
         items: dict[str, list[dict[str, torch.Tensor]]] = {}
         for media in self.dataset.media(number):
@@ -100,7 +100,7 @@ class DatasetSequences:
         return inputs
 
     def run(self, model: MimoModel) -> list[Outputs]:
-        """One evaluation batch through loader, encoders, bridges and language lanes."""
+        """One evaluation batch, through loader, encoders, bridges and language lanes."""
         parts: list[Part] = []
 
         def observe(batch: LanguageBatch, microbatch: Microbatch, media: Media) -> None:
@@ -108,7 +108,7 @@ class DatasetSequences:
                 assert model.language is not None
                 model.language.serve_experts()
                 return
-            places = [(planned.index, planned.sequence, planned.length) for planned in microbatch.samples]
+            places = [Place(planned.index, planned.sequence, planned.length) for planned in microbatch.samples]
             parts.append(compute(model, batch, microbatch, media, places))
 
         loader = build_loader(self.setup, self.dataset, train=False)
@@ -117,31 +117,43 @@ class DatasetSequences:
         return gather(parts, self.setup.groups.host)
 
     def _media_types(self, ids: torch.Tensor) -> torch.Tensor:
-        """transformers' numbers of the modalities at soft tokens: 1 images, 2 video, 3 audio; 0 elsewhere."""
+        """transformers' media types of the positions [1, S]: 1 image, 2 video, 3 audio, 0 text."""
         types = torch.zeros_like(ids)
         for number, name in enumerate(("image_token_id", "video_token_id", "audio_token_id"), start=1):
             types.masked_fill_(ids == self.setup.hf_config.get(name, -1), number)
         return types
 
 
+class Place(NamedTuple):
+    """Where a sequence lies in a microbatch."""
+
+    number: int
+    """Number of the sequence in the comparison."""
+    sequence: int
+    """Its place in the batch dimension."""
+    length: int
+    """Its tokens, without padding."""
+
+
 @dataclass(frozen=True)
 class Part:
-    """What one rank computes of a microbatch, on the host."""
+    """One rank's outputs for a microbatch, on the host."""
 
-    places: list[tuple[int, int, int]]
-    """(number, row, length) of every sequence in it."""
+    places: list[Place]
+    """The sequences of the microbatch."""
     shape: tuple[int, int]
     """[B, S] of the whole microbatch."""
-    states_at: torch.Tensor
-    """Positions whose hidden states this rank has, in its order …"""
     hidden: dict[int, torch.Tensor]
-    """… and these, by layer of its stage, after that layer, [positions, B, H]; empty where another rank has them."""
-    logits_at: torch.Tensor
-    """Positions whose logits this rank has, in its order …"""
-    words: slice
-    """… and for which words …"""
+    """Hidden states after each layer of this rank's stage, [positions (local), B, H]; empty where another
+    tensor-parallel rank has them."""
+    hidden_positions: torch.Tensor
+    """The positions of `hidden`, in its order."""
     logits: torch.Tensor
-    """… [B, positions, words]; no words on stages before the last."""
+    """[B, positions (local), vocabulary (local)]; an empty vocabulary on stages before the last."""
+    logit_positions: torch.Tensor
+    """The positions of `logits`, in its order."""
+    vocabulary: slice
+    """The token ids of `logits`."""
 
 
 def compute(
@@ -149,9 +161,9 @@ def compute(
     batch: LanguageBatch,
     microbatch: Microbatch,
     media: Media,
-    places: list[tuple[int, int, int]],
+    places: list[Place],
 ) -> Part:
-    """One microbatch on a language rank; collective over its lane and those that share its experts."""
+    """Run one microbatch on a language rank; collective over its lane and those that share its experts."""
     language, adapter = model.language, model.adapter
     assert language is not None and adapter is not None
     hidden: dict[int, torch.Tensor] = {}
@@ -166,22 +178,28 @@ def compute(
         handle.remove()
     index, tp = adapter.token_index(microbatch.seq_length), language.tp_group
     logits = torch.empty(microbatch.sequences, len(index), 0) if final is None else language.logits(final).cpu()
-    states_at = index.chunk(tp.size())[tp.rank()] if language.config.sequence_parallel else index
+    hidden_positions = index.chunk(tp.size())[tp.rank()] if language.config.sequence_parallel else index
     if not language.config.sequence_parallel and tp.rank() > 0:
         hidden = {}
-    words = logits.shape[-1]
-    first = tp.rank() * words
-    shape = (microbatch.sequences, microbatch.seq_length)
-    return Part(places, shape, states_at, hidden, index, slice(first, first + words), logits)
+    first = tp.rank() * logits.shape[-1]
+    return Part(
+        places=places,
+        shape=(microbatch.sequences, microbatch.seq_length),
+        hidden=hidden,
+        hidden_positions=hidden_positions,
+        logits=logits,
+        logit_positions=index,
+        vocabulary=slice(first, first + logits.shape[-1]),
+    )
 
 
 def gather(parts: list[Part], host: dist.ProcessGroup) -> list[Outputs]:
-    """The sequences in order of their numbers, put together on rank 0 from the parts of all ranks; empty elsewhere."""
+    """Assemble the sequences from the parts of all ranks, by number, on rank 0; empty elsewhere. Collective."""
     everyone: list[list[Part]] | None = [[] for _ in range(host.size())] if host.rank() == 0 else None
     dist.gather_object(parts, everyone, dst=0, group=host)
     by_microbatch: dict[tuple[int, ...], list[Part]] = {}
     for part in (part for found in everyone or [] for part in found):
-        by_microbatch.setdefault(tuple(number for number, _, _ in part.places), []).append(part)
+        by_microbatch.setdefault(tuple(place.number for place in part.places), []).append(part)
     outputs: dict[int, Outputs] = {}
     for same in by_microbatch.values():
         outputs |= _assemble(same)
@@ -189,19 +207,21 @@ def gather(parts: list[Part], host: dist.ProcessGroup) -> list[Outputs]:
 
 
 def _assemble(parts: list[Part]) -> dict[int, Outputs]:
-    """Sequences of one microbatch from the parts of a lane's ranks, by number."""
-    rows, length = parts[0].shape
+    """The sequences of one microbatch, by number, from the parts of a lane's ranks."""
+    sequences, length = parts[0].shape
     hidden: list[torch.Tensor] = []
     for layer in sorted({layer for part in parts for layer in part.hidden}):
-        states = [(part.states_at, part.hidden[layer]) for part in parts if layer in part.hidden]
+        states = [(part.hidden_positions, part.hidden[layer]) for part in parts if layer in part.hidden]
         whole = torch.empty(length, *states[0][1].shape[1:], dtype=states[0][1].dtype)
         for index, values in states:
             whole[index] = values
         hidden.append(whole)
-    logits = torch.empty(rows, length, max(part.words.stop for part in parts))
+    logits = torch.empty(sequences, length, max(part.vocabulary.stop for part in parts))
     for part in parts:
-        logits[:, part.logits_at, part.words] = part.logits
+        logits[:, part.logit_positions, part.vocabulary] = part.logits
     return {
-        number: Outputs([states[:count, row] for states in hidden], logits[row, :count])
-        for number, row, count in parts[0].places
+        place.number: Outputs(
+            [states[: place.length, place.sequence] for states in hidden], logits[place.sequence, : place.length]
+        )
+        for place in parts[0].places
     }

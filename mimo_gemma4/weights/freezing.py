@@ -13,21 +13,21 @@ FreezeRule = bool | Literal["tower"] | list[str]
 
 
 def freeze(name: str, module: BoundModule, rule: FreezeRule, elsewhere: Collection[str] = ()) -> None:
-    """Stop training what `rule` names.
+    """Set `requires_grad` to false for the parameters that `rule` freezes.
 
-    True is everything, False nothing, `tower` all but the projector, and a list of patterns (`*` wildcards) the
-    parameters whose Hugging Face names match one; of a parameter that several match, the last decides, and a pattern
-    behind `!` decides that it trains.
+    True freezes everything, False nothing, `tower` everything but the projector. A list of patterns (`*` wildcards)
+    freezes the parameters whose Hugging Face names match one. If a parameter matches several, the last one decides; a
+    pattern after `!` makes it train.
 
     Args:
         name: the module's name in the layout.
-        module: has `bindings()`, and `projector_parameters()` where `tower` has a meaning.
+        module: has `bindings()`, and `projector_parameters()` if it has a projector.
         rule: the option.
-        elsewhere: Hugging Face names of parameters that other pipeline stages of the module hold; a pattern may match
-            those alone.
+        elsewhere: Hugging Face names of parameters on other pipeline stages of the module; a pattern may match only
+            these.
 
     Raises `ConfigError` for a pattern that matches no parameter, for patterns that match a part of a fused parameter,
-    and for `tower` of a module without a projector.
+    and for `tower` with a module that has no projector.
     """
     if isinstance(rule, bool):
         frozen = list(module.parameters()) if rule else []
@@ -50,7 +50,7 @@ def freeze(name: str, module: BoundModule, rule: FreezeRule, elsewhere: Collecti
 def _matching(
     name: str, bindings: list[Binding], patterns: list[str], elsewhere: Collection[str]
 ) -> list[nn.Parameter]:
-    """Parameters of whose Hugging Face names the last pattern that matches is one without `!`."""
+    """The parameters to freeze: the last pattern that matches their Hugging Face name has no `!`."""
     names: dict[nn.Parameter, set[str]] = {}
     for binding in bindings:
         if isinstance(binding.tensor, nn.Parameter):

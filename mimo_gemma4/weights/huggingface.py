@@ -1,8 +1,8 @@
-"""Reads the tensors of a Hugging Face directory of safetensors files, by slices or rows, under one set of names.
+"""Reads tensors from a Hugging Face directory of safetensors files, by slices or rows, under one set of names.
 
-Names are those of `Gemma4ForConditionalGeneration`: `model.language_model.layers.0…`, `model.vision_tower.…`. Files of
-a text-only `Gemma4ForCausalLM` (`model.layers.0…`), of a model without its head, and older ones that put
-`language_model.model.` first are translated. `lm_head.weight` is left out: the head is the embedding.
+The names are `Gemma4ForConditionalGeneration`'s: `model.language_model.layers.0…`, `model.vision_tower.…`. Names in
+files of a text-only `Gemma4ForCausalLM` (`model.layers.0…`), of a model without its head, and in older files that
+begin with `language_model.model.` are translated. `lm_head.weight` is left out: the head is the embedding.
 """
 
 import json
@@ -35,12 +35,12 @@ _PREFIXES: dict[str, tuple[tuple[str, str], ...]] = {
     "model.": (("model.", LANGUAGE), ("", "")),
     "": (("lm_head.", "lm_head."), ("", LANGUAGE)),
 }
-"""By the prefix under which files hold `embed_tokens.weight`: how the first prefix that fits a name is replaced."""
+"""By the files' prefix of `embed_tokens.weight`: pairs of prefixes, of which the first that fits a name is replaced."""
 
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """A tensor as the directory holds it."""
+    """A tensor in the directory."""
 
     name: str
     """Its name in the files."""
@@ -51,7 +51,7 @@ class HuggingFaceSource:
     """Tensors by name from `model.safetensors`, or from the files that `model.safetensors.index.json` lists."""
 
     def __init__(self, path: str | Path):
-        """Read all headers. Raises `CheckpointError` where the directory holds no weights, or not all that it lists."""
+        """Read all headers. Raises `CheckpointError` if the directory has no weights, or lacks a file that it lists."""
         self.path = Path(path)
         files = [TensorFile(file) for file in _weight_files(self.path)]
         self._files = {name: file for file in files for name in file.entries}
@@ -99,18 +99,18 @@ def check_tensors(
     unused: Set[str] | None,
     host: dist.ProcessGroup,
 ) -> dict[str, int]:
-    """Compare the directory with what all ranks are to read of it; collective.
+    """Compare the directory with the tensors that all ranks will read from it; collective.
 
     Args:
         origin: key and path of the directory, for messages.
         source: the directory.
-        bindings: what this rank is to read.
-        unused: names that files may hold without a use; None: whatever else they hold is of no concern.
+        bindings: the tensors that this rank will read.
+        unused: names of tensors that files may hold beside them; None: any.
         host: gloo group over all ranks.
 
-    Returns how many tensors belong to no module of the layout, by the first two parts of their names. Raises one
-    `CheckpointError`, on every rank alike, that lists every tensor that is missing, has another shape, or lies among
-    those of a module of the layout without being a part of it.
+    Returns the number of tensors that belong to no module of the layout, by the first two parts of their names. Raises
+    one `CheckpointError`, on every rank, that lists all tensors that are missing, have another shape, or are named
+    like a module of the layout but unknown to it.
     """
     mine = ({binding.name: binding.shape for binding in bindings}, unused)
     everyone: list[Any] = [None] * host.size()
@@ -134,7 +134,7 @@ def check_tensors(
 
 
 def misshapen(name: str, found: tuple[int, ...], wanted: tuple[int, ...]) -> str:
-    """In words: a tensor has another shape than its configuration says."""
+    """Error message for a tensor whose shape is not the configuration's."""
     return f"{name} has shape {list(found)}, but its config.json asks for {list(wanted)}"
 
 
@@ -144,7 +144,7 @@ def part_of_model(name: str) -> str:
 
 
 def count_by_part(names: Iterable[str]) -> dict[str, int]:
-    """How many tensors each part of the model has among `names`."""
+    """Number of tensors of each part of the model among `names`."""
     return dict(sorted(Counter(part_of_model(name) for name in names).items()))
 
 

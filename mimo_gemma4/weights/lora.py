@@ -1,15 +1,15 @@
 """Low-rank adapters on the linears of any module: `weight + scale * B A`, of which only A and B train.
 
-The method is that of Hu et al. 2021 (arXiv:2106.09685). Adapters attach to a module from outside: its bindings tell
-which local linear holds the rows of which Hugging Face weight, and the class of the linear how it is cut over tensor
-parallel ranks. A and B are cut like the weight they belong to, so whatever travels between ranks is `rank` wide.
+The method is from Hu et al. 2021 (arXiv:2106.09685). Adapters attach to a module from outside: its bindings determine
+which local linear holds which rows of a Hugging Face weight, and the linear's class how these are cut over
+tensor-parallel ranks. A and B are cut like their weight, so all that ranks exchange is `rank` wide.
 """
 
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Sequence
 from fnmatch import fnmatchcase
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
 import torch.nn.functional as F
@@ -25,17 +25,26 @@ from torch import Tensor, nn
 from mimo_gemma4.config import LoraConfig
 from mimo_gemma4.config.structured import did_you_mean
 from mimo_gemma4.errors import ConfigError
-from mimo_gemma4.weights.bindings import Binding, BoundModule, Constant, Uniform, share_between_stages
+from mimo_gemma4.weights.bindings import Binding, BoundModule, Constant, GradientSum, Uniform
 
 LINEARS = (nn.Linear, ColumnParallelLinear, RowParallelLinear)
 WEIGHT = ".weight"
 
 
-class LowRankAdapter(nn.Module):
-    """The adapters of all targets that one local weight holds: their A are stacked and read the input once.
+@runtime_checkable
+class SelectsRows(Protocol):
+    """A linear whose weight holds more output rows than this rank computes."""
 
-    Between A and B stands what the base does between its input and its output: under sequence parallelism a gather of
-    [S/tp, B, targets * rank] before a column-parallel base, for example, instead of one of [S/tp, B, H].
+    def local_rows(self, whole: Tensor) -> Tensor:
+        """The rows that this rank computes, of a tensor with as many rows as the weight."""
+        ...
+
+
+class LowRankAdapter(nn.Module):
+    """The adapters of all targets in one local weight: their A are stacked and read the input once.
+
+    Between A and B stands the base's communication between its input and its output. Before a column-parallel base
+    under sequence parallelism, for example, it gathers [S/tp, B, targets * rank] instead of [S/tp, B, H].
     """
 
     def __init__(self, base: nn.Module, targets: Iterable[Binding], lora: LoraConfig):
@@ -45,26 +54,23 @@ class LowRankAdapter(nn.Module):
         self.rank, self.scale = lora.rank, lora.scale
         weight: Tensor = base.weight  # type: ignore[assignment]
         rows = sum(_length(target.region[0]) for target in self.targets)
-        cut = _cut(base)
-        self.a = _parameter(weight.new_empty(len(self.targets) * self.rank, weight.shape[1]), cut.partial_a)
+        self.cut = _cut(base, self.targets)
+        self.a = nn.Parameter(weight.new_empty(len(self.targets) * self.rank, weight.shape[1]))
         """[targets * rank, inputs (local)]."""
-        if isinstance(base, nn.Linear) and any(_length(t.index[0]) < t.shape[0] for t in self.targets):
-            share_between_stages(self.a, "pp")  # each stage has its layers' rows of the base, and so of B, but all of A
-        self.b = _parameter(weight.new_empty(rows, self.rank), cut.partial_b)
+        self.b = nn.Parameter(weight.new_empty(rows, self.rank))
         """[output rows of the targets (local), rank]."""
-        self.combine = cut.combine
         self.outputs = weight.shape[0]
-        # A base that holds more output rows than it computes selects its own from whatever has as many rows.
-        self.select: Callable[[Tensor], Tensor] = getattr(base, "local_rows", lambda whole: whole)
+        # A base may hold more output rows than it computes; it selects the same rows of B.
+        self.select = base.local_rows if isinstance(base, SelectsRows) else _unchanged
 
     def forward(self, inputs: Tensor, output: Tensor) -> Tensor:
-        """`output` [..., outputs (local)] of the base for `inputs` [..., inputs (local)], with the adapters' added."""
-        low = self.combine(F.linear(inputs, self.a))  # [..., targets * rank]
+        """Add the adapters' terms for `inputs` [..., inputs (local)] to the base's `output` [..., outputs (local)]."""
+        low = self.cut.combine(F.linear(inputs, self.a))  # [..., targets * rank]
         matrix = self.select(self._block_diagonal())
         return torch.addmm(output.flatten(0, -2), low.flatten(0, -2), matrix.t(), alpha=self.scale).view_as(output)
 
     def _block_diagonal(self) -> Tensor:
-        """B of all targets as one matrix [rows of the base, targets * rank]; rows that are no target's are zero."""
+        """B of all targets as one matrix [rows of the base, targets * rank]; rows outside of targets are zero."""
         if len(self.b) == self.outputs and len(self.targets) == 1:
             return self.b
         blocks, row, taken = [], 0, 0
@@ -75,9 +81,9 @@ class LowRankAdapter(nn.Module):
         return torch.block_diag(*blocks, self.b.new_zeros(self.outputs - row, 0))
 
     def bindings(self) -> list[Binding]:
-        """A and B of every target, under the name that PEFT gives them: `<linear>.lora_A.weight`, `.lora_B.weight`.
+        """A and B of every target under PEFT's names, `<linear>.lora_A.weight` and `.lora_B.weight`.
 
-        A [rank, inputs] starts uniform within 1 / sqrt(inputs), as PEFT's, and B [outputs, rank] at zero.
+        A [rank, inputs] starts uniform within 1 / sqrt(inputs), as in PEFT, and B [outputs, rank] at zero.
         """
         bound, taken = [], 0
         low = slice(0, self.rank)
@@ -86,16 +92,18 @@ class LowRankAdapter(nn.Module):
             of_a = (slice(number * self.rank, (number + 1) * self.rank), slice(0, self.a.shape[1]))
             of_b = (slice(taken, taken + _length(rows)), low)
             taken += _length(rows)
-            initial = Uniform(inputs**-0.5)
+            shape_a, index_a, initial_a = (self.rank, inputs), (low, columns), Uniform(inputs**-0.5)
+            shape_b, index_b, initial_b = (outputs, self.rank), (rows, low), Constant(0.0)
+            sum_a, sum_b = self.cut.sum_a, self.cut.sum_b
             bound += [
-                Binding(f"{name}.lora_A.weight", (self.rank, inputs), (low, columns), self.a, of_a, initial),
-                Binding(f"{name}.lora_B.weight", (outputs, self.rank), (rows, low), self.b, of_b, Constant(0.0)),
+                Binding(f"{name}.lora_A.weight", shape_a, index_a, self.a, of_a, initial_a, sum_a),
+                Binding(f"{name}.lora_B.weight", shape_b, index_b, self.b, of_b, initial_b, sum_b),
             ]
         return bound
 
 
 class AdaptedModule(nn.Module):
-    """A module of the layout together with the adapters on its linears; it computes as before, through `base`."""
+    """A module of the layout together with the adapters on its linears; `base` computes."""
 
     def __init__(self, base: BoundModule, adapters: Iterable[LowRankAdapter]):
         """Take `base`, an `nn.Module` whose linears already hold `adapters`."""
@@ -104,27 +112,27 @@ class AdaptedModule(nn.Module):
         self.adapters = nn.ModuleList(adapters)
 
     def bindings(self) -> list[Binding]:
-        """The base's, then the adapters'."""
+        """The base's bindings, then the adapters'."""
         return [*self.base.bindings(), *self.adapter_bindings()]
 
     def unused_tensors(self) -> Collection[str]:
-        """The base's."""
+        """The base's unused tensors."""
         return self.base.unused_tensors()
 
     def adapter_bindings(self) -> list[Binding]:
-        """What this rank holds of every A and B."""
+        """This rank's slices of every A and B."""
         return [binding for adapter in self.adapters for binding in adapter.bindings()]  # type: ignore[operator]
 
 
 def attach(name: str, module: BoundModule, lora: LoraConfig, elsewhere: Collection[str] = ()) -> AdaptedModule:
-    """Put adapters on the linears of `module` that `lora.targets` name; their values are uninitialised.
+    """Put adapters on the linears of `module` that match `lora.targets`; their values are uninitialised.
 
     Args:
         name: the module's name in the layout.
-        module: an `nn.Module` of which only the linears' forward changes.
+        module: an `nn.Module`; only the forward of its linears changes.
         lora: rank, scale, and name patterns of the linears.
-        elsewhere: Hugging Face names of parameters that other pipeline stages of the module hold; a pattern may match
-            those alone.
+        elsewhere: Hugging Face names of parameters on other pipeline stages of the module; a pattern may match only
+            these.
 
     Raises `ConfigError` for a pattern that names no linear, an expert's weight, or a linear held in several pieces.
     """
@@ -135,7 +143,7 @@ def attach(name: str, module: BoundModule, lora: LoraConfig, elsewhere: Collecti
     others = [_linear(binding) for binding in bindings if id(binding.tensor) not in owners]
     other_stages = {name.removesuffix(WEIGHT) for name in elsewhere} - linears.keys() - set(others)
     for pattern in lora.targets:
-        if any(fnmatchcase(linear, pattern) for linear in other_stages):  # which say whether they are linears
+        if any(fnmatchcase(linear, pattern) for linear in other_stages):  # those stages check that these are linears
             continue
         _check_pattern(f"modules.{name}.lora.targets", pattern, list(linears), others)
     targets: dict[nn.Module, list[Binding]] = {}
@@ -148,14 +156,22 @@ def attach(name: str, module: BoundModule, lora: LoraConfig, elsewhere: Collecti
                     f"adapter then: name other linears, or set layout.{name}.tp to 1"
                 )
             targets.setdefault(owners[id(binding.tensor)], []).append(binding)
+    adapters = []
     for base, found in targets.items():
-        base.low_rank = LowRankAdapter(base, found, lora)
-        base.register_forward_hook(_add_adapters)
-    return AdaptedModule(module, [base.low_rank for base in targets])  # type: ignore[misc]
+        adapter = LowRankAdapter(base, found, lora)
+        base.add_module("low_rank", adapter)
+        base.register_forward_hook(partial(_add_adapter, adapter))
+        adapters.append(adapter)
+    return AdaptedModule(module, adapters)
 
 
-def _add_adapters(base: nn.Module, inputs: tuple[Tensor, ...], output: Tensor | tuple) -> Tensor | tuple:
-    adapter: LowRankAdapter = base.low_rank  # type: ignore[assignment]
+def has_adapter(linear: nn.Module) -> bool:
+    """Whether `attach` has put an adapter on a linear: then its output is more than the product with its weight."""
+    return any(isinstance(child, LowRankAdapter) for child in linear.children())
+
+
+def _add_adapter(adapter: LowRankAdapter, base: nn.Module, inputs: tuple[Tensor, ...], output: Any) -> Any:
+    """Forward hook of a linear."""
     if isinstance(output, tuple):  # megatron-core's linears return (output, bias)
         return adapter(inputs[0], output[0]), *output[1:]
     return adapter(inputs[0], output)
@@ -182,42 +198,38 @@ def _check_pattern(key: str, pattern: str, linears: list[str], others: list[str]
 
 
 class _Cut(NamedTuple):
-    """How the adapter of a base that is cut over tensor parallel ranks is cut itself."""
+    """How an adapter is cut over tensor-parallel ranks, given its base."""
 
     combine: Callable[[Tensor], Tensor]
-    """What happens to A's product [..., targets * rank] before B multiplies it."""
-    partial_a: bool
-    """Whether ranks hold equal A and each computes a part of its gradient."""
-    partial_b: bool
-    """The same of B."""
+    """Communication between A's product [..., targets * rank] and B."""
+    sum_a: tuple[GradientSum, ...] = ()
+    """Groups over which A's gradient is summed: their ranks hold equal A and each computes a part of its gradient."""
+    sum_b: tuple[GradientSum, ...] = ()
+    """The same for B."""
 
 
-def _cut(base: nn.Module) -> _Cut:
+def _cut(base: nn.Module, targets: Sequence[Binding]) -> _Cut:
     if isinstance(base, ColumnParallelLinear):
         assert not base.gather_output, "an adapter needs the linear's local output rows"
         if base.sequence_parallel:
-            return _Cut(partial(gather_from_sequence_parallel_region, group=base.tp_group), True, False)
+            return _Cut(partial(gather_from_sequence_parallel_region, group=base.tp_group), sum_a=("tp",))
         if base.disable_grad_reduce:  # the caller sums input gradients over ranks, so each rank's is a part
-            return _Cut(_unchanged, True, False)
-        return _Cut(partial(copy_to_tensor_model_parallel_region, group=base.tp_group), False, False)
+            return _Cut(_unchanged, sum_a=("tp",))
+        return _Cut(partial(copy_to_tensor_model_parallel_region, group=base.tp_group))
     if isinstance(base, RowParallelLinear):
         assert base.input_is_parallel, "an adapter needs the linear's local input columns"
         if base.sequence_parallel:
-            return _Cut(partial(reduce_scatter_to_sequence_parallel_region, group=base.tp_group), False, True)
-        return _Cut(partial(reduce_from_tensor_model_parallel_region, group=base.tp_group), False, False)
-    partial_gradient = getattr(base.weight, "tp_gradient_partial", False)
-    return _Cut(_unchanged, partial_gradient, partial_gradient)
+            return _Cut(partial(reduce_scatter_to_sequence_parallel_region, group=base.tp_group), sum_b=("tp",))
+        return _Cut(partial(reduce_from_tensor_model_parallel_region, group=base.tp_group))
+    whole = targets[0].gradient_sum  # every rank holds the base whole, and so A and B
+    if any(_length(target.index[0]) < target.shape[0] for target in targets):
+        # Each pipeline stage has its layers' rows of the base, and so of B, but all of A.
+        return _Cut(_unchanged, sum_a=(*whole, "pp"), sum_b=whole)
+    return _Cut(_unchanged, sum_a=whole, sum_b=whole)
 
 
 def _unchanged(low: Tensor) -> Tensor:
     return low
-
-
-def _parameter(values: Tensor, partial_gradient: bool) -> nn.Parameter:
-    parameter = nn.Parameter(values)
-    if partial_gradient:
-        parameter.tp_gradient_partial = True  # type: ignore[attr-defined]
-    return parameter
 
 
 def _linear(binding: Binding) -> str:

@@ -1,6 +1,6 @@
-"""Adapters outside of a training run: in PEFT's files, or added to the weights they adapt.
+"""Adapters outside of a training run: in PEFT's files, or merged into the weights that they adapt.
 
-PEFT keeps an adapter as `adapter_config.json` and `adapter_model.safetensors`; its tensors are named
+PEFT stores an adapter as `adapter_config.json` and `adapter_model.safetensors`; its tensors are named
 `base_model.model.<linear>.lora_A.weight` [rank, inputs] and `.lora_B.weight` [outputs, rank].
 """
 
@@ -25,23 +25,23 @@ A, B = ".lora_A.weight", ".lora_B.weight"
 
 
 def adapted_linears(names: Iterable[str]) -> list[str]:
-    """The linears whose adapters are among the tensors of these names, sorted."""
+    """Sorted names of the linears that have adapters, from the names of tensors."""
     return sorted(name.removesuffix(A) for name in names if name.endswith(A))
 
 
 @dataclass(frozen=True)
 class TrainedAdapters:
-    """Adapters as a run has trained them."""
+    """Adapters that a run has trained."""
 
     tensors: Mapping[str, Tensor]
-    """A and B under their names in a checkpoint, `<linear>.lora_A.weight` and so on; may read each when asked."""
+    """A and B under their names in a checkpoint, `<linear>.lora_A.weight` and so on; may be read on access."""
     scales: Mapping[str, float]
     """By linear, the factor of its B A."""
 
     def merged(self, name: str, rows: Tensor, start: int = 0) -> Tensor:
-        """Rows from number `start` on of the Hugging Face tensor `name`, plus the product of its adapter in fp32.
+        """`rows` of the Hugging Face tensor `name`, from number `start` on, plus its adapter's product in fp32.
 
-        A tensor without adapter comes back as it is.
+        Rows of a tensor without adapter are returned unchanged.
         """
         linear = name.removesuffix(".weight")
         if linear not in self.scales:
@@ -62,7 +62,7 @@ class TrainedAdapters:
 
 
 def _peft_config(ranks: Mapping[str, int], scales: Mapping[str, float], base_model: str | None) -> dict[str, Any]:
-    """`adapter_config.json`: rank and alpha of the first linear, and patterns for those that have others."""
+    """`adapter_config.json`: rank and alpha of the first linear, and patterns for linears with others."""
     alphas = {linear: scales[linear] * rank for linear, rank in ranks.items()}
     rank, alpha = next(iter(ranks.values())), next(iter(alphas.values()))
     return {
@@ -86,11 +86,11 @@ class AdapterSource:
         """Open the folder and compare it with the configuration.
 
         Args:
-            folder: of `adapter_config.json` and `adapter_model.safetensors`.
-            key: of `lora` in the configuration, for messages.
-            lora: what the run expects: rank and scale.
+            folder: holds `adapter_config.json` and `adapter_model.safetensors`.
+            key: key of `lora` in the configuration, for messages.
+            lora: rank and scale that the run expects.
 
-        Raises `ConfigError` where rank, scale or method differ, `CheckpointError` where files are missing.
+        Raises `ConfigError` if rank, scale or method differ, `CheckpointError` if files are missing.
         """
         self.folder, self.key = folder, key
         missing = [name for name in (CONFIG, TENSORS) if not (folder / name).is_file()]
@@ -112,11 +112,11 @@ class AdapterSource:
         return stored[index]
 
     def check_all_read(self, linears: Iterable[str], adapted: Iterable[str]) -> None:
-        """Raise `ConfigError` where the folder adapts other linears of the module than the configuration.
+        """Raise `ConfigError` if the folder adapts linears of the module that the configuration does not adapt.
 
         Args:
-            linears: every weight's name without `.weight` in the module.
-            adapted: those that get an adapter.
+            linears: names, without `.weight`, of all weights of the module.
+            adapted: names of the linears that get an adapter.
         """
         left = sorted(set(adapted_linears(self.names)) & set(linears) - set(adapted))
         if left:
@@ -127,7 +127,7 @@ class AdapterSource:
 
 
 def _check_config(peft: Mapping[str, Any], folder: Path, key: str, lora: LoraConfig) -> None:
-    """Raise `ConfigError` where a PEFT configuration is not that of `lora`."""
+    """Raise `ConfigError` if a PEFT configuration does not match `lora`."""
     beyond = ("use_dora", "lora_bias", "rank_pattern", "alpha_pattern", "modules_to_save")
     used = [name for name in beyond if peft.get(name)]
     if peft.get("peft_type") != "LORA" or used:

@@ -1,7 +1,7 @@
-"""Safetensors files a few rows at a time, for conversions that must not hold a model, a file or even a tensor.
+"""Reads and writes safetensors files a few rows at a time, so that conversions hold no whole model, file or tensor.
 
-safetensors' own functions map whole files, whose pages then count as memory of the process, and write a file only from
-all of its tensors at once. The format is simple enough: the length of a JSON header as 8 bytes, the header, the data
+safetensors' own functions map whole files, whose pages count as memory of the process, and write a file only from all
+of its tensors at once. The format: the length of a JSON header as 8 bytes, the header, the data
 (https://huggingface.co/docs/safetensors).
 """
 
@@ -19,7 +19,7 @@ from torch import Tensor
 from mimo_gemma4.errors import CheckpointError
 
 PIECE_BYTES = 64 * 2**20
-"""About how much of a tensor is read and written at a time."""
+"""Approximate size of the pieces in which tensors are read and written."""
 
 DTYPES = {
     "BOOL": torch.bool,
@@ -35,20 +35,20 @@ DTYPES = {
     "F32": torch.float32,
     "F64": torch.float64,
 }
-"""Element types by the names that safetensors gives them."""
+"""Element types by their names in safetensors."""
 
 
 class Checksum(Protocol):
-    """What `hashlib` makes."""
+    """A hash object of `hashlib`."""
 
     def update(self, data: Any, /) -> None:
-        """Take in more bytes."""
+        """Add bytes."""
         ...
 
 
 @dataclass(frozen=True)
 class TensorEntry:
-    """Element type, as safetensors names it, and shape of a stored tensor. A scalar counts as one row."""
+    """Element type, by its name in safetensors, and shape of a stored tensor. A scalar counts as one row."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -79,7 +79,7 @@ class TensorFile:
     """The header of a safetensors file, read once, and its tensors by rows; no file stays open."""
 
     def __init__(self, path: Path):
-        """Read the header. Raises `CheckpointError` where it is damaged or has an element type that torch lacks."""
+        """Read the header. Raises `CheckpointError` if it is damaged or has an element type that torch lacks."""
         self.path = path
         try:
             with path.open("rb") as file:
@@ -87,15 +87,23 @@ class TensorFile:
                 if length > path.stat().st_size - 8:
                     raise ValueError(f"a header of {length} bytes in a file of {path.stat().st_size}")
                 header = json.loads(file.read(length))
-        except (OSError, ValueError) as error:
+            self.metadata: dict[str, str] = header.pop("__metadata__", {})
+            self.entries = {
+                name: TensorEntry(entry["dtype"], tuple(map(int, entry["shape"]))) for name, entry in header.items()
+            }
+            spans = {
+                name: (int(start), int(end)) for name, entry in header.items() for start, end in [entry["data_offsets"]]
+            }
+        except (OSError, ValueError, AttributeError, KeyError, TypeError) as error:
             raise CheckpointError(f"{path} is no readable safetensors file: {error}") from error
-        self.metadata: dict[str, str] = header.pop("__metadata__", {})
-        foreign = sorted({entry["dtype"] for entry in header.values()} - set(DTYPES))
+        foreign = sorted({entry.dtype for entry in self.entries.values()} - set(DTYPES))
         if foreign:
             raise CheckpointError(f"{path} holds tensors of types {foreign}; known: {', '.join(DTYPES)}")
-        self.entries = {name: TensorEntry(entry["dtype"], tuple(entry["shape"])) for name, entry in header.items()}
-        self._starts = {name: 8 + length + entry["data_offsets"][0] for name, entry in header.items()}
-        needed = 8 + length + max((entry["data_offsets"][1] for entry in header.values()), default=0)
+        for name, (start, end) in spans.items():
+            if end - start != self.entries[name].bytes:
+                raise CheckpointError(f"{path} has {end - start} bytes for {name}, not {self.entries[name].bytes}")
+        self._starts = {name: 8 + length + start for name, (start, _) in spans.items()}
+        needed = 8 + length + max((end for _, end in spans.values()), default=0)
         if path.stat().st_size < needed:
             raise CheckpointError(f"{path} has {path.stat().st_size} bytes where its header announces {needed}")
 
@@ -127,11 +135,11 @@ def write_tensor_file(
 
     Args:
         path: file to create.
-        entries: what the file holds. Tensors of larger elements are laid first, so that every tensor is aligned.
-        read: rows `[start, stop)` of a tensor by name, of the entry's type.
-        metadata: text that the header carries.
-        advance: is told the number of bytes written.
-        checksum: takes in what is written.
+        entries: tensors of the file. Tensors of larger elements come first, so that every tensor is aligned.
+        read: returns rows `[start, stop)` of a tensor by name, of the entry's type.
+        metadata: texts in the header.
+        advance: called with the number of bytes written.
+        checksum: updated with the bytes written.
     """
     ordered = sorted(entries, key=lambda name: -DTYPES[entries[name].dtype].itemsize)
     header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}

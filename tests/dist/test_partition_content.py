@@ -85,8 +85,8 @@ def check_one(
     # Without embeddings (later pipeline stages) labels and mask are still cut.
     none, again, _, _ = adapter.shard(None, labels, mask, params, layout)
     assert none is None and torch.equal(again, out_labels)
-    # Backward: a gradient that names rank and element comes back to exactly the rows this rank's CP part holds; under
-    # SP every TP rank ends with the rows of all TP ranks. Bitwise: rows are moved, never added.
+    # Backward: the gradient of each element comes back to the positions that this rank's CP part holds; under SP every
+    # TP rank ends with the gradients of all TP ranks. Bitwise: gradients are moved, never added.
     torch.manual_seed(c)
     local_gradient = torch.randn(len(positions), batch, width).to(device)
     out.backward(local_gradient.chunk(tp)[t] if sequence_parallel else local_gradient)
@@ -158,22 +158,19 @@ class _Group:
 def test_uneven_sequence_names_the_factor(tp: int, cp: int, sequence_parallel: bool, length: int, message: str) -> None:
     adapter = PartitionAdapter(PartitionConfig(sequence_parallel, _Group(tp), _Group(cp), 64))
     with pytest.raises(LayoutError, match=message):
-        adapter.shard(torch.zeros(length, 1, 2), None, None)
+        adapter.token_index(length)
 
 
 def test_uneven_segment_is_named() -> None:
-    adapter = PartitionAdapter(PartitionConfig(False, _Group(1), _Group(2), 64, kv_format="thd"))
-    starts = torch.tensor([0, 8, 14, 20], dtype=torch.int32)
-    params = PackedSeqParams(qkv_format="thd", cu_seqlens_q_padded=starts)
+    adapter = PartitionAdapter(PartitionConfig(False, _Group(1), _Group(2), 64))
     with pytest.raises(LayoutError, match=r"segment 1 of the pack has 6 positions, not a multiple of 2\*cp = 4"):
-        adapter.shard(torch.zeros(20, 1, 2), None, None, params)
+        adapter.token_index(20, [0, 8, 14, 20])
 
 
 def test_pack_total_and_overlap_are_checked() -> None:
-    adapter = PartitionAdapter(PartitionConfig(True, _Group(4), _Group(2), 64, kv_format="thd"))
-    params = PackedSeqParams(qkv_format="thd", cu_seqlens_q_padded=torch.tensor([0, 12], dtype=torch.int32))
+    adapter = PartitionAdapter(PartitionConfig(True, _Group(4), _Group(2), 64))
     with pytest.raises(LayoutError, match=r"12 positions, not a multiple of 8 .* up to 16"):
-        adapter.shard(torch.zeros(12, 1, 2), None, None, params)
+        adapter.token_index(12, [0, 12])
     overlap = PartitionAdapter(PartitionConfig(True, _Group(2), _Group(1), 64, tp_comm_overlap=True))
     with pytest.raises(LayoutError, match="exactly max_seq_len = 64 tokens, got 32"):
-        overlap.shard(torch.zeros(32, 1, 2), None, None)
+        overlap.token_index(32)

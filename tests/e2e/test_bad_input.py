@@ -1,4 +1,4 @@
-"""A mistake of a user ends the run on every rank with a typed error that names values and key, or is skipped and told.
+"""A user's mistake ends the run on every rank with a typed error that names values and key, or is skipped and reported.
 
 No case may hang: a rank that waits for another that has given up fails the test by its timeout.
 """
@@ -114,13 +114,13 @@ def test_media_without_a_module_are_named(tmp_path: Path) -> None:
     assert_error(outcomes, DataError, str(shard), "image", "layout")
 
 
-def test_a_truncated_image_is_replaced_and_told(tmp_path: Path) -> None:
+def test_a_truncated_image_is_replaced_and_reported(tmp_path: Path) -> None:
     shard = write_data(tmp_path, truncated=True)
     outcomes = run(tmp_path, shard)
     assert [outcome.error for outcome in outcomes] == [None, None]
-    told = [line for outcome in outcomes for line in outcome.warnings]
-    assert len(told) == 1
-    assert f"left out {shard}: __key__ 's{BAD}': media 0 (image)" in told[0]
+    reported = [line for outcome in outcomes for line in outcome.warnings]
+    assert len(reported) == 1
+    assert f"skipped {shard}: __key__ 's{BAD}': media 0 (image)" in reported[0]
     records = step_records(tmp_path / "run")
     assert [record["bad_samples"] for record in records] == [{"image": 1}] * 2
     # Six samples a step are one pass; in each, one of the five good answers is learned from twice.
@@ -132,7 +132,7 @@ def test_a_truncated_image_is_replaced_and_told(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("vision_first", [True, False])
 def test_a_truncated_image_ends_the_run_if_asked(tmp_path: Path, vision_first: bool) -> None:
-    """Whichever rank decodes it: each says which sample, and why."""
+    """Whichever rank decodes it, every rank names the sample and the reason."""
     shard = write_data(tmp_path, truncated=True)
     order = ("vision", "language") if vision_first else ("language", "vision")
     config = write_config(tmp_path, shard, layout={name: {"ranks": [rank]} for rank, name in enumerate(order)})
@@ -146,7 +146,7 @@ MISMATCH = (
 )
 
 
-def test_a_placeholder_without_its_image_is_left_out_and_told(tmp_path: Path) -> None:
+def test_a_placeholder_without_its_image_is_skipped_and_reported(tmp_path: Path) -> None:
     shard = write_data(tmp_path, images_named=2)
     outcomes = run(tmp_path, shard, "train.global_batch_size=5")
     for outcome in outcomes:
@@ -169,7 +169,7 @@ def test_too_many_unusable_samples_end_the_run(tmp_path: Path) -> None:
     assert_error(outcomes, DataError, "1 of 6 samples", "data.max_bad_fraction=0", f"'s{BAD}'")
 
 
-def test_a_sample_longer_than_a_sequence_is_left_out_and_told(tmp_path: Path) -> None:
+def test_a_sample_longer_than_a_sequence_is_skipped_and_reported(tmp_path: Path) -> None:
     shard = write_data(tmp_path, question="long" * 100)
     outcomes = run(tmp_path, shard, "train.global_batch_size=5")
     for outcome in outcomes:
@@ -193,9 +193,9 @@ def exit_code(rank: int, arguments: list[str], folder: Path) -> tuple[int, str]:
     return code, path.read_text()
 
 
-def test_the_command_says_a_mistake_without_a_traceback(tmp_path: Path) -> None:
-    """Which of several ranks speaks: `test_errors_are_told`."""
+def test_the_command_reports_a_mistake_without_a_traceback(tmp_path: Path) -> None:
+    """Which of several ranks prints: `test_errors_are_reported`."""
     config = write_config(tmp_path, write_data(tmp_path))
-    [(code, said)] = run_ranks(1, exit_code, [config, "train.stepz=3"], tmp_path, timeout=60)
+    [(code, printed)] = run_ranks(1, exit_code, [config, "train.stepz=3"], tmp_path, timeout=60)
     assert code == 1
-    assert said.startswith("\nConfigError: unknown key `train.stepz`") and "Traceback" not in said
+    assert printed.startswith("\nConfigError: unknown key `train.stepz`") and "Traceback" not in printed

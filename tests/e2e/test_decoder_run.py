@@ -1,4 +1,4 @@
-"""A run with a decoder tells its loss, evaluates, resumes on any layout, and exports Gemma 4 without it."""
+"""A run with a decoder records its loss, evaluates, resumes on any layout, and exports Gemma 4 without it."""
 
 import json
 import math
@@ -21,7 +21,7 @@ STEP_2 = "checkpoints/step_00000002"
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """`base` has no decoder; `straight` starts from its weights; `resumed` and `together` go on behind two steps."""
+    """`base` has no decoder; `straight` starts from its weights; `resumed` and `together` continue after two steps."""
     folder = tmp_path_factory.mktemp("decoder")
     shard = write_shards(folder)
 
@@ -50,7 +50,7 @@ def test_a_resumed_run_is_bit_for_bit_the_same(runs: Path) -> None:
     assert step_records(runs / "resumed" / "run") == straight[2:]
 
 
-def test_every_module_tells_its_learning_rate_and_gradient_norm(runs: Path) -> None:
+def test_every_module_records_its_learning_rate_and_gradient_norm(runs: Path) -> None:
     lines = (runs / "straight" / "run" / "metrics.jsonl").read_text().splitlines()
     modules = [record["modules"] for record in map(json.loads, lines)]
     assert [step["pixels"]["lr"] for step in modules] == pytest.approx([7.5e-4, 5e-4, 2.5e-4, 0.0])
@@ -61,7 +61,7 @@ def test_every_module_tells_its_learning_rate_and_gradient_norm(runs: Path) -> N
     assert [math.hypot(*step) for step in norms] == pytest.approx(whole)
 
 
-def test_on_shared_ranks_it_goes_on_alike(runs: Path) -> None:
+def test_on_shared_ranks_the_run_continues_with_the_same_losses(runs: Path) -> None:
     """Sums in another order differ by a few fp32 roundings: the project's 1e-5."""
     straight, together = (step_records(runs / name / "run") for name in ("straight", "together"))
     for record, expected in zip(together, straight[2:], strict=True):

@@ -1,4 +1,4 @@
-"""Hostile shards train to the end under `skip`, with every fault counted and named; `fail` stops with the key."""
+"""A run on hostile shards ends well under `skip`, with every fault counted and named; `fail` stops with the key."""
 
 import io
 import json
@@ -42,10 +42,10 @@ FAULTS: dict[str, tuple[str, dict[str, bytes]]] = {
     "endless-name": ("members", {"endless-name" + "x" * 9000 + ".json": chat("?", "no")}),
     "no-picture": ("image", image_sample("no-picture", b"not a picture")),
     "bomb": ("bomb", image_sample("bomb", bomb(), "png")),
-    "too-many-rows": (
+    "too-many-soft-tokens": (
         "length",
-        {"too-many-rows.json": chat("?", "no", *["image"] * 120)}
-        | {f"too-many-rows.{number}.png": png(48, 48, 9) for number in range(120)},
+        {"too-many-soft-tokens.json": chat("?", "no", *["image"] * 120)}
+        | {f"too-many-soft-tokens.{number}.png": png(48, 48, 9) for number in range(120)},
     ),
     "too-long": ("length", {"too-long.json": chat("?" * 400, "no")}),
     "cut-0": ("image", image_sample("cut-0", CUT)),
@@ -95,7 +95,7 @@ def corpus(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_every_fault_is_left_out_counted_and_named(corpus: Path) -> None:
+def test_every_fault_is_skipped_counted_and_named(corpus: Path) -> None:
     before = set(Path("/tmp").glob("escaped*"))
     outcomes = run(corpus)
     assert [outcome.error for outcome in outcomes] == [None] * 3, outcomes

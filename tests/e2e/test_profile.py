@@ -45,7 +45,7 @@ def test_the_named_steps_hold_every_action_of_the_schedule(run: Path):
     for step in (1, 3, 4):
         _, (vision, first, last) = select_step(traces, step)
         counted = [Counter(bar.name.action for bar in part.bars) for part in (vision, first, last)]
-        once = {"load": 1, "reduce_gradients": 1, "agree": 1, "optimizer_step": 1}
+        once = {"load": 1, "reduce_gradients": 1, "reduce_results": 1, "optimizer_step": 1}
         pictures = counted[0]["encode"]  # some microbatches are text alone
         assert 1 <= pictures <= MICROBATCHES
         moves = ("send_soft_tokens", "post_recv_soft_token_gradients", "recv_soft_token_gradients")
@@ -63,7 +63,7 @@ def test_clocks_agree(run: Path):
         assert bar.end < used[number].begin
 
 
-def test_the_command_draws_and_tells(run: Path, capsys: pytest.CaptureFixture[str]):
+def test_the_command_draws_and_prints(run: Path, capsys: pytest.CaptureFixture[str]):
     assert main([str(run), "--step", "3"]) == 0
     assert (run / "profile" / "timeline-3.png").read_bytes().startswith(b"\x89PNG")
     lines = capsys.readouterr().out.splitlines()

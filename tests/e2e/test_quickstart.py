@@ -41,7 +41,7 @@ def digits(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 
 
 def run_quickstart(folder: Path, *arguments: str, timeout: float) -> dict[str, Any]:
-    """Train; what `eval.json` says."""
+    """Train and return the content of `eval.json`."""
     command = ["config=quickstart.yaml", f"run.dir={folder}", *arguments]
     outcomes = run_ranks(RANKS, train_on_rank, command, timeout=timeout)
     assert outcomes == [Outcome(None, "", ())] * RANKS
@@ -67,7 +67,7 @@ def test_a_short_quickstart_reads_held_out_digits(tmp_path: Path, digits: list[s
 
 
 def accuracy_without_images(rank: int, arguments: list[str]) -> tuple[float, float] | None:
-    """Exact match of the trained model, and again with a projector of zeros, so that every image's rows are zero."""
+    """Exact match of the trained model, and with a projector of zeros, so that the soft tokens of images are zero."""
     config = load_config(arguments)
     trainer = build_trainer(set_up_run(config))
     seeing = trainer.evaluate()

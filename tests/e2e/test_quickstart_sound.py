@@ -42,7 +42,7 @@ def train_and_count_kinds(rank: int, arguments: list[str]) -> Counter[str]:
     for step in range(config.train.steps):
         manifest = trainer.loader.planner.plan(step)
         for batch in manifest.microbatches:
-            fed = {m.modality for m in manifest.media if (m.lane, m.microbatch) == (batch.lane, batch.number)}
+            fed = {m.module for m in manifest.media if (m.lane, m.microbatch) == (batch.lane, batch.number)}
             kinds["+".join(sorted(fed)) or "text"] += 1
     return kinds
 

@@ -1,4 +1,4 @@
-"""A run that is stopped and resumed is, bit for bit, the run that is not; on another layout it goes on alike."""
+"""A run that is stopped and resumed equals an uninterrupted one bit for bit, and on another layout within rounding."""
 
 from pathlib import Path
 

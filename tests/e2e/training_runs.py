@@ -1,4 +1,4 @@
-"""Whole training runs for the end-to-end tests: small configuration files and what a run told on each rank."""
+"""Whole training runs for the end-to-end tests: small configuration files, and how a run ended on each rank."""
 
 import json
 import logging

@@ -33,28 +33,28 @@ def test_rows_arrive_and_gradients_return_once() -> None:
 
 # Of two or four ranks: starting as many and compiling for them costs as much as several steps.
 WITH_IMAGES = [
-    Case(rows=1),
-    Case(colocated=True, pp=2, rows=1),
+    Case(sequences=1),
+    Case(colocated=True, pp=2, sequences=1),
     Case(vision=2, tp=2, sp=True),
     Case(vision=2, tp=2),
     Case(vision=2, cp=2, packing=True),
-    Case(vision=2, pp=2, rows=1),
-    Case(pp=3, part=True, rows=1),
-    Case(vision_pp=2, pp=2, rows=1),
-    Case(colocated=True, tp=2, pp=2, sp=True, packing=True, rows=1),
-    Case(vision_tp=2, dp=3, rows=1, ranks=((0, 1), (1, 2, 3))),
-    Case(colocated=True, vision_tp=2, dp=2, cp=2, rows=1, frozen=("vision tower",)),
+    Case(vision=2, pp=2, sequences=1),
+    Case(pp=3, part=True, sequences=1),
+    Case(vision_pp=2, pp=2, sequences=1),
+    Case(colocated=True, tp=2, pp=2, sp=True, packing=True, sequences=1),
+    Case(vision_tp=2, dp=3, sequences=1, ranks=((0, 1), (1, 2, 3))),
+    Case(colocated=True, vision_tp=2, dp=2, cp=2, sequences=1, frozen=("vision tower",)),
 ]
 WITH_EXPERTS = [
-    Case(vision=2, dp=2, ep=2, rows=1),
-    Case(colocated=True, dp=2, tp=2, ep=2, sp=True, rows=1, packing=True),
+    Case(vision=2, dp=2, ep=2, sequences=1),
+    Case(colocated=True, dp=2, tp=2, ep=2, sp=True, sequences=1, packing=True),
 ]
 WITH_DECODERS = [
-    Case(pixels=1, pixels_tp=2, pp=2, rows=2, colocated=True),
-    Case(pixels=1, pp=2, rows=1, ranks=((1,), (0, 1), (0,))),
+    Case(pixels=1, pixels_tp=2, pp=2, sequences=2, colocated=True),
+    Case(pixels=1, pp=2, sequences=1, ranks=((1,), (0, 1), (0,))),
     Case(pixels=1, tp=2, sp=True, packing=True),
-    Case(pixels=1, pp=2, rows=1),
-    Case(vision=2, pixels=1, pixels_tp=2, tp=2, pp=2, sp=True, rows=1, ranks=((0, 3), (0, 1, 2, 3), (1, 2))),
+    Case(pixels=1, pp=2, sequences=1),
+    Case(vision=2, pixels=1, pixels_tp=2, tp=2, pp=2, sp=True, sequences=1, ranks=((0, 3), (0, 1, 2, 3), (1, 2))),
 ]
 
 

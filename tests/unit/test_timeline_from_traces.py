@@ -1,7 +1,8 @@
-"""The timeline tells from traces what each rank did: on a GPU by its kernels, else by the host's spans."""
+"""The timeline shows from traces what each rank did: on a GPU by its kernels, else by the host's spans."""
 
 import gzip
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -101,6 +102,18 @@ def test_ranks_of_different_bases_meet_on_one_clock(tmp_path: Path, capsys: pyte
     assert "rank 10: language     75.0%" in capsys.readouterr().out
     with pytest.raises(ConfigError, match="--step 6: the steps that all of the 2 ranks have traced are: 5"):
         select_step(traces, 6)
+
+
+def test_without_matplotlib_the_table_is_printed_and_the_package_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.setitem(sys.modules, "matplotlib.colors", None)
+    (tmp_path / "profile").mkdir()
+    write_trace(trace(0, *HOST), tmp_path / "profile", 0)
+    assert main([str(tmp_path)]) == 1
+    printed = capsys.readouterr()
+    assert printed.out.startswith("step 6: ") and "rank 0: language" in printed.out
+    assert "MissingPackageError" in printed.err and "'mimo-gemma4[plots]'" in printed.err
 
 
 def test_what_is_no_trace_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]):

@@ -1,1 +1,1 @@
-"""Turns data sets that lie on disk into shards: rows of a source → conversations → samples → tar files."""
+"""Converts data sets on disk to shards: rows of a source → conversations → samples → tar files."""

@@ -1,11 +1,11 @@
-"""Data sets on disk become shards.
+"""Converts data sets on disk to shards.
 
     python -m mimo_gemma4.data.convert SOURCE… --out FOLDER
 
 SOURCE is a LLaVA or ShareGPT file (.json, .jsonl), a Hugging Face data set (parquet or arrow files, or the folder that
-holds them), or a folder of images and sounds beside .txt or .json files of the same name. Everything that is written
-is checked as training will read it, and all media are decoded once; what fails is dropped and listed in
-FOLDER/report.json. An interrupted conversion continues with the same command.
+holds them), or a folder of images and sounds beside .txt or .json files of the same name. Every sample is checked as
+training will read it, and all media are decoded once; rows that fail are dropped and listed in FOLDER/report.json. The
+same command continues an interrupted conversion.
 """
 
 import argparse
@@ -18,11 +18,11 @@ from rich.console import Console
 from mimo_gemma4.data.convert.conversation import COLUMNS, ConversationReader
 from mimo_gemma4.data.convert.conversion import Conversion
 from mimo_gemma4.data.convert.sources import open_sources
-from mimo_gemma4.errors import DataError
+from mimo_gemma4.errors import MimoError
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Convert as the command line says; the exit code is 1 without any sample, 2 for a wrong source or option."""
+    """Run the command. The exit code is 1 if there is no sample, 2 for a wrong source or option."""
     options = command_parser().parse_args(arguments)
     folder = options.media or (options.sources[0] if options.sources[0].is_dir() else options.sources[0].parent)
     try:
@@ -34,7 +34,7 @@ def main(arguments: list[str] | None = None) -> int:
             shard_samples=options.shard_samples,
             valid_fraction=options.valid,
         ).run(options.workers)
-    except (DataError, OSError) as error:
+    except (MimoError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
@@ -54,20 +54,20 @@ def command_parser() -> argparse.ArgumentParser:
     parser.add_argument("sources", nargs="+", type=Path, metavar="SOURCE")
     parser.add_argument("--out", required=True, type=Path, metavar="FOLDER", help="a new folder for the shards")
     parser.add_argument(
-        "--media", type=Path, metavar="FOLDER", help="where paths of media begin (default: the folder of SOURCE)"
+        "--media", type=Path, metavar="FOLDER", help="folder of relative media paths (default: the folder of SOURCE)"
     )
-    parser.add_argument("--split", metavar="WORD", help="which split of a data set that has several, for example train")
+    parser.add_argument("--split", metavar="WORD", help="the split to convert, if a data set has several")
     parser.add_argument(
         "--column", action="append", default=[], type=_pair, metavar="MEANING=NAME",
-        help=f"the column that has a meaning ({', '.join(COLUMNS)}), where its name is not a usual one",
+        help=f"name of the column with a meaning ({', '.join(COLUMNS)}), if it is not a usual name",
     )  # fmt: skip
-    parser.add_argument("--prompt", metavar="TEXT", help="what the user says before a caption; may be empty")
+    parser.add_argument("--prompt", metavar="TEXT", help="the user's message before a caption; may be empty")
     parser.add_argument(
-        "--shard-samples", type=_positive, default=1000, metavar="N", help="rows of a shard (default: %(default)s)"
+        "--shard-samples", type=_positive, default=1000, metavar="N", help="rows per shard (default: %(default)s)"
     )
     parser.add_argument(
         "--valid", type=_fraction, default=0.0, metavar="FRACTION",
-        help="share of the samples held out in valid-*.tar; those with the same first image are on the same side",
+        help="fraction of the samples held out in valid-*.tar; samples with the same first image go to the same split",
     )  # fmt: skip
     parser.add_argument(
         "--workers",

@@ -1,4 +1,4 @@
-"""From a row to messages and the media that they name, whichever of the usual columns the row has.
+"""Turns a row with any of the usual columns into messages and the media that they name.
 
 | kind | columns |
 |---|---|
@@ -6,7 +6,7 @@
 | question | `question` and `answer` |
 | caption | `caption` |
 
-beside `image` and `audio`. Each of them has other names that data sets use (`COLUMNS`).
+beside `image` and `audio`. `COLUMNS` lists the other names of these columns in data sets.
 """
 
 import re
@@ -28,8 +28,8 @@ COLUMNS: Mapping[str, tuple[str, ...]] = {
     "audio": ("audio", "audios", "sound", "wav", "flac", "audio_path", "audio_file"),
     "file": ("file_name", "file"),
 }
-"""What a column means, and the names it may have, of which the first that a row fills counts. `file` is an image or a
-sound as its suffix tells, as in the `metadata.jsonl` of a Hugging Face image or audio folder."""
+"""Names of the columns by meaning; the first one with a value in the row counts. `file` is an image or a sound by its
+suffix, as in the `metadata.jsonl` of a Hugging Face image or audio folder."""
 
 DEFAULT_PROMPTS: Mapping[str, str] = {"image": "Describe the image.", "audio": "Transcribe the audio."}
 
@@ -43,30 +43,30 @@ _MARKER = re.compile(r"\n*<(image|audio|video)>\n*")
 
 @dataclass(frozen=True)
 class MediaReference:
-    """A media file as a row names it."""
+    """A media file named by a row."""
 
     media_type: str
     source: str | bytes
-    """Its path or `data:` URL, or its content."""
+    """Its path, its `data:` URL or its content."""
 
 
 @dataclass(frozen=True)
 class Conversation:
-    """Messages of our chat form, and the media in the order in which they name them."""
+    """Messages in the form of a sample's JSON, and their media in message order."""
 
     messages: list[dict[str, Any]]
     media: list[MediaReference]
 
 
 @dataclass(frozen=True)
-class _Slot:
-    """Where a turn shows a media file; `reference` is None if it is the next of the row's column."""
+class _MediaPlace:
+    """Place of a media file in a turn; without `reference`, the next file of the row's column belongs there."""
 
     media_type: str
     reference: MediaReference | None = None
 
 
-_Turn = tuple[str, list[str | _Slot]]
+_Turn = tuple[str, list[str | _MediaPlace]]
 
 
 @dataclass(frozen=True)
@@ -74,12 +74,12 @@ class ConversationReader:
     """Reads rows of any kind."""
 
     columns: Mapping[str, str] = field(default_factory=dict)
-    """Names of columns, by their meaning in `COLUMNS`, that are to be read instead of the usual ones."""
+    """Names of columns by meaning (`COLUMNS`), read instead of the usual ones."""
     prompt: str | None = None
-    """What the user says before a caption; None: that of `DEFAULT_PROMPTS` for the row's media."""
+    """The user's message before a caption; None: `DEFAULT_PROMPTS` for the type of the row's media."""
 
     def __post_init__(self) -> None:
-        """Raise `DataError` for a meaning that does not exist."""
+        """Raise `DataError` for an unknown meaning."""
         if unknown := sorted(set(self.columns) - set(COLUMNS)):
             raise DataError(
                 f"--column {unknown[0]}={self.columns[unknown[0]]}: known meanings are {', '.join(COLUMNS)}"
@@ -101,7 +101,7 @@ class ConversationReader:
         for reference in _references("", self._find(row, "file")) if not media else ():
             media_type = media_type_of(str(reference.source).rpartition(".")[2].lower())
             if media_type is None:
-                raise BadSampleError("members", f"{reference.source!r:.200} is named like no image or sound")
+                raise BadSampleError("members", f"{reference.source!r:.200} has no suffix of an image or sound")
             media.append(MediaReference(media_type, reference.source))
         return media
 
@@ -143,7 +143,7 @@ def _references(media_type: str, value: Any) -> Iterator[MediaReference]:
 
 
 def _read_turn(message: Any) -> list[_Turn]:
-    """One message, or the two of a {"user", "assistant"} pair; an empty system message is none."""
+    """The turn of a message, or both turns of a {"user", "assistant"} pair; none for an empty system message."""
     if not isinstance(message, Mapping):
         raise BadSampleError("chat", f"a message is {message!r:.100}; it must be an object")
     if message.keys() >= {"user", "assistant"}:
@@ -159,35 +159,35 @@ def _read_turn(message: Any) -> list[_Turn]:
         parts = [piece for part in content for piece in _read_part(part)]
     else:
         raise BadSampleError("chat", f"a message of {role} has no content: {content!r:.100}")
-    if any(isinstance(part, _Slot) or part.strip() for part in parts):
+    if any(isinstance(part, _MediaPlace) or part.strip() for part in parts):
         return [(role, parts)]
     if role == "system":
         return []
     raise BadSampleError("chat", f"a message of {role} is empty")
 
 
-def _read_part(part: Any) -> list[str | _Slot]:
-    """A part of typed content; `image_url` is how OpenAI's form writes an image."""
+def _read_part(part: Any) -> list[str | _MediaPlace]:
+    """Text or media of a typed part; `image_url` is an image in OpenAI's form."""
     kind = part.get("type") if isinstance(part, Mapping) else None
     if kind == "text" and isinstance(part.get("text"), str):
         return [part["text"]] if part["text"] else []
     media_type = "image" if kind == "image_url" else str(kind)
     if media_type not in DEFAULT_PROMPTS:
-        raise BadSampleError("chat", f"content of type {kind!r:.100} is not taken: {part!r:.100}")
+        raise BadSampleError("chat", f"content of type {kind!r:.100} is not supported: {part!r:.100}")
     value = next((part[key] for key in (str(kind), "bytes", "path", "url") if part.get(key) is not None), None)
     references = list(_references(media_type, value))
-    return [_Slot(media_type, reference) for reference in references] or [_Slot(media_type)]
+    return [_MediaPlace(media_type, reference) for reference in references] or [_MediaPlace(media_type)]
 
 
-def _split(text: str) -> list[str | _Slot]:
-    """Text with LLaVA's `<image>` and the like taken out, line breaks around them included."""
+def _split(text: str) -> list[str | _MediaPlace]:
+    """Split text at LLaVA's `<image>` and similar markers, and drop the line breaks around them."""
     pieces = _MARKER.split(text)  # text, type of a marker, text, …
-    parts = [_Slot(piece) if number % 2 else piece for number, piece in enumerate(pieces)]
+    parts = [_MediaPlace(piece) if number % 2 else piece for number, piece in enumerate(pieces)]
     return [part for part in parts if part != ""]
 
 
 def _text(value: Any, column: str) -> str:
-    """The text of a cell; of several answers the most frequent one, of several captions the first."""
+    """The text of a cell; of several texts the most frequent one, or the first of these."""
     if isinstance(value, Mapping):
         value = next((value[key] for key in ("answer", "text", "caption") if value.get(key) is not None), None)
     if isinstance(value, Sequence) and not isinstance(value, str | bytes):
@@ -201,13 +201,15 @@ def _text(value: Any, column: str) -> str:
 
 
 def _place(turns: list[_Turn], media: Sequence[MediaReference]) -> Conversation:
-    """Give every slot its file; media of a type that no turn shows are put before the first thing the user says."""
-    shown = {part.media_type for _, parts in turns for part in parts if isinstance(part, _Slot)}
-    unplaced: list[str | _Slot] = [_Slot(medium.media_type) for medium in media if medium.media_type not in shown]
+    """Put a file at every place for media; media of a type without places come first in the user's first message."""
+    shown = {part.media_type for _, parts in turns for part in parts if isinstance(part, _MediaPlace)}
+    unplaced: list[str | _MediaPlace] = [
+        _MediaPlace(medium.media_type) for medium in media if medium.media_type not in shown
+    ]
     if unplaced:
         first = next((number for number, (role, _) in enumerate(turns) if role == "user"), None)
         if first is None:
-            raise BadSampleError("chat", "it has media, but no message of the user that could show them")
+            raise BadSampleError("chat", "it has media, but no message of the user to put them in")
         turns[first] = ("user", unplaced + turns[first][1])
     queues = {kind: iter([m for m in media if m.media_type == kind]) for kind in ("image", "audio", "video")}
     placed: list[MediaReference] = []

@@ -1,8 +1,8 @@
-"""A conversion as a whole: parts in parallel, what is left after an interruption, the shards' final names.
+"""A whole conversion: converts parts in parallel, continues after an interruption, gives shards their final names.
 
-A part of the source is always the same rows, and what it becomes depends on nothing else, so neither the number of
-processes nor an interruption changes a byte. A part counts as done once its result lies in `.partial`; shards get their
-names when all are. `report.json` is written last.
+A part always consists of the same rows, and its files depend only on them, so neither the number of processes nor an
+interruption changes a byte. A part is done when its result is in `.partial`; shards get their names when all parts are
+done. `report.json` is written last.
 """
 
 import json
@@ -28,7 +28,7 @@ from mimo_gemma4.data.index import progress
 from mimo_gemma4.errors import DataError
 
 FORMAT_VERSION = 1
-"""Raised whenever equal rows become other bytes: what an older version has begun is then not gone on with."""
+"""Raised when the same rows become other bytes; a conversion that an older version began is then not continued."""
 
 _PARTIAL = ".partial"
 _PLAN = "plan.json"
@@ -37,20 +37,20 @@ _REPORT = "report.json"
 
 @dataclass(frozen=True)
 class Conversion:
-    """What is converted, into which folder, and how."""
+    """Sources, output folder and options of a conversion."""
 
     sources: Sequence[Rows]
     output: Path
     media_folder: Path
-    """Where relative paths of media begin, and beyond which none may lead."""
+    """Folder of relative media paths; no path may lead out of it."""
     reader: ConversationReader = field(default_factory=ConversationReader)
     shard_samples: int = 1000
-    """Rows of which a shard is made; dropped and held-out ones make it shorter."""
+    """Rows per shard; a shard has fewer samples if rows are dropped or held out."""
     valid_fraction: float = 0.0
-    """Share of the samples that go to `valid-*.tar`."""
+    """Fraction of the samples that go to `valid-*.tar`."""
 
     def run(self, workers: int = 1) -> Report:
-        """Convert what is not converted yet. Raises `DataError`, also if a conversion of other things is there."""
+        """Convert the rows that are not converted yet. Raises `DataError`, also if `output` has another conversion."""
         plan = self._plan()
         if (report := self._finished(plan)) is not None:
             shutil.rmtree(self._partial, ignore_errors=True)
@@ -72,7 +72,7 @@ class Conversion:
         return self.output / _PARTIAL
 
     def _plan(self) -> dict[str, Any]:
-        """All that decides what is written."""
+        """Everything that the output depends on."""
         return {
             "format": FORMAT_VERSION,
             "sources": [rows.version for rows in self.sources],
@@ -84,7 +84,7 @@ class Conversion:
         }
 
     def _finished(self, plan: dict[str, Any]) -> Report | None:
-        """The report of this conversion if it is complete."""
+        """The report of this conversion if it is complete, else None."""
         path = self.output / _REPORT
         if not path.exists():
             return None
@@ -93,7 +93,7 @@ class Conversion:
         return report
 
     def _begin(self, plan: dict[str, Any]) -> None:
-        """Create the folder of parts, or check that the one there is of this conversion."""
+        """Create the folder of parts, or check that an existing one belongs to this conversion."""
         path = self._partial / _PLAN
         if path.exists():
             self._require_same(plan, json.loads(path.read_text(encoding="utf-8")))
@@ -128,7 +128,7 @@ class Conversion:
         ]
 
     def _name_train(self, parts: Sequence[Part], results: Sequence[PartResult]) -> list[str]:
-        """Give the parts' tars their places among the shards; those of an interrupted attempt have theirs."""
+        """Give the parts' tars their final names; some may have them from an interrupted run."""
         names: list[str] = []
         for part, result in zip(parts, results, strict=True):
             if result.samples["train"]:
@@ -138,7 +138,7 @@ class Conversion:
         return names
 
     def _join_valid(self, parts: Sequence[Part], results: Sequence[PartResult]) -> list[str]:
-        """Join the held-out samples, a few of every part, to shards of about `shard_samples`."""
+        """Join the held-out samples of all parts to shards of about `shard_samples` samples."""
         before = accumulate((result.samples["valid"] for result in results), initial=0)
         shards: dict[int, list[Path]] = {}
         for part, result, count in zip(parts, results, before, strict=False):
@@ -157,13 +157,13 @@ class Conversion:
 
 
 def _convert(parts: Sequence[Part], workers: int) -> Iterator[Part]:
-    """Convert parts, in this process or several; each is given back when it is done."""
+    """Convert parts, in this process or several, and yield each when it is done."""
     if workers == 1 or len(parts) < 2:
         for part in parts:
             part.convert()
             yield part
         return
-    # Not forked from here: Arrow has threads. The server imports once what all workers need.
+    # Workers are not forked from here, as Arrow has threads. The server imports the common modules once.
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([samples.__name__, "transformers.utils.chat_template_utils"])
     with ProcessPoolExecutor(min(workers, len(parts)), context) as pool:
@@ -174,7 +174,7 @@ def _convert(parts: Sequence[Part], workers: int) -> Iterator[Part]:
                 yield futures[future]
         except BrokenProcessPool as error:
             raise DataError(
-                "a worker process was killed, perhaps for want of memory; the same command goes on from here, with "
+                "a worker process was killed, perhaps out of memory; the same command continues from here, with "
                 f"--workers below {workers} if memory is short"
             ) from error
         finally:

@@ -16,7 +16,7 @@ _TEXT_SUFFIXES = (".json", ".txt")
 
 @dataclass(frozen=True)
 class FolderRows:
-    """Files below a folder that share everything but the suffix make a row."""
+    """Files below a folder; those that differ only in the suffix are one row."""
 
     folder: Path
     groups: tuple[tuple[str, tuple[str, ...]], ...]
@@ -24,7 +24,7 @@ class FolderRows:
 
     @classmethod
     def open(cls, folder: Path) -> Self:
-        """Find the files; those that are neither media nor text, and hidden ones, are passed over."""
+        """Find the files; hidden files and those that are neither media nor text are skipped."""
         found: dict[str, list[str]] = {}
         for parent, folders, files in os.walk(folder):
             folders[:] = [name for name in folders if not name.startswith(".")]
@@ -40,7 +40,7 @@ class FolderRows:
         return len(self.groups)
 
     def cut(self, start: int, stop: int) -> Self:
-        """Rows `start` … `stop` - 1 of these."""
+        """Rows `start` … `stop` - 1."""
         return replace(self, groups=self.groups[start:stop])
 
     @property
@@ -49,7 +49,7 @@ class FolderRows:
         return f"{os.path.abspath(self.folder)} {hashlib.sha256(repr(self.groups).encode()).hexdigest()}"
 
     def __iter__(self) -> Iterator[tuple[str, Row | BadSampleError]]:
-        """Each row behind its path without suffix: what its `.json` says, `caption` from its `.txt`, and its media."""
+        """(Path without suffix, row) of every row: the content of its `.json`, `caption` from its `.txt`, its media."""
         for stem, suffixes in self.groups:
             try:
                 yield stem, self._row(stem, suffixes)
@@ -80,7 +80,7 @@ class FolderRows:
         try:
             return self._read(name).decode("utf-8-sig")
         except UnicodeDecodeError as error:
-            raise BadSampleError("json", f"{name} is no UTF-8 text: {error}") from error
+            raise BadSampleError("json", f"{name} is not UTF-8 text: {error}") from error
 
     def _read(self, name: str) -> bytes:
         try:

@@ -1,4 +1,4 @@
-"""Rows of JSON files: one list of records, or one record per line, as LLaVA and ShareGPT data come."""
+"""Rows of JSON files with a list of records or one record per line, such as LLaVA and ShareGPT data."""
 
 import json
 import os
@@ -24,15 +24,15 @@ class JsonRows:
 
     path: Path
     spans: np.ndarray
-    """[rows, 2] int64: first byte of every record in the file, and the one behind its last."""
+    """[records, 2] int64: first byte of every record in the file, and the byte behind its last."""
     first: int = 1
-    """Number in the file of the first of them, counted from 1."""
+    """Number of the first record in the file, counted from 1."""
 
     @classmethod
     def open(cls, path: Path) -> Self:
-        """Find the records of a file. Raises `DataError` for one that is neither a list nor one record per line."""
+        """Find the records of a file. Raises `DataError` if it is neither a list nor one record per line."""
         data = path.read_bytes()
-        # One character per byte, so that places in the text are offsets in the file; JSON's own signs are ASCII.
+        # One character per byte, so that positions in the text are offsets in the file; JSON's syntax is ASCII.
         text = data.decode("latin-1")
         start = _skip(text, 3 if data.startswith(b"\xef\xbb\xbf") else 0)
         try:
@@ -43,7 +43,7 @@ class JsonRows:
             else:
                 spans = list(_lines(data, start))
         except json.JSONDecodeError as error:
-            raise DataError(f"{path} is no whole JSON file: {error}") from error
+            raise DataError(f"{path} is not a complete JSON file: {error}") from error
         return cls(path, np.array(spans, np.int64).reshape(-1, 2))
 
     def __len__(self) -> int:
@@ -51,16 +51,16 @@ class JsonRows:
         return len(self.spans)
 
     def cut(self, start: int, stop: int) -> Self:
-        """Records `start` … `stop` - 1 of these."""
+        """Records `start` … `stop` - 1."""
         return replace(self, spans=self.spans[start:stop], first=self.first + start)
 
     @property
     def version(self) -> str:
-        """Path, size and time of the file."""
+        """Path, size and modification time of the file."""
         return file_version(self.path)
 
     def __iter__(self) -> Iterator[tuple[str, Row | BadSampleError]]:
-        """Each record behind `<file>:<number>` and its `id`, if it has one."""
+        """(Name, row) of every record; the name is `<file>:<number>` and the record's `id`, if it has one."""
         with self.path.open("rb") as file:
             for number, (start, stop) in enumerate(self.spans.tolist(), self.first):
                 file.seek(start)
@@ -69,7 +69,7 @@ class JsonRows:
 
 
 def parse_row(data: bytes) -> Row | BadSampleError:
-    """One JSON object, or why it is none."""
+    """The JSON object in `data`, or the error if it is none."""
     try:
         row = json.loads(data)
     except (ValueError, RecursionError) as error:
@@ -80,19 +80,19 @@ def parse_row(data: bytes) -> Row | BadSampleError:
 
 
 def row_name(path: Path, number: int, row: Row | BadSampleError) -> str:
-    """What a row of a file is called in reports."""
+    """Name of a file's row in reports."""
     name = f"{path.name}:{number}"
     return f"{name} id={row['id']}" if isinstance(row, dict) and isinstance(row.get("id"), str | int) else name
 
 
 def file_version(path: Path) -> str:
-    """Path, size and time of a file."""
+    """Path, size and modification time of a file."""
     stat = path.stat()
     return f"{os.path.abspath(path)} {stat.st_size} {stat.st_mtime_ns}"
 
 
 def _elements(text: str, start: int) -> Iterator[tuple[int, int]]:
-    """Places of the elements of the list that opens at `start`."""
+    """(Start, end) of every element of the list that opens at `start`."""
     decoder = json.JSONDecoder()
     position = _skip(text, start + 1)
     if text[position : position + 1] == "]":
@@ -110,13 +110,13 @@ def _elements(text: str, start: int) -> Iterator[tuple[int, int]]:
 
 
 def _is_lines(text: str, start: int) -> bool:
-    """Whether the first value ends on the line on which it begins."""
+    """Whether the first value ends on its first line."""
     _, end = json.JSONDecoder().raw_decode(text, start)
     return "\n" not in text[start:end]
 
 
 def _lines(data: bytes, start: int) -> Iterator[tuple[int, int]]:
-    """Places of the lines that are not blank."""
+    """(Start, end) of every line that is not blank."""
     while start < len(data):
         stop = data.find(b"\n", start)
         stop = len(data) if stop < 0 else stop

@@ -1,4 +1,4 @@
-"""Media as they go into a shard: fetched from where a row points, named by their content, decoded once as a test."""
+"""Loads the media of a row: finds the extension from the content, and decodes every file once as a test."""
 
 import base64
 import binascii
@@ -20,16 +20,16 @@ _SIGNATURES = (
     ("wav", 8, b"WAVE"),
     ("flac", 0, b"fLaC"),
 )
-"""Extension, and the bytes at an offset that a file of that format has."""
+"""(Extension, offset, bytes): a file of the format has these bytes at that offset."""
 _BLOCK = 2**16
-"""Samples of a sound that are decoded at a time."""
+"""Number of samples of a sound that are decoded at a time."""
 
 
 def load(reference: MediaReference, folder: Path) -> tuple[str, bytes]:
-    """Extension by content, and the bytes of a file that is known to decode. Raises `BadSampleError`.
+    """Extension and content of a media file, checked by decoding it. Raises `BadSampleError`.
 
-    Relative paths are those below `folder`. Absolute ones, and those with `..`, must lead there too: what is converted
-    is not to decide which other files of this machine end up in a shard.
+    Paths are relative to `folder`. Absolute paths and paths with `..` must lead into it too, so that the data cannot
+    bring other files of the machine into a shard.
     """
     data = reference.source if isinstance(reference.source, bytes) else _fetch(reference.source, folder)
     extension = next((name for name, at, bytes_ in _SIGNATURES if data.startswith(bytes_, at)), None)
@@ -60,24 +60,26 @@ def _fetch(source: str, folder: Path) -> bytes:
         raise BadSampleError("members", f"{source!r:.200} lies outside of {root}; choose another folder with --media")
     try:
         return Path(path).read_bytes()
-    except (OSError, ValueError) as error:  # the latter for a name with a zero byte
+    except (OSError, ValueError) as error:  # ValueError: a name with a zero byte
         raise BadSampleError(
             "members", f"{source!r:.200} cannot be read: {getattr(error, 'strerror', error)}"
         ) from error
 
 
 def _decode(media_type: str, data: bytes) -> None:
-    """Decode a file to its end. Raises `BadSampleError`."""
+    """Decode a whole file. Raises `BadSampleError`."""
     try:
         if media_type == "image":
             with Image.open(io.BytesIO(data)) as image:
-                image.draft("RGB", (image.width // 8, image.height // 8))  # of JPEG, all bytes for a part of the work
+                image.draft(
+                    "RGB", (image.width // 8, image.height // 8)
+                )  # JPEG: reads all bytes at a fraction of the work
                 image.load()
         else:
             _decode_sound(data)
     except BadSampleError:
         raise
-    except Exception as error:  # Pillow and libsndfile raise a dozen types for damaged files
+    except Exception as error:  # Pillow and libsndfile raise a dozen exception types for damaged files
         raise BadSampleError(media_fault(media_type, error), f"it cannot be decoded: {error}") from error
 
 

@@ -1,4 +1,4 @@
-"""What a conversion has written and what it dropped, as a file and for the eye."""
+"""The report of a conversion: the shards it wrote and the rows it dropped, as a file and as a printed table."""
 
 import json
 from collections import Counter
@@ -13,15 +13,15 @@ from rich.text import Text
 from mimo_gemma4.data.convert.samples import SPLITS, Dropped, PartResult
 
 _SHOWN = 3
-"""Dropped rows of each fault that are printed; the file lists all."""
+"""Most dropped rows per fault that are printed; the file lists all."""
 
 
 @dataclass(frozen=True)
 class Report:
-    """All that `report.json` tells."""
+    """The content of `report.json`."""
 
     plan: Mapping[str, Any]
-    """What was converted, and how: another plan is another conversion."""
+    """Sources and options, as in `plan.json`."""
     shards: Mapping[str, Sequence[str]]
     """File names by split."""
     samples: Mapping[str, int]
@@ -42,23 +42,23 @@ class Report:
 
     @property
     def dropped_by_fault(self) -> dict[str, int]:
-        """How many rows have which fault, the most frequent first."""
+        """Number of dropped rows by fault, the most frequent first."""
         return dict(Counter(dropped.fault for dropped in self.dropped).most_common())
 
     def to_json(self) -> str:
-        """Everything, the list of dropped rows last."""
+        """All fields as one object, the dropped rows last."""
         fields = {"dropped_by_fault": self.dropped_by_fault, **asdict(self)}
         return json.dumps(fields | {"dropped": fields.pop("dropped")}, indent=1, ensure_ascii=False)
 
     @classmethod
     def from_json(cls, text: str) -> "Report":
-        """What `to_json` wrote."""
+        """Read a report that `to_json` wrote."""
         fields = json.loads(text)
         del fields["dropped_by_fault"]
         return cls(**fields | {"dropped": [Dropped(**dropped) for dropped in fields["dropped"]]})
 
     def print(self, console: Console) -> None:
-        """A summary, and a table of the faults with a few rows each."""
+        """Print a summary, and a table of the faults with a few rows each."""
         total = sum(self.samples.values())
         media = "".join(f", {count} {kind}" for kind, count in self.media.items())
         console.print(Text(f"{total + len(self.dropped)} rows: {total} samples{media}; {len(self.dropped)} dropped"))
@@ -78,7 +78,7 @@ class Report:
 
 
 def _span(names: Sequence[str]) -> str:
-    """Names that differ in their number alone, as a brace list."""
+    """Names that differ only in their number, as a brace list."""
     if len(names) == 1:
         return names[0]
     stem, first = names[0].removesuffix(".tar").rsplit("-", 1)

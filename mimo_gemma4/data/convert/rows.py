@@ -1,4 +1,4 @@
-"""Rows: what a source of any kind is read as, one dictionary per sample to be."""
+"""Rows, the common form of all sources: one dictionary per sample."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import pairwise
@@ -7,32 +7,32 @@ from typing import Any, Protocol, Self
 from mimo_gemma4.data.sample import BadSampleError
 
 Row = Mapping[str, Any]
-"""Columns of one record: text, numbers, bytes, lists and dictionaries of them."""
+"""One record by column: text, numbers, bytes, and lists and dictionaries of them."""
 
 
 class Rows(Protocol):
-    """Part of a source: consecutive rows, small to send to another process, read where they are iterated over."""
+    """Consecutive rows of a source. They are read during iteration, so the object is small to send to a process."""
 
     def __len__(self) -> int:
         """Number of rows."""
         ...
 
     def __iter__(self) -> Iterator[tuple[str, Row | BadSampleError]]:
-        """Each row, or why it cannot be read, behind the name by which its source knows it."""
+        """(Name in reports, row) of every row; an error in place of a row that cannot be read."""
         ...
 
     def cut(self, start: int, stop: int) -> Self:
-        """Rows `start` … `stop` - 1 of these."""
+        """Rows `start` … `stop` - 1."""
         ...
 
     @property
     def version(self) -> str:
-        """Another text once what is read has changed."""
+        """A text that changes with the files behind the rows."""
         ...
 
 
 def cut_evenly(parts: Sequence[Rows], size: int) -> list[tuple[Rows, ...]]:
-    """The rows of all parts, in order, in runs of `size` rows (the last may be shorter)."""
+    """Cut the rows of all parts, in order, into runs of `size` rows; the last run may be shorter."""
     total = sum(len(part) for part in parts)
     runs = []
     for start, stop in pairwise([*range(0, total, size), total]):

@@ -1,4 +1,4 @@
-"""From rows to samples that are known to train, and the tar files that a part of a source becomes."""
+"""Converts rows to samples, checked as training will read them, and a part of a source to tar files."""
 
 import hashlib
 import json
@@ -30,23 +30,23 @@ _SPLIT_BYTES = 7
 
 @dataclass(frozen=True)
 class Dropped:
-    """A row that became no sample."""
+    """A row that could not be converted."""
 
     key: str
-    """What its source calls it."""
+    """Its name in the source."""
     fault: str
-    """As `sample.Fault` has it."""
+    """One of `sample.Fault`."""
     reason: str
 
 
 @dataclass(frozen=True)
 class PartResult:
-    """What became of the rows of a part."""
+    """Result of converting a part."""
 
     samples: Mapping[str, int]
-    """By split."""
+    """Number of samples by split."""
     media: Mapping[str, int]
-    """Files in both splits, by type."""
+    """Number of files in both splits, by type."""
     dropped: list[Dropped] = field(default_factory=list)
 
     def to_json(self) -> str:
@@ -55,36 +55,36 @@ class PartResult:
 
     @classmethod
     def from_json(cls, text: str) -> Self:
-        """What `to_json` wrote."""
+        """Read a result that `to_json` wrote."""
         fields = json.loads(text)
         return cls(fields["samples"], fields["media"], [Dropped(**dropped) for dropped in fields["dropped"]])
 
 
 @dataclass(frozen=True)
 class Part:
-    """Consecutive rows of a source, which one process turns into a tar per split."""
+    """Consecutive rows of a source, which one process converts to one tar per split."""
 
     number: int
     first_row: int
-    """Number of its first row in the whole source; it makes the keys."""
+    """Number of its first row in the whole source; keys are counted from it."""
     rows: tuple[Rows, ...]
     reader: ConversationReader
     media_folder: Path
     valid_fraction: float
     folder: Path
-    """Where its files are written."""
+    """Output folder of its files."""
 
     def tar(self, split: str) -> Path:
-        """Its samples of a split; the file is absent if it has none."""
+        """Path of the tar with its samples of a split; there is no file if it has none."""
         return self.folder / f"{self.number:06d}.{split}.tar"
 
     @property
     def result(self) -> Path:
-        """Its `PartResult`; the file is written last, so that where it is, the tars are whole."""
+        """Path of its `PartResult`. It is written last: if it exists, the tars are complete."""
         return self.folder / f"{self.number:06d}.json"
 
     def convert(self) -> None:
-        """Write tars and result. What is written depends on rows and options alone."""
+        """Write tars and result. Their content depends only on rows and options."""
         samples, media, dropped = Counter[str](), Counter[str](), list[Dropped]()
         partial = {split: self.tar(split).with_suffix(".partial") for split in SPLITS}
         with ExitStack() as stack:
@@ -112,7 +112,7 @@ class Part:
 
 
 def make_sample(name: str, row: Row | BadSampleError, reader: ConversationReader, folder: Path) -> dict[str, bytes]:
-    """Members of a sample by field: its media as `0.jpg`, `1.wav`, …, and its JSON. Raises `BadSampleError`."""
+    """Members of a sample by name: its media as `0.jpg`, `1.wav`, …, and its `json`. Raises `BadSampleError`."""
     if isinstance(row, BadSampleError):
         raise row
     conversation = reader.read(row)
@@ -134,17 +134,17 @@ def make_sample(name: str, row: Row | BadSampleError, reader: ConversationReader
 
 @cache
 def _built_in_encoder() -> ConversationEncoder:
-    """The encoder of models without a tokenizer: its template has the turns and placeholders of Gemma 4's own."""
+    """The byte-level encoder, whose template has the turns and placeholders of Gemma 4's."""
     return ConversationEncoder(byte_tokenizer(), (), byte_media_tokens())
 
 
 def _is_valid(sample: Mapping[str, bytes], fraction: float) -> bool:
-    """Whether a sample is held out: by a hash of its first file, so that no image is in both splits' first place."""
-    first = min(sample)  # `0.jpg` where there are media, else `json`
+    """Whether a sample is held out: by a hash of its first file, so that both splits share no first image."""
+    first = min(sample)  # `0.jpg` if there are media, else `json`
     digest = hashlib.blake2b(sample[first], digest_size=_SPLIT_BYTES).digest()
-    return int.from_bytes(digest) < fraction * 256**_SPLIT_BYTES
+    return int.from_bytes(digest) < fraction * float(256**_SPLIT_BYTES)
 
 
 def _printable(name: str) -> str:
-    """The name of a row, whatever is in it, as text that can be encoded."""
+    """The name of a row, cut to a length, as text that can be encoded."""
     return name[:_LONGEST_NAME].encode(errors="backslashreplace").decode()

@@ -13,7 +13,7 @@ from mimo_gemma4.errors import DataError
 SUFFIXES = (".parquet", ".arrow")
 
 _ROWS_AT_ONCE = 64
-"""Rows that a parquet file decodes at a time; with images in them they are not small."""
+"""Number of rows that a parquet file decodes at a time; few, as rows with images are large."""
 
 
 @dataclass(frozen=True)
@@ -40,16 +40,16 @@ class TableRows:
         return self.stop - self.start
 
     def cut(self, start: int, stop: int) -> Self:
-        """Rows `start` … `stop` - 1 of these."""
+        """Rows `start` … `stop` - 1."""
         return replace(self, start=self.start + start, stop=self.start + stop)
 
     @property
     def version(self) -> str:
-        """Path, size and time of the file."""
+        """Path, size and modification time of the file."""
         return file_version(self.path)
 
     def __iter__(self) -> Iterator[tuple[str, Row | BadSampleError]]:
-        """Each row behind `<file>:<number>` and its `id`, if it has one. Raises `DataError` for a damaged file."""
+        """(Name, row) of every row; the name is `<file>:<number>` and `id`, if there is one. Raises `DataError`."""
         arrow = _arrow()
         batches = self._parquet_batches if self.path.suffix == ".parquet" else self._stream_batches
         try:
@@ -62,7 +62,7 @@ class TableRows:
             raise DataError(f"{self.path} cannot be read: {error}") from error
 
     def _parquet_batches(self, arrow: Any) -> Iterator[tuple[int, Any]]:
-        """Batches that may hold rows of this part, each behind the number of its first row."""
+        """(Number of its first row, batch) of every batch that may hold rows of this part."""
         with arrow.parquet.ParquetFile(self.path) as file:
             groups, first, position = [], 0, 0
             for group in range(file.num_row_groups):
@@ -89,13 +89,14 @@ class TableRows:
 
 def _row(batch: Any, place: int) -> Row | BadSampleError:
     try:
-        return batch.slice(place, 1).to_pylist()[0]  # type: ignore[no-any-return]
-    except ValueError as error:  # text that is no UTF-8, a date that Python does not know
+        row: Row = batch.slice(place, 1).to_pylist()[0]
+    except ValueError as error:  # text that is not UTF-8, a date that Python cannot represent
         return BadSampleError("json", f"its columns cannot be read: {error}")
+    return row
 
 
 def _arrow_batches(arrow: Any, path: Path) -> Iterator[Any]:
-    """Record batches of an Arrow file of either format; the file is mapped, so unread columns cost nothing."""
+    """Record batches of an Arrow file or stream. The file is memory-mapped, so unread columns cost nothing."""
     with arrow.memory_map(str(path)) as file:
         try:
             stream = arrow.ipc.open_stream(file)

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from mimo_gemma4.checkpoint import save_load as checkpoint
+from mimo_gemma4.checkpoint.files import read_marker
 from mimo_gemma4.config import OptimConfig
 from mimo_gemma4.errors import CheckpointError
 from mimo_gemma4.optim.module_optimizer import ModuleOptimizer
@@ -32,17 +33,17 @@ class Run:
             module = ToyModule(name, groups.tp, dtype, seed)
             module.requires_grad_(name not in frozen)
             self.optimizers[name] = ModuleOptimizer(module, groups, CONFIG)
-        self.agreement = StepReduction(layout, CONFIG.clip_grad, torch.device("cpu"))
+        self.reduction = StepReduction(layout, CONFIG.clip_grad, torch.device("cpu"))
 
     def train(self, steps: range) -> None:
         for step in steps:
             for name, optimizer in self.optimizers.items():
                 optimizer.zero_gradients()
                 lane = self.groups.modules[name].dp
-                rows = samples(step, len(name)).to(optimizer.module.up.dtype)[lane.rank() :: lane.size()]
-                loss(optimizer.module(rows)).backward()
+                batch = samples(step, len(name)).to(optimizer.module.up.dtype)[lane.rank() :: lane.size()]
+                loss(optimizer.module(batch)).backward()
                 optimizer.finish_gradients()
-            agreed = self.agreement.reduce(self.optimizers, loss_tokens=5.0)
+            agreed = self.reduction.reduce(self.optimizers, loss_tokens=5.0)
             for optimizer in self.optimizers.values():
                 optimizer.apply(agreed, CONFIG.lr)
 
@@ -98,7 +99,7 @@ def test_resumed_run_equals_uninterrupted_run_bit_for_bit(tmp_path, grids, dtype
     assert files(one / "step_00000002") == files(other / "step_00000002")
     assert same_bits(whole_tensors(one / "step_00000004"), whole_tensors(other / "step_00000004"))
     assert not same_bits(whole_tensors(one / "step_00000002"), whole_tensors(one / "step_00000004"))
-    marker = checkpoint.read_marker(other / "step_00000004")
+    marker = read_marker(other / "step_00000004")
     assert set(marker["update_counts"].values()) == {4}
 
 

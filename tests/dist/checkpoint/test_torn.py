@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from mimo_gemma4.checkpoint import files
 from mimo_gemma4.checkpoint import save_load as checkpoint
 from mimo_gemma4.config import OptimConfig
 from mimo_gemma4.errors import CheckpointError
@@ -41,11 +42,11 @@ def names(folder: Path) -> list[str]:
 
 
 def lose_marker(path: Path) -> None:
-    (path / checkpoint.MARKER).unlink()
+    (path / files.MARKER).unlink()
 
 
 def truncate_marker(path: Path) -> None:
-    marker = path / checkpoint.MARKER
+    marker = path / files.MARKER
     marker.write_bytes(marker.read_bytes()[:-20])
 
 
@@ -65,11 +66,11 @@ def not_renamed(path: Path) -> None:
 @pytest.mark.parametrize("damage", [lose_marker, truncate_marker, truncate_file, lose_file, not_renamed])
 def test_torn_checkpoint_is_never_chosen(two_checkpoints, tmp_path, damage):
     folder = shutil.copytree(two_checkpoints, tmp_path / "checkpoints")
-    assert checkpoint.latest(folder) == folder / "step_00000200"
+    assert files.latest(folder) == folder / "step_00000200"
     damage(folder / "step_00000200")
-    assert checkpoint.latest(folder) == folder / "step_00000100"
+    assert files.latest(folder) == folder / "step_00000100"
     damage(folder / "step_00000100")
-    assert checkpoint.latest(folder) is None
+    assert files.latest(folder) is None
 
 
 def refused(rank: int, folder: Path) -> list[str]:
@@ -120,9 +121,9 @@ def test_writing_that_dies_leaves_the_previous_one_and_can_be_repeated(two_check
     folder = shutil.copytree(two_checkpoints, tmp_path / "checkpoints")
     run_ranks(1, killed_while_writing, folder, phase)
     assert "step_00000300.tmp" in names(folder)
-    assert checkpoint.latest(folder) == folder / "step_00000200"
+    assert files.latest(folder) == folder / "step_00000200"
     run_ranks(1, save_steps, folder, [300], None)
-    assert checkpoint.latest(folder) == folder / "step_00000300"
+    assert files.latest(folder) == folder / "step_00000300"
     assert names(folder) == ["step_00000100", "step_00000200", "step_00000300"]
 
 
@@ -143,7 +144,7 @@ def test_full_disk_on_one_rank_is_an_error_on_all(two_checkpoints, tmp_path):
     folder = shutil.copytree(two_checkpoints, tmp_path / "checkpoints")
     for message in run_ranks(2, failing, folder):
         assert "rank 1" in message and "No space left" in message
-    assert checkpoint.latest(folder) == folder / "step_00000200"
+    assert files.latest(folder) == folder / "step_00000200"
 
 
 def test_newest_are_kept_by_time_of_writing_not_by_step(tmp_path):
@@ -151,8 +152,8 @@ def test_newest_are_kept_by_time_of_writing_not_by_step(tmp_path):
     assert names(tmp_path) == ["step_00000030", "step_00000040"]
     run_ranks(1, save_steps, tmp_path, [20, 30], 2)  # the run went back to step 10
     assert names(tmp_path) == ["step_00000020", "step_00000030"]
-    assert checkpoint.latest(tmp_path) == tmp_path / "step_00000030"
-    assert json.loads((tmp_path / "step_00000030" / checkpoint.MARKER).read_text())["trainer"] == STATE
+    assert files.latest(tmp_path) == tmp_path / "step_00000030"
+    assert json.loads((tmp_path / "step_00000030" / files.MARKER).read_text())["trainer"] == STATE
 
 
 def random_stream(rank: int, folder: Path, resume: bool) -> list[float]:

@@ -15,7 +15,7 @@ from mimo_gemma4.data.tokenizer import byte_tokenizer
 from mimo_gemma4.errors import CheckpointError
 from mimo_gemma4.optim.module_optimizer import ModuleOptimizer
 from mimo_gemma4.train.build import build_model, build_modules
-from mimo_gemma4.train.initial_weights import Start, fill, find_start, restore
+from mimo_gemma4.train.initial_weights import StartCheckpoint, fill_weights, find_start_checkpoint, restore
 from mimo_gemma4.train.setup import RunSetup, set_up_run
 from tests.checkpoint_reader import whole_tensors
 from tests.dist.harness import run_ranks
@@ -39,12 +39,12 @@ def loaded_wrongly(rank: int, arguments: list[str], source: Path) -> list[str]:
     base = setup(arguments)
     tensors = stored_tensors(source)
     wrong: list[str] = []
-    start = find_start(base)
+    start = find_start_checkpoint(base)
     model = build_modules(base)
     if start is None:
-        fill(base, model)
+        fill_weights(base, model)
     else:
-        assert start == Start(Path(str(base.config.checkpoint.init_from)), weights_only=True)
+        assert start == StartCheckpoint(Path(str(base.config.checkpoint.init_from)), weights_only=True)
         optimizers = {
             n: ModuleOptimizer(m, base.groups.modules[n], base.config.optim) for n, m in model.modules.items()
         }

@@ -1,4 +1,4 @@
-"""What one rank cannot read, all ranks replace or all ranks raise; none waits for another."""
+"""If one rank cannot read a sample, all ranks replace it or all raise; none hangs."""
 
 import pytest
 import torch.distributed as dist
@@ -42,11 +42,11 @@ def replaced(rank, shard):
     for step in range(3):
         data = loader.load(step)
         learned = {
-            planned.batch_index: int(
-                (batch.labels[planned.sequence, planned.start : planned.start + planned.length] != -100).sum()
+            sample.batch_index: int(
+                (batch.labels[sample.sequence, sample.start : sample.start + sample.length] != -100).sum()
             )
-            for planned in data.manifest.samples
-            if planned.lane == rank - 1 and (batch := data.language[planned.microbatch]) is not None
+            for sample in data.manifest.samples
+            if sample.lane == rank - 1 and (batch := data.language[sample.microbatch]) is not None
         }
         found.append((data.manifest, loader.faults(data.manifest), learned))
     loader.close()
@@ -57,7 +57,7 @@ def test_all_ranks_replace_a_corrupt_image_that_one_of_them_finds(tmp_path):
     results = run_ranks(RANKS, replaced, shard_with_one_corrupt_image(tmp_path))
     for step in range(3):
         manifest = results[0][step][0]
-        assert [planned.index for planned in manifest.samples] == [0, 1, 2, 3, 5, 5]
+        assert [sample.index for sample in manifest.samples] == [0, 1, 2, 3, 5, 5]
         assert all(result[step][:2] == (manifest, {"image": 1}) for result in results)
         learned = {sample: count for result in results for sample, count in result[step][2].items()}
         assert learned == dict.fromkeys(range(6), 2)

@@ -1,6 +1,6 @@
 """Keys and contents of every step are the same at any number of lanes and decoding threads, and after a resume.
 
-A third of the samples cannot be decoded, so the replacements are part of what has to be the same.
+A third of the samples of one source cannot be decoded, so the replacements must be the same too.
 """
 
 from itertools import chain
@@ -33,9 +33,9 @@ def shards(folder):
 
 
 def read_steps(rank, sources, lanes, encoders, workers, steps):
-    """What this rank gives to each step: (position, key) → tokens and labels, (position, key, item) → pixels.
+    """This rank's part of each step: tokens and labels by (position, key), pixels by (position, key, item).
 
-    Then the byte ranges that it read, and those that belong to its samples and media.
+    Also the byte ranges that it read, and those of its samples and media.
     """
     reads, owned = [], []
 
@@ -63,16 +63,16 @@ def read_steps(rank, sources, lanes, encoders, workers, steps):
     for step in steps:
         data = loader.load(step)
         content = {}
-        for planned in data.manifest.samples:
-            if planned.lane == rank:
-                batch = data.language[planned.microbatch]
-                where = (planned.sequence, slice(planned.start, planned.start + planned.length))
+        for sample in data.manifest.samples:
+            if sample.lane == rank:
+                batch = data.language[sample.microbatch]
+                where = (sample.sequence, slice(sample.start, sample.start + sample.length))
                 tokens = batch.input_ids[where].tolist(), batch.labels[where].tolist()
-                content[planned.batch_index, dataset.key(planned.index)] = tokens
-        for planned in data.manifest.media:
-            if planned.module_lane == rank:
-                rows = data.media["vision", planned.microbatch]["tiles"][planned.module_offset :][: planned.soft_tokens]
-                content[planned.batch_index, dataset.key(planned.index), planned.ordinal] = rows.tolist()
+                content[sample.batch_index, dataset.key(sample.index)] = tokens
+        for item in data.manifest.media:
+            if item.module_lane == rank:
+                tiles = data.media["vision", item.microbatch]["tiles"][item.module_offset :][: item.soft_tokens]
+                content[item.batch_index, dataset.key(item.index), item.ordinal] = tiles.tolist()
         found.append((content, loader.faults(data.manifest)))
         owned += owned_ranges(dataset, data.manifest, rank)
     loader.close()
@@ -81,7 +81,7 @@ def read_steps(rank, sources, lanes, encoders, workers, steps):
 
 def owned_ranges(dataset, manifest, rank):
     documents = [
-        (dataset.shard(s.index), int(dataset._index(s.index).json_offset[dataset._row_of[s.index]]))
+        (dataset.shard(s.index), int(dataset._index(s.index).json_offset[dataset._number_in_shard[s.index]]))
         for s in manifest.samples
         if s.lane == rank
     ]

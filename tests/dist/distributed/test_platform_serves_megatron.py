@@ -125,7 +125,7 @@ def language_groups(tp: int) -> ProcessGroupCollection:
 def step(
     ddp: DistributedDataParallel, optimizer: MegatronOptimizer, groups: ProcessGroupCollection, batch: Tensor
 ) -> float:
-    """One optimizer step on this lane's rows; the gradient norm before clipping."""
+    """One optimizer step on this lane's samples; the gradient norm before clipping."""
     ddp.zero_grad_buffer()
     optimizer.zero_grad()
     ddp(batch[groups.dp.rank() :: groups.dp.size()]).backward()

@@ -30,7 +30,7 @@ SPANS = {
     "intra_dist_opt": "tp cp dp pp",
     "embd": "pp",
     "pos_embd": "",
-    # One expert parallel lane: experts are whole on every rank, tensor parallel ones included.
+    # One expert-parallel lane: experts are whole on every rank, including tensor-parallel ones.
     "ep": "",
     "expt_tp": "",
     "tp_ep": "",

@@ -1,4 +1,4 @@
-"""Two torchruns of 3 and 5 ranks make one world: hosts are told apart, and all groups of a layout work."""
+"""Two torchruns of 3 and 5 ranks make one world: hosts are distinguished, and all groups of a layout work."""
 
 import os
 import socket

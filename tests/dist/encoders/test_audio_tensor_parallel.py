@@ -1,4 +1,4 @@
-"""The audio encoder cut over 1, 2 or 4 tensor parallel ranks gives the rows and gradients of transformers."""
+"""The audio encoder cut over 1, 2 or 4 tensor-parallel ranks gives the soft tokens and gradients of transformers."""
 
 import pytest
 import torch
@@ -6,6 +6,7 @@ import torch.distributed as dist
 from megatron.core.process_groups_config import ProcessGroupCollection
 
 from mimo_gemma4.config import LoraConfig
+from mimo_gemma4.distributed.module_context import ModuleContext
 from mimo_gemma4.encoders.base import Encoder
 from mimo_gemma4.encoders.registry import build_encoder, build_processor
 from mimo_gemma4.errors import ConfigError, LayoutError
@@ -31,14 +32,13 @@ FRAMES = [30, 5, 90, 1]
 
 
 def build(group: dist.ProcessGroup) -> Encoder:
-    return build_encoder(
-        "audio",
-        {"audio_config": AUDIO},
+    context = ModuleContext(
         ProcessGroupCollection(tp=group),
         language_hidden=LANGUAGE_HIDDEN,
         dtype=torch.float32,
         device=torch.device("cpu"),
     )
+    return build_encoder("audio", {"audio_config": AUDIO}, context)
 
 
 def compare_with_transformers(rank: int, frozen: bool | str | list[str]) -> None:
@@ -56,17 +56,17 @@ def compare_with_transformers(rank: int, frozen: bool | str | list[str]) -> None
     load(encoder.bindings(), StateSource(reference), "reference")
     freeze("audio", encoder, frozen)
     processor = build_processor("audio", {"audio_config": AUDIO})
-    rows = encoder(**processor.collate([{"features": sound} for sound in features]))
-    (rows * cotangent).sum().backward()
+    soft_tokens = encoder(**processor.collate([{"features": sound} for sound in features]))
+    (soft_tokens * cotangent).sum().backward()
 
     # fp32: sums cut into as many parts as there are ranks, and added in another order.
-    assert (rows - expected).norm() <= 1e-5 * expected.norm()
+    assert (soft_tokens - expected).norm() <= 1e-5 * expected.norm()
     trained = set()
     for binding in encoder.bindings():
         gradient = binding.tensor.grad
         if gradient is None:
             continue
-        if getattr(binding.tensor, "tp_gradient_partial", False):
+        if "tp" in binding.gradient_sum:
             dist.all_reduce(gradient)
         whole = gradients[binding.name]
         deviation = (binding.view(gradient) - whole[binding.index]).norm()

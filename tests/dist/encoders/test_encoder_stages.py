@@ -1,4 +1,4 @@
-"""Vision and audio towers in pipeline stages, each cut over tensor parallel ranks, are transformers' towers."""
+"""Vision and audio towers in pipeline stages, each cut over tensor-parallel ranks, are transformers' towers."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -10,6 +10,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import nn
 
 from mimo_gemma4.distributed.layout import ModuleGrid
+from mimo_gemma4.distributed.module_context import ModuleContext
 from mimo_gemma4.distributed.pipeline import Pipeline
 from mimo_gemma4.distributed.process_groups import group_members
 from mimo_gemma4.encoders.base import StagedEncoder
@@ -45,13 +46,13 @@ STAGES = [(2, 1), (3, 1), (2, 2), (3, 2)]
 
 @dataclass
 class Sample:
-    """A tower of transformers, its inputs here, its rows, and the gradients of its parameters for a cotangent."""
+    """A tower of transformers, its inputs here, its soft tokens, and its parameters' gradients for a cotangent."""
 
     modality: str
     hf_config: dict[str, Any]
     reference: nn.Module
     inputs: dict[str, Any]
-    rows: torch.Tensor
+    soft_tokens: torch.Tensor
     cotangent: torch.Tensor
     gradients: dict[str, torch.Tensor]
 
@@ -76,11 +77,11 @@ def audio_sample(options: dict[str, Any]) -> Sample:
     return sample("audio", hf_config, reference, reference(features), inputs)
 
 
-def sample(modality: str, hf_config: dict, reference: nn.Module, rows: torch.Tensor, inputs: dict) -> Sample:
-    cotangent = torch.randn(rows.shape, generator=torch.Generator().manual_seed(3))
-    (rows * cotangent).sum().backward()
+def sample(modality: str, hf_config: dict, reference: nn.Module, soft_tokens: torch.Tensor, inputs: dict) -> Sample:
+    cotangent = torch.randn(soft_tokens.shape, generator=torch.Generator().manual_seed(3))
+    (soft_tokens * cotangent).sum().backward()
     gradients = {f"model.{name}": parameter.grad for name, parameter in reference.named_parameters()}
-    return Sample(modality, hf_config, reference, inputs, rows.detach(), cotangent, gradients)
+    return Sample(modality, hf_config, reference, inputs, soft_tokens.detach(), cotangent, gradients)
 
 
 def compare_with_transformers(rank: int, pp: int, tp: int) -> list[set[str]]:
@@ -92,9 +93,9 @@ def compare_with_transformers(rank: int, pp: int, tp: int) -> list[set[str]]:
     for found in (vision_sample(CLIPPED), vision_sample(STANDARDIZED), audio_sample(AUDIO)):
         encoder = build(found.modality, found.hf_config, tp_group, grid.coordinate(rank).pp, pp)
         load(encoder.bindings(), StateSource(found.reference), "reference")
-        rows = run_stage(encoder, pipeline, found)
+        soft_tokens = run_stage(encoder, pipeline, found)
         if encoder.stage.last:
-            assert (rows - found.rows).norm() <= 1e-5 * found.rows.norm()
+            assert (soft_tokens - found.soft_tokens).norm() <= 1e-5 * found.soft_tokens.norm()
         compared.append(compare_gradients(encoder, found, tp_group))
     return compared
 
@@ -105,28 +106,27 @@ def new_group(rank: int, members: list[tuple[int, ...]]) -> dist.ProcessGroup:
 
 
 def build(modality: str, hf_config: dict, tp_group: dist.ProcessGroup, stage: int, stages: int) -> StagedEncoder:
-    return build_encoder(
-        modality,
-        hf_config,
+    context = ModuleContext(
         ProcessGroupCollection(tp=tp_group),
         language_hidden=LANGUAGE_HIDDEN,
         dtype=torch.float32,
         device=torch.device("cpu"),
-        stage=stage,
-        stages=stages,
+        pp_rank=stage,
+        pp_size=stages,
     )
+    return build_encoder(modality, hf_config, context)
 
 
 def run_stage(encoder: StagedEncoder, pipeline: Pipeline, found: Sample) -> torch.Tensor:
     """Forward and backward of this rank's stage; what it hands on."""
     stage, given = encoder.stage, dict(found.inputs)
     if not stage.first:
-        (hidden,) = pipeline.forward.expect([encoder.hidden_shape(found.inputs)]).wait()
+        (hidden,) = pipeline.forward.post_recv([encoder.hidden_shape(found.inputs)]).wait()
         given |= {"hidden": hidden.requires_grad_()} | dict.fromkeys(encoder.only_first)
     output, gradient = encoder(**given), found.cotangent
     if not stage.last:
         pipeline.forward.send([output])
-        (gradient,) = pipeline.backward.expect([tuple(output.shape)]).wait()
+        (gradient,) = pipeline.backward.post_recv([tuple(output.shape)]).wait()
     output.backward(gradient)
     if not stage.first:
         pipeline.backward.send([given["hidden"].grad])
@@ -135,14 +135,14 @@ def run_stage(encoder: StagedEncoder, pipeline: Pipeline, found: Sample) -> torc
 
 
 def compare_gradients(encoder: StagedEncoder, found: Sample, tp_group: dist.ProcessGroup) -> set[str]:
-    """fp32: sums cut into as many parts as there are tensor parallel ranks, and added in another order."""
+    """fp32: sums cut into as many parts as there are tensor-parallel ranks, and added in another order."""
     total = torch.stack([gradient.norm() for gradient in found.gradients.values()]).norm()
     names = set()
     for binding in encoder.bindings():
         if not isinstance(binding.tensor, nn.Parameter):
             continue
         gradient, whole = binding.tensor.grad, found.gradients[binding.name]
-        if getattr(binding.tensor, "tp_gradient_partial", False):
+        if "tp" in binding.gradient_sum:
             dist.all_reduce(gradient, group=tp_group)
         deviation = (binding.view(gradient) - whole[binding.index]).norm()
         allowed = 1e-5 * whole[binding.index].norm() + 1e-7 * total

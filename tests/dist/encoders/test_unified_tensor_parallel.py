@@ -1,10 +1,11 @@
-"""The embedders of Gemma 4 12B spread over tensor parallel ranks give the rows and gradients of one rank."""
+"""The embedders of Gemma 4 12B spread over tensor-parallel ranks give the soft tokens and gradients of one rank."""
 
 import pytest
 import torch
 import torch.distributed as dist
 from megatron.core.process_groups_config import ProcessGroupCollection
 
+from mimo_gemma4.distributed.module_context import ModuleContext
 from mimo_gemma4.distributed.platform import Platform, install
 from mimo_gemma4.encoders.base import Encoder
 from mimo_gemma4.encoders.registry import build_encoder
@@ -18,27 +19,26 @@ HF_CONFIG = {
     "audio_config": dict(model_type="gemma4_unified_audio", audio_embed_dim=16),
 }
 DRAWN = torch.Generator().manual_seed(1)
-INPUTS = {  # rows that 2 and 4 ranks do not divide, and fewer rows than ranks
+INPUTS = {  # numbers of soft tokens that 2 and 4 ranks do not divide, and fewer soft tokens than ranks
     "vision": [
         {
-            "pixel_values": torch.rand(rows, 48, generator=DRAWN),
-            "positions": torch.randint(0, 9, (rows, 2), generator=DRAWN),
+            "pixel_values": torch.rand(count, 48, generator=DRAWN),
+            "positions": torch.randint(0, 9, (count, 2), generator=DRAWN),
         }
-        for rows in (11, 1)
+        for count in (11, 1)
     ],
-    "audio": [{"waveforms": torch.rand(rows, 16, generator=DRAWN)} for rows in (7, 2)],
+    "audio": [{"waveforms": torch.rand(count, 16, generator=DRAWN)} for count in (7, 2)],
 }
 
 
 def build(modality: str, group: dist.ProcessGroup) -> Encoder:
-    encoder = build_encoder(
-        modality,
-        HF_CONFIG,
+    context = ModuleContext(
         ProcessGroupCollection(tp=group),
         language_hidden=24,
         dtype=torch.float32,
         device=torch.device("cpu"),
     )
+    encoder = build_encoder(modality, HF_CONFIG, context)
     initialise(encoder.bindings(), seed=5)
     return encoder
 
@@ -49,12 +49,12 @@ def compare_with_one_rank(rank: int, modality: str) -> None:
     whole, spread = build(modality, alone), build(modality, dist.group.WORLD)
     for inputs in INPUTS[modality]:
         expected, actual = whole(**inputs), spread(**inputs)
-        torch.testing.assert_close(actual, expected, rtol=0, atol=1e-6)  # the same operations on fewer rows
+        torch.testing.assert_close(actual, expected, rtol=0, atol=1e-6)  # the same operations on fewer soft tokens
         cotangent = torch.randn(expected.shape, generator=torch.Generator().manual_seed(3))
-        for rows in (expected, actual):
-            (rows * cotangent).sum().backward()
+        for soft_tokens in (expected, actual):
+            (soft_tokens * cotangent).sum().backward()
     for ours, reference in zip(spread.bindings(), whole.bindings(), strict=True):
-        assert ours.tensor.tp_gradient_partial and not reference.tensor.tp_gradient_partial
+        assert ours.gradient_sum == ("tp",)
         dist.all_reduce(ours.tensor.grad)
         torch.testing.assert_close(ours.tensor.grad, reference.tensor.grad, rtol=1e-5, atol=1e-6, msg=ours.name)
 

@@ -1,4 +1,4 @@
-"""The vision encoder cut over 2 or 4 tensor parallel ranks gives the rows and gradients of one rank."""
+"""The vision encoder cut over 2 or 4 tensor-parallel ranks gives the soft tokens and gradients of one rank."""
 
 import pytest
 import torch
@@ -6,6 +6,7 @@ import torch.distributed as dist
 from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import nn
 
+from mimo_gemma4.distributed.module_context import ModuleContext
 from mimo_gemma4.encoders.base import Encoder
 from mimo_gemma4.encoders.registry import build_encoder, build_processor
 from mimo_gemma4.errors import LayoutError
@@ -30,14 +31,13 @@ STANDARDIZED = {"vision_config": VISION | {"standardize": True}, "vision_process
 
 
 def build(hf_config: dict, group: dist.ProcessGroup) -> Encoder:
-    encoder = build_encoder(
-        "vision",
-        hf_config,
+    context = ModuleContext(
         ProcessGroupCollection(tp=group),
         language_hidden=24,
         dtype=torch.float32,
         device=torch.device("cpu"),
     )
+    encoder = build_encoder("vision", hf_config, context)
     initialise(encoder.bindings(), seed=5)
     for name, buffer in encoder.named_buffers():
         if name.endswith(("_min", "_max")):  # tight enough that a clamp before the sum over ranks would show
@@ -48,10 +48,10 @@ def build(hf_config: dict, group: dist.ProcessGroup) -> Encoder:
 
 
 def run(encoder: Encoder, inputs: dict) -> torch.Tensor:
-    rows = encoder(**inputs)
-    cotangent = torch.randn(rows.shape, generator=torch.Generator().manual_seed(3))
-    (rows * cotangent).sum().backward()
-    return rows
+    soft_tokens = encoder(**inputs)
+    cotangent = torch.randn(soft_tokens.shape, generator=torch.Generator().manual_seed(3))
+    (soft_tokens * cotangent).sum().backward()
+    return soft_tokens
 
 
 def compare_with_one_rank(rank: int, hf_config: dict, frozen: bool | str | list[str]) -> None:
@@ -77,7 +77,7 @@ def compare_with_one_rank(rank: int, hf_config: dict, frozen: bool | str | list[
             assert binding.tensor.grad is None, binding.name
             continue
         gradient, whole_gradient = binding.tensor.grad, reference[binding.name][binding.index]
-        if getattr(binding.tensor, "tp_gradient_partial", False):
+        if "tp" in binding.gradient_sum:
             dist.all_reduce(gradient)
         deviation, allowed = (
             (binding.view(gradient) - whole_gradient).norm(),

@@ -12,7 +12,7 @@ from mimo_gemma4.language.attention_context import AttentionContext, attention_c
 from mimo_gemma4.language.config import Gemma4TextConfig
 from mimo_gemma4.language.model import Gemma4LanguageModel
 from mimo_gemma4.partition import cp_token_index
-from mimo_gemma4.weights.bindings import Binding, Index, load
+from mimo_gemma4.weights.bindings import Binding, Index, load, whole
 from tests.dist.language.language_reference import LENGTH, Batch, Reference, huggingface_model
 
 
@@ -68,7 +68,7 @@ class GradientPart:
     index: Index
     values: torch.Tensor
     summed: bool
-    """Tensor parallel ranks hold parts that add up, or slices of their own; else each holds all of it."""
+    """Tensor-parallel ranks hold parts that add up, or slices of their own; else each holds all of it."""
 
 
 @dataclass(frozen=True)
@@ -79,9 +79,9 @@ class RankResult:
     cp_rank: int
     loss: float
     logits: torch.Tensor
-    """[rows, LENGTH / cp, vocabulary / tp] (local)."""
+    """[B, LENGTH / cp, vocabulary / tp] (local)."""
     positions: torch.Tensor
-    """Which tokens of the rows these are."""
+    """Indices of these tokens in their sequences."""
     gradients: list[GradientPart]
 
 
@@ -106,7 +106,7 @@ def built_model(case: Case, groups: ProcessGroupCollection) -> tuple[Gemma4Langu
 def local_context(
     model: Gemma4LanguageModel, groups: ProcessGroupCollection, batch: Batch, held: list[torch.Tensor]
 ) -> AttentionContext:
-    """Metadata of this rank's tokens; `held`: the tokens of every context parallel rank."""
+    """Metadata of this rank's tokens; `held`: the tokens of every context-parallel rank."""
     metadata = (batch.positions, batch.segments, batch.groups)
     return attention_context(model.text, *metadata, held=held, cp_group=groups.cp, put=torch.clone)
 
@@ -119,12 +119,12 @@ def rank_result(rank: int, case: Case) -> RankResult:
     batch = Batch(case.variant)
     held = [cp_token_index(LENGTH, case.cp, other) for other in range(case.cp)]
     mine = held[cp_rank]
-    rows_mine = mine.chunk(case.tp)[tp_rank] if case.sequence_parallel else mine
-    rows = batch.media_soft_tokens.clone().requires_grad_()
+    media_mine = mine.chunk(case.tp)[tp_rank] if case.sequence_parallel else mine
+    soft_tokens = batch.media_soft_tokens.clone().requires_grad_()
 
     embeddings = model.embed(batch.input_ids[:, mine])
-    media = batch.media[:, rows_mine].t().unsqueeze(-1)
-    embeddings = torch.where(media, rows[:, rows_mine].transpose(0, 1), embeddings)
+    media = batch.media[:, media_mine].t().unsqueeze(-1)
+    embeddings = torch.where(media, soft_tokens[:, media_mine].transpose(0, 1), embeddings)
     inputs = model.first_inputs(embeddings)
     hidden = model(inputs, batch.input_ids[:, mine], local_context(model, groups, batch, held)).hidden
     loss = model.loss(hidden, batch.labels[:, mine])
@@ -136,20 +136,20 @@ def rank_result(rank: int, case: Case) -> RankResult:
     for bound in bindings:
         if bound.tensor.requires_grad:
             gradient = bound.view(bound.tensor.grad)
-            parts.append(GradientPart(bound.name, bound.shape, bound.index, gradient, gradient_is_part(bound.tensor)))
-    everything = tuple(slice(0, size) for size in rows.shape)
-    parts.append(GradientPart("rows", tuple(rows.shape), everything, rows.grad, case.sequence_parallel))
+            parts.append(GradientPart(bound.name, bound.shape, bound.index, gradient, gradient_is_part(bound)))
+    shape, gradient = tuple(soft_tokens.shape), soft_tokens.grad
+    parts.append(GradientPart("soft tokens", shape, whole(shape), gradient, case.sequence_parallel))
     return RankResult(tp_rank, cp_rank, loss.item(), logits, mine, parts)
 
 
-def gradient_is_part(tensor: torch.Tensor) -> bool:
-    """Whether tensor parallel ranks hold slices or terms of the gradient; else each has all of it."""
-    marks = ("tensor_model_parallel", "tp_gradient_partial")
-    return any(getattr(tensor, mark, False) for mark in marks) or not getattr(tensor, "allreduce", True)
+def gradient_is_part(binding: Binding) -> bool:
+    """Whether tensor-parallel ranks hold slices or terms of the gradient; else each has all of it."""
+    sliced = getattr(binding.tensor, "tensor_model_parallel", False)  # megatron-core's mark
+    return sliced or "tp" in binding.gradient_sum or binding.replicas == "expt_dp"
 
 
 def assembled_gradients(results: list[RankResult]) -> tuple[dict[str, torch.Tensor], list[str]]:
-    """Parts summed over ranks, what tensor parallel ranks hold complete counted once; and where they do not agree."""
+    """Parts summed over ranks, what tensor-parallel ranks hold complete counted once; and where they do not agree."""
     gradients: dict[str, torch.Tensor] = {}
     complete: dict[tuple[str, int], torch.Tensor] = {}
     disagreements = []
@@ -161,7 +161,7 @@ def assembled_gradients(results: list[RankResult]) -> tuple[dict[str, torch.Tens
             if not part.summed:
                 other = complete.setdefault((part.name, result.cp_rank), part.values)
                 if not (part.values - other).norm() <= 1e-5 * other.norm():
-                    disagreements.append(f"{part.name}: tensor parallel rank {result.tp_rank} has another gradient")
+                    disagreements.append(f"{part.name}: tensor-parallel rank {result.tp_rank} has another gradient")
     return gradients, disagreements
 
 

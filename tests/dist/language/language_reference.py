@@ -68,8 +68,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     | dict(head_dim=6, global_head_dim=10, layer_types=[S, F, S, F]),
 }
 
-# Packed documents of each row: text, image, video frame and audio tokens. Media are shorter and longer than the window,
-# one token apart, next to one another, and first and last in their document.
+# Packed documents of each sequence: text, image, video frame and audio tokens. Media are shorter and longer than the
+# window, one token apart, next to one another, and first and last in their document.
 DOCUMENTS = [
     ["ttiiitiiiiiiiiittaaatttttttt", "ivtttttttvvvvvvvi"],
     ["tttiiitiitvvvviiittttttttttttttiiiiiittttt"],
@@ -78,7 +78,7 @@ LENGTH = 48
 
 
 class Batch:
-    """Random rows of LENGTH tokens with documents, padding, ignored labels, media rows and a genuine padding token.
+    """Random sequences of LENGTH tokens with documents, padding, ignored labels, soft tokens and a real padding token.
 
     Everything is [B, LENGTH] but `media_soft_tokens` [B, LENGTH, H], of which only those on images and videos count:
     audio tokens are left without, so that they show as what they embed as.
@@ -95,16 +95,16 @@ class Batch:
         self.media_soft_tokens = torch.randn(*shape, text["hidden_size"], generator=generator)
         self.positions, self.segments, self.types = (torch.zeros(shape, dtype=torch.long) for _ in range(3))
         self.spans: list[tuple[int, slice]] = []
-        for row, documents in enumerate(DOCUMENTS):
+        for sequence, documents in enumerate(DOCUMENTS):
             start = 0
             for number, document in enumerate(documents, start=1):
                 span = slice(start, start + len(document))
-                self.spans.append((row, span))
-                self.positions[row, span] = torch.arange(len(document))
-                self.segments[row, span] = number
-                self.types[row, span] = torch.tensor(["tiva".index(token) for token in document])
+                self.spans.append((sequence, span))
+                self.positions[sequence, span] = torch.arange(len(document))
+                self.segments[sequence, span] = number
+                self.types[sequence, span] = torch.tensor(["tiva".index(token) for token in document])
                 start = span.stop
-            self.input_ids[row, start:], self.labels[row, start:] = padding, -100
+            self.input_ids[sequence, start:], self.labels[sequence, start:] = padding, -100
         for kind, placeholder in enumerate((IMAGE, VIDEO, AUDIO), start=1):
             self.input_ids[self.types == kind] = placeholder
         self.media = (self.types == 1) | (self.types == 2)
@@ -113,20 +113,20 @@ class Batch:
     def groups(self) -> torch.Tensor:
         """Media groups by transformers' own rule, numbered from 1 in each document; 0: none."""
         groups = torch.zeros_like(self.types)
-        for row, span in self.spans:
-            found = get_block_sequence_ids_for_mask(self.types[row, span][None], self.types.device)[0]
-            groups[row, span] = torch.where(found >= 0, found + 1 + groups[row].max(), 0)
+        for sequence, span in self.spans:
+            found = get_block_sequence_ids_for_mask(self.types[sequence, span][None], self.types.device)[0]
+            groups[sequence, span] = torch.where(found >= 0, found + 1 + groups[sequence].max(), 0)
         return groups
 
     def documents(self, tensor: torch.Tensor, padding: int = 0) -> torch.Tensor:
-        """The documents of `tensor` [rows, LENGTH] each as a row of its own, padded on the right."""
-        parts = [tensor[row, span] for row, span in self.spans]
+        """The documents of `tensor` [B, LENGTH] each as a sequence of its own, padded on the right."""
+        parts = [tensor[sequence, span] for sequence, span in self.spans]
         return torch.nn.utils.rnn.pad_sequence(parts, batch_first=True, padding_value=padding)
 
 
 @dataclass(frozen=True)
 class Reference:
-    """What transformers computes in one process: logits [rows, LENGTH, vocabulary], summed loss, all gradients."""
+    """What transformers computes in one process: logits [B, LENGTH, vocabulary], summed loss, all gradients."""
 
     logits: torch.Tensor
     loss: float
@@ -134,7 +134,7 @@ class Reference:
 
 
 def huggingface_model(variant: str, attention: str = "eager") -> PreTrainedModel:
-    """The whole random model, without towers: media enter as rows."""
+    """The whole random model, without towers: media enter as soft tokens."""
     text = VARIANTS[variant]
     unified = text["model_type"].startswith("gemma4_unified")
     config = AutoConfig.for_model(
@@ -152,11 +152,11 @@ def huggingface_model(variant: str, attention: str = "eager") -> PreTrainedModel
 
 
 def huggingface_results(variant: str, attention: str = "eager") -> Reference:
-    """Every document a row of its own through the whole model: its placeholders, masks and padding, no packing."""
+    """Every document a sequence of its own through the whole model: its placeholders, masks and padding, no packing."""
     model, batch = huggingface_model(variant, attention), Batch(variant)
-    rows = batch.media_soft_tokens.clone().requires_grad_()
+    soft_tokens = batch.media_soft_tokens.clone().requires_grad_()
     outputs = {
-        name: BaseModelOutputWithPooling(pooler_output=[rows[batch.types == kind]])
+        name: BaseModelOutputWithPooling(pooler_output=[soft_tokens[batch.types == kind]])
         for name, kind in (("image", 1), ("video", 2))
     }
     packed = model(
@@ -170,7 +170,7 @@ def huggingface_results(variant: str, attention: str = "eager") -> Reference:
     loss = torch.nn.functional.cross_entropy(packed.flatten(0, 1), labels.flatten(), ignore_index=-100, reduction="sum")
     loss.backward()
     logits = torch.zeros(*batch.input_ids.shape, packed.shape[-1])
-    for document, (row, span) in enumerate(batch.spans):
-        logits[row, span] = packed[document, : span.stop - span.start].detach()
+    for document, (sequence, span) in enumerate(batch.spans):
+        logits[sequence, span] = packed[document, : span.stop - span.start].detach()
     gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
-    return Reference(logits, loss.item(), gradients | {"rows": rows.grad})
+    return Reference(logits, loss.item(), gradients | {"soft tokens": soft_tokens.grad})

@@ -1,4 +1,4 @@
-"""Every variant's loss and gradients do not depend on how many context parallel ranks share a sequence.
+"""Every variant's loss and gradients do not depend on how many context-parallel ranks share a sequence.
 
 The reference is the same model on one rank, which `test_language_parity` compares with transformers.
 """
@@ -42,7 +42,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "12b": COMMON | VISION | dict(model_type="gemma4_unified_text"),
     "31b": COMMON | VISION,
 }
-# Real tokens of the documents of each row. Media cover tokens 3 to 17 and, next to them, 17 to 23 of those long enough:
+# Lengths of the documents of each sequence. Media cover tokens 3 to 17 and, in those long enough, 17 to 23 beside them:
 # longer and shorter than the windows, and across borders between ranks.
 DOCUMENTS = {"padded": [[90], [37]], "zigzag pack": [[28, 17, 41]], "contiguous pack": [[28, 17, 41]]}
 LENGTH = {"padded": 96, "zigzag pack": 112, "contiguous pack": 96}
@@ -51,10 +51,11 @@ MEDIA = (slice(3, 17), slice(17, 23))
 
 @dataclass(frozen=True)
 class Case:
-    """A model, a batch, and how both are cut. Up to eight context parallel ranks a chunk has 1 to 28 tokens."""
+    """A model, a batch, and how both are cut. Up to eight context-parallel ranks a chunk has 1 to 28 tokens."""
 
     variant: str
-    rows: str
+    pack: str
+    """Key of `DOCUMENTS`."""
     window: int
     tp: int = 1
     cp: int = 1
@@ -68,42 +69,42 @@ class Case:
 
     @cached_property
     def starts(self) -> list[int]:
-        """Where the documents of the first row start, and the end of the row."""
-        multiple = 16 if self.rows == "zigzag pack" else 1
+        """Where the documents of the first sequence start, and its end."""
+        multiple = 16 if self.pack == "zigzag pack" else 1
         starts = [0]
-        for length in DOCUMENTS[self.rows][0][:-1]:
+        for length in DOCUMENTS[self.pack][0][:-1]:
             starts.append(starts[-1] + -(-length // multiple) * multiple)
-        return [*starts, LENGTH[self.rows]]
+        return [*starts, LENGTH[self.pack]]
 
     def held(self) -> list[torch.Tensor]:
-        """Sequence indices of each context parallel rank."""
-        starts = self.starts if self.rows == "zigzag pack" else None
-        layout = "contiguous" if self.rows == "contiguous pack" else "zigzag"
-        return [cp_token_index(LENGTH[self.rows], self.cp, rank, starts, layout) for rank in range(self.cp)]
+        """Sequence indices of each context-parallel rank."""
+        starts = self.starts if self.pack == "zigzag pack" else None
+        layout = "contiguous" if self.pack == "contiguous pack" else "zigzag"
+        return [cp_token_index(LENGTH[self.pack], self.cp, rank, starts, layout) for rank in range(self.cp)]
 
 
 class Batch:
-    """Random tokens and labels with padding, every third label ignored; all [rows, S]."""
+    """Random tokens and labels with padding, every third label ignored; all [B, S]."""
 
     def __init__(self, case: Case) -> None:
-        documents, generator = DOCUMENTS[case.rows], torch.Generator().manual_seed(3)
-        shape = (len(documents), LENGTH[case.rows])
+        documents, generator = DOCUMENTS[case.pack], torch.Generator().manual_seed(3)
+        shape = (len(documents), LENGTH[case.pack])
         self.input_ids = torch.randint(1, 64, shape, generator=generator)
         self.labels = torch.randint(0, 64, shape, generator=generator)
         self.labels[torch.rand(shape, generator=generator) < 0.3] = -100
         self.positions, self.segments, self.groups = (torch.zeros(shape, dtype=torch.long) for _ in range(3))
-        for row, lengths in enumerate(documents):
+        for sequence, lengths in enumerate(documents):
             for number, (start, length) in enumerate(zip(case.starts, lengths, strict=False), start=1):
                 span = slice(start, start + length)
-                self.positions[row, span], self.segments[row, span] = torch.arange(length), number
+                self.positions[sequence, span], self.segments[sequence, span] = torch.arange(length), number
                 for item, media in enumerate(MEDIA):
-                    self.groups[row, start + media.start : start + min(media.stop, length)] = 2 * number + item
+                    self.groups[sequence, start + media.start : start + min(media.stop, length)] = 2 * number + item
         padding = self.segments == 0
         self.input_ids[padding], self.labels[padding], self.groups[padding] = 0, -100, 0
 
 
 def rank_result(rank: int, case: Case) -> dict[str, Any]:
-    """Loss and slices of gradients of one rank, and which of these add up over tensor parallel ranks."""
+    """Loss and slices of gradients of one rank, and which of these add up over tensor-parallel ranks."""
     text = Gemma4TextConfig(**VARIANTS[case.variant] | {"sliding_window": case.window})
     groups, device = language_groups(rank, case.tp, case.cp), torch.device("cpu")
     model = Gemma4LanguageModel(
@@ -133,8 +134,8 @@ def rank_result(rank: int, case: Case) -> dict[str, Any]:
     slices = []
     for binding in bindings:
         if binding.tensor.requires_grad:
-            marks = [getattr(binding.tensor, mark, False) for mark in ("tensor_model_parallel", "tp_gradient_partial")]
-            slices.append((binding.name, binding.shape, binding.index, binding.view(binding.tensor.grad), any(marks)))
+            is_part = getattr(binding.tensor, "tensor_model_parallel", False) or "tp" in binding.gradient_sum
+            slices.append((binding.name, binding.shape, binding.index, binding.view(binding.tensor.grad), is_part))
     return {"tp_rank": rank % case.tp, "loss": loss.item(), "finite": bool(hidden.isfinite().all()), "slices": slices}
 
 
@@ -142,8 +143,8 @@ def all_results(rank: int, cases: list[Case]) -> list[dict[str, Any]]:
     return [rank_result(rank, case) for case in cases]
 
 
-def all_ranks_or_raise(results: list[dict[str, Any]]) -> tuple[float, dict[str, torch.Tensor]]:
-    """Loss and gradients of all ranks; what every tensor parallel rank has whole counts once."""
+def loss_and_gradients(results: list[dict[str, Any]]) -> tuple[float, dict[str, torch.Tensor]]:
+    """Loss and gradients of all ranks; what every tensor-parallel rank has whole counts once."""
     gradients: dict[str, torch.Tensor] = {}
     for result in results:
         assert result["finite"]
@@ -163,8 +164,8 @@ def check(cases: list[Case]) -> None:
         here = [case for case in cases if case.tp * case.cp == world]
         ranks = run_ranks(world, all_results, here, timeout=280)
         for number, case in enumerate(here):
-            loss, gradients = all_ranks_or_raise([results[number] for results in ranks])
-            expected_loss, expected = all_ranks_or_raise([references[case.alone]])
+            loss, gradients = loss_and_gradients([results[number] for results in ranks])
+            expected_loss, expected = loss_and_gradients([references[case.alone]])
             if abs(loss - expected_loss) > 1e-5 * expected_loss:
                 found.append(f"{case}: loss {loss}, expected {expected_loss}")
             # 1e-5 of each gradient, plus 1e-7 of all for those that almost vanish: rounding of fp32 sums of this depth
@@ -198,7 +199,7 @@ def test_complete_table(variant: str) -> None:
     """All numbers of ranks up to eight, sequence parallelism and checkpointing taking turns."""
     grids = [(1, 2), (1, 4), (1, 8), (2, 1), (2, 2), (2, 4)]
     cases = [
-        Case(variant, rows, window, tp, cp, tp > 1 and turn % 2 == 0, ("none", "full")[turn % 3 == 0])
-        for turn, (rows, window, (tp, cp)) in enumerate(product(DOCUMENTS, (5, 13), grids))
+        Case(variant, pack, window, tp, cp, tp > 1 and turn % 2 == 0, ("none", "full")[turn % 3 == 0])
+        for turn, (pack, window, (tp, cp)) in enumerate(product(DOCUMENTS, (5, 13), grids))
     ]
     check(cases)

@@ -1,4 +1,4 @@
-"""Keys reach exactly the context parallel ranks that need them, gradients return once, and no byte more is moved."""
+"""Keys reach exactly the context-parallel ranks that need them, gradients return once, and no byte more is moved."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -53,7 +53,7 @@ def counted_bytes() -> Iterator[list[int]]:
 
 @dataclass(frozen=True)
 class Sequence:
-    """Documents of one row and how it is cut."""
+    """Documents of one sequence and how it is cut."""
 
     lengths: tuple[int, ...]
     """Real tokens per document."""
@@ -61,7 +61,7 @@ class Sequence:
     """Positions per document."""
     zigzag: bool
     pack: bool
-    """Each document is cut over the ranks, instead of the row as a whole."""
+    """Each document is cut over the ranks, instead of the sequence as a whole."""
 
     @property
     def size(self) -> int:
@@ -104,7 +104,7 @@ def exchange_rank(rank: int) -> None:
             # Media inside one document only: the reach of a group never leaves its segment.
             groups = torch.where(sequence.segments() == 1, GROUPS, 0)
             first, last = visible_runs(rule, sequence.segments(), groups)
-            seen = [sorted({k for q in rows for k in range(first[0, q], last[0, q] + 1)}) for rows in held]
+            seen = [sorted({k for q in own for k in range(first[0, q], last[0, q] + 1)}) for own in held]
             needed = [torch.zeros(sequence.size, dtype=torch.bool) for _ in held]
             for mask, keys in zip(needed, seen, strict=True):
                 mask[keys] = True
@@ -113,14 +113,14 @@ def exchange_rank(rank: int) -> None:
             exchanges.append(GatherExchange(needed, held, group, torch.clone))
             for exchange in exchanges:
                 check_exchange(exchange, held, seen, rank)
-            absent = [len(set(keys) - set(rows.tolist())) for keys, rows in zip(seen, held, strict=True)]
+            absent = [len(set(keys) - set(own.tolist())) for keys, own in zip(seen, held, strict=True)]
             assert (planned is None) == (max(absent) == 0)
 
 
 def check_exchange(exchange, held: list[torch.Tensor], seen: list[list[int]], rank: int) -> None:
-    """Two states of two rows; every rank weights what arrives by numbers of its own, which gradients must add up to."""
+    """Two states of two sequences; every rank weights what it receives by its own numbers; gradients are their sums."""
     generator = torch.Generator().manual_seed(1)
-    size = sum(rows.numel() for rows in held)
+    size = sum(own.numel() for own in held)
     whole = [torch.randn(size, 2, 3, 4, generator=generator) for _ in range(2)]
     weights = [[torch.randn(size, 2, 3, 4, generator=generator) for _ in range(2)] for _ in held]
     local = tuple(state[held[rank]].requires_grad_() for state in whole)

@@ -10,7 +10,7 @@ from tests.dist.language.language_reference import VARIANTS, Reference, huggingf
 
 EVERYWHERE = [variant for variant in VARIANTS if variant != "threes"]
 
-# Per variant: one row at each tensor parallel size, sequence parallelism and checkpointing taking turns.
+# Per variant: one case at each tensor-parallel size, sequence parallelism and checkpointing taking turns.
 QUICK = [
     Case(variant, tp, sequence_parallel=tp > 1 and turn % 2 == 1, checkpointing=("none", "selective", "full")[turn % 3])
     for number, variant in enumerate(EVERYWHERE)
@@ -70,7 +70,7 @@ def test_complete_table_matches_transformers(world: int, references: dict[str, R
     check(COMPLETE, world, references)
 
 
-def test_quick_rows_show_every_pair_of_the_complete_table() -> None:
+def test_quick_cases_show_every_pair_of_the_complete_table() -> None:
     def pairs(cases: list[Case]) -> set[tuple]:
         return {pair for case in cases for pair in combinations(vars(case).items(), 2)}
 

@@ -134,17 +134,18 @@ def reference(rank: int, variant: str) -> dict[str, Any]:
 
 
 def lane_batch(numbers: list[int], multiple: int) -> dict[str, torch.Tensor]:
-    """The documents of a lane, padded on the right to one length: each tensor [rows, S]."""
+    """The documents of a lane, padded on the right to one length: each tensor [B, S]."""
     longest = max(len(DOCUMENTS[number]) for number in numbers)
     length = -(-longest // multiple) * multiple
     names = ("ids", "labels", "positions", "segments", "groups")
     batch = {name: torch.zeros(len(numbers), length, dtype=torch.long) for name in names}
     batch["labels"].fill_(-100)
-    for row, number in enumerate(numbers):
+    for sequence, number in enumerate(numbers):
         ids, labels, _, groups = document(number)
         real = slice(0, len(ids))
-        batch["ids"][row, real], batch["labels"][row, real], batch["groups"][row, real] = ids, labels, groups
-        batch["positions"][row, real], batch["segments"][row, real] = torch.arange(len(ids)), 1
+        batch["ids"][sequence, real], batch["labels"][sequence, real] = ids, labels
+        batch["groups"][sequence, real] = groups
+        batch["positions"][sequence, real], batch["segments"][sequence, real] = torch.arange(len(ids)), 1
     return batch
 
 
@@ -180,7 +181,7 @@ def partial_results(rank: int, case: Case) -> dict[str, Any]:
     result["gradients"] = [
         (binding.name, binding.shape, binding.index, binding.view(gradient_of(binding.tensor)))
         for binding in bindings
-        if binding.tensor.requires_grad and (at.tp == 0 or gradient_is_part(binding.tensor))
+        if binding.tensor.requires_grad and (at.tp == 0 or gradient_is_part(binding))
     ]
     groups.destroy()
     return result
@@ -221,9 +222,9 @@ def compare(case: Case, results: list[dict[str, Any]], expected: dict[str, Any])
     width = VOCABULARY // case.tp
     for result in results:
         columns = slice(result["vocabulary"] * width, (result["vocabulary"] + 1) * width)
-        for row, number in enumerate(result["numbers"]):
+        for sequence, number in enumerate(result["numbers"]):
             real = result["positions"] < len(logits[number])
-            logits[number][result["positions"][real], columns] = result["logits"][row, real]
+            logits[number][result["positions"][real], columns] = result["logits"][sequence, real]
     # a few units in the last place of sums of some hundred terms
     torch.testing.assert_close(logits, expected["logits"], rtol=1e-5, atol=1e-5, msg=lambda text: f"{case}: {text}")
 

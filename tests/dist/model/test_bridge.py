@@ -43,49 +43,51 @@ CASES = [
 
 
 def random_manifest(
-    seed: int, source_dp: int, target_dp: int, rounds: int, multiples: tuple, packed: bool
+    seed: int, source_dp: int, target_dp: int, num_microbatches: int, multiples: tuple, packed: bool
 ) -> StepManifest:
-    """Ragged samples with zero to three media items; lanes and rounds without any media or samples occur."""
+    """Ragged samples with zero to three media items; lanes and microbatches without any media or samples occur."""
     generator = random.Random(seed)
     microbatches, pending = [], []
     sample = 0
     for lane in range(target_dp):
-        for number in range(rounds):
+        for number in range(num_microbatches):
             count = generator.choice([0, 1, 3])
-            items, row, start = [], 0, 0
+            samples, sequence, start = [], 0, 0
             for _ in range(count):
                 media = [generator.randint(1, 9) for _ in range(generator.choice([0, 1, 1, 3]))]
                 length = sum(media) + 3 + len(media)
                 padded = -(-length // multiples[1]) * multiples[1] if packed else length
-                items.append(PlannedSample(sample, sample, lane, number, row, start, length, padded))
+                samples.append(PlannedSample(sample, sample, lane, number, sequence, start, length, padded))
                 position = start + 1
-                for ordinal, rows in enumerate(media):
-                    pending.append((sample, ordinal, rows, lane, number, row, position))
-                    position += rows + 1
+                for ordinal, soft_tokens in enumerate(media):
+                    pending.append((sample, ordinal, soft_tokens, lane, number, sequence, position))
+                    position += soft_tokens + 1
                 sample += 1
-                row, start = (0, start + padded) if packed else (row + 1, 0)
-            longest = start if packed else max((s.length for s in items), default=0)
+                sequence, start = (0, start + padded) if packed else (sequence + 1, 0)
+            longest = start if packed else max((s.length for s in samples), default=0)
             multiple = multiples[2] if packed else multiples[0]
             seq_length = -(-longest // multiple) * multiple
-            rows = min(count, 1) if packed else count
-            microbatches.append(Microbatch(lane, number, rows, seq_length, tuple(items), packed))
-    media_slots, filled = [], {}
-    for sample_, ordinal, rows, lane, number, row, position in pending:
+            sequences = min(count, 1) if packed else count
+            microbatches.append(Microbatch(lane, number, sequences, seq_length, tuple(samples), packed))
+    planned_media, filled = [], {}
+    for index, ordinal, soft_tokens, lane, number, sequence, position in pending:
         module_lane = generator.randrange(source_dp)
         offset = filled.get((number, module_lane), 0)
-        filled[number, module_lane] = offset + rows
-        media_slots.append(
-            PlannedMedia("vision", sample_, sample_, ordinal, rows, lane, number, row, position, module_lane, offset)
+        filled[number, module_lane] = offset + soft_tokens
+        planned_media.append(
+            PlannedMedia(
+                "vision", index, index, ordinal, soft_tokens, lane, number, sequence, position, module_lane, offset
+            )
         )
-    return StepManifest(seed, rounds, tuple(microbatches), tuple(media_slots))
+    return StepManifest(seed, num_microbatches, tuple(microbatches), tuple(planned_media))
 
 
-def row_value(planned: PlannedMedia, i: int) -> float:
-    return planned.batch_index * 1000 + planned.ordinal * 100 + i + 1.0
+def value_of(item: PlannedMedia, i: int) -> float:
+    return item.batch_index * 1000 + item.ordinal * 100 + i + 1.0
 
 
-def gradient_value(planned: PlannedMedia, i: int) -> float:
-    return -row_value(planned, i) - 0.5
+def gradient_of(item: PlannedMedia, i: int) -> float:
+    return -value_of(item, i) - 0.5
 
 
 def bridge_rank(rank: int, case: tuple, seeds: list[int]) -> None:
@@ -104,8 +106,8 @@ def bridge_rank(rank: int, case: tuple, seeds: list[int]) -> None:
         layout,
         "vision",
         rank,
-        forward_group=groups.bridge_to_language["vision"],
-        backward_group=groups.bridge_to_module["vision"],
+        to_language_group=groups.bridge_to_language["vision"],
+        to_module_group=groups.bridge_to_module["vision"],
         module_tp_group=groups.modules["vision"].tp if rank in vision else None,
         language_tp_group=groups.modules["language"].tp if rank in language else None,
         hidden_size=WIDTH,
@@ -116,35 +118,33 @@ def bridge_rank(rank: int, case: tuple, seeds: list[int]) -> None:
     multiples = (sequence_multiple(cp, sp), segment_multiple(cp), pack_multiple(cp, sp))
     for seed in seeds:
         manifest = random_manifest(seed, vision.dp, language.dp, 3, multiples, packed)
-        for round_ in range(manifest.num_microbatches):
-            check_round(bridge, manifest, round_, rank, sp)
+        for number in range(manifest.num_microbatches):
+            check_microbatch(bridge, manifest, number, rank, sp)
     bridge.drain()
     groups.destroy()
 
 
-def check_round(bridge: Bridge, manifest: StepManifest, round_: int, rank: int, sp: int) -> None:
+def check_microbatch(bridge: Bridge, manifest: StepManifest, number: int, rank: int, sp: int) -> None:
     vision, language = bridge.module, bridge.language
-    rows, returns = None, torch.empty(0)
+    leaving, returns = None, torch.empty(0)
     if rank in vision:
-        items = manifest.items_of_module("vision", round_, vision.coordinate(rank).dp)
+        items = manifest.items_of_module("vision", number, vision.coordinate(rank).dp)
         if items:
-            rows = as_rows([row_value(planned, i) for planned in items for i in range(planned.soft_tokens)], bridge)
-            returns = torch.tensor(
-                [gradient_value(planned, i) for planned in items for i in range(planned.soft_tokens)]
-            )
+            leaving = as_vectors([value_of(item, i) for item in items for i in range(item.soft_tokens)], bridge)
+            returns = torch.tensor([gradient_of(item, i) for item in items for i in range(item.soft_tokens)])
     expected, gradient_at = {}, {}
     if rank in language:
-        expected, gradient_at = oracle(manifest, round_, language, language.coordinate(rank), sp)
-    route = bridge.route(manifest, round_)
+        expected, gradient_at = oracle(manifest, number, language, language.coordinate(rank), sp)
+    route = bridge.route(manifest, number)
     positions = route.positions.tolist()
     assert sorted(positions) == sorted(expected)
     with Traffic() as there:
-        received = bridge.recv_in_language(route, bridge.post_to_language(route, rows))
-    check_rows(received, torch.tensor([expected[position] for position in positions]))
-    gradients = as_rows([gradient_at[position] for position in positions], bridge) if positions else None
+        received = bridge.recv_in_language(route, bridge.post_to_language(route, leaving))
+    check_values(received, torch.tensor([expected[position] for position in positions]))
+    gradients = as_vectors([gradient_at[position] for position in positions], bridge) if positions else None
     with Traffic() as back:
         returned = bridge.recv_in_module(route, bridge.post_to_module(route, gradients))
-    check_rows(returned, returns)
+    check_values(returned, returns)
     if rank in language:
         sharers = language.tp // sp
         check_crossings(there.messages, back.messages, len(expected), sharers, language.coordinate(rank).tp % sharers)
@@ -152,47 +152,47 @@ def check_round(bridge: Bridge, manifest: StepManifest, round_: int, rank: int, 
         check_crossings(back.messages, there.messages, len(returns), vision.tp, vision.coordinate(rank).tp)
 
 
-def as_rows(values: list[float], bridge: Bridge) -> torch.Tensor:
+def as_vectors(values: list[float], bridge: Bridge) -> torch.Tensor:
     return torch.tensor(values, device=bridge.device)[:, None].repeat(1, WIDTH)
 
 
-def check_rows(rows: torch.Tensor, values: torch.Tensor) -> None:
-    """Exact: each row is moved and added to nothing."""
-    assert torch.equal(rows.cpu(), values[:, None].expand(-1, WIDTH))
+def check_values(vectors: torch.Tensor, values: torch.Tensor) -> None:
+    """Exact: each soft token is moved and added to nothing."""
+    assert torch.equal(vectors.cpu(), values[:, None].expand(-1, WIDTH))
 
 
-def check_crossings(arriving: list[Message], leaving: list[Message], rows: int, sharers: int, place: int) -> None:
-    """Of `rows` rows that a rank needs its own part alone comes from the other grid, and as much goes back.
+def check_crossings(arriving: list[Message], leaving: list[Message], needed: int, sharers: int, place: int) -> None:
+    """Of the soft tokens that a rank needs its own part alone comes from the other grid, and as much goes back.
 
     Args:
-        arriving: what the rank did while the rows arrived, …
+        arriving: what the rank did while they arrived, …
         leaving: … and while their counterparts left.
-        rows: how many it needs.
+        needed: how many it needs.
         sharers: how many tensor parallel ranks need the same ones.
         place: of the rank among them.
     """
-    size = -(-rows // sharers)
-    part = max(0, min(size, rows - place * size))
+    size = -(-needed // sharers)
+    part = max(0, min(size, needed - place * size))
     received, gathers = ([m for m in arriving if (m.operation == "recv_") is crosses] for crosses in (True, False))
     assert sum(message.shape[0] for message in received) == sum(message.shape[0] for message in leaving) == part
     assert all(message.operation == "send" for message in leaving)
     assert [(message.operation, message.shape) for message in gathers] == [
         ("_allgather_base_", (size * sharers, WIDTH))
-    ] * (rows > 0 and sharers > 1)
+    ] * (needed > 0 and sharers > 1)
 
 
-def oracle(manifest: StepManifest, round_: int, language, at, sp: int) -> tuple[dict, dict]:  # noqa: ANN001
+def oracle(manifest: StepManifest, number: int, language, at, sp: int) -> tuple[dict, dict]:  # noqa: ANN001
     """What this language rank must receive, by flat position, computed from whole sequences."""
-    microbatch = manifest.microbatch(at.dp, round_)
+    microbatch = manifest.microbatch(at.dp, number)
     if not microbatch.sequences:
         return {}, {}
     whole = torch.zeros(microbatch.seq_length, microbatch.sequences)
     gradient = torch.zeros_like(whole)
-    for planned in manifest.media:
-        if (planned.lane, planned.microbatch) == (at.dp, round_):
-            for i in range(planned.soft_tokens):
-                whole[planned.start + i, planned.sequence] = row_value(planned, i)
-                gradient[planned.start + i, planned.sequence] = gradient_value(planned, i)
+    for item in manifest.media:
+        if (item.lane, item.microbatch) == (at.dp, number):
+            for i in range(item.soft_tokens):
+                whole[item.start + i, item.sequence] = value_of(item, i)
+                gradient[item.start + i, item.sequence] = gradient_of(item, i)
     index = cp_token_index(microbatch.seq_length, language.cp, at.cp, microbatch.segment_starts)
     if sp > 1:
         index = index.chunk(sp)[at.tp]
@@ -202,7 +202,7 @@ def oracle(manifest: StepManifest, round_: int, language, at, sp: int) -> tuple[
 
 
 @pytest.mark.parametrize("world", sorted({case[0] + case[2] for case in CASES}))
-def test_rows_arrive_and_gradients_return_once(world: int) -> None:
+def test_soft_tokens_arrive_and_gradients_return_once(world: int) -> None:
     cases = [case for case in CASES if case[0] + case[2] == world]
     run_ranks(world, in_turn, bridge_rank, [(case, list(range(6))) for case in cases])
 

@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 
 from mimo_gemma4.config import OptimConfig
 from mimo_gemma4.optim.module_optimizer import ModuleOptimizer, learning_rate
@@ -33,8 +32,8 @@ TWO_GRIDS: Grids = {"vision": ((0, 1), 1), "language": ((2, 3), 2)}
 SHARED_RANKS: Grids = {"vision": ((0, 1), 1), "language": ((0, 1), 2)}
 
 
-def lane_rows(rank: int, count: int) -> slice:
-    """Uneven lanes: the first takes one row, the second the rest; one lane takes all."""
+def lane_samples(rank: int, count: int) -> slice:
+    """Uneven lanes: the first takes one sample, the second the rest; one lane takes all."""
     return slice(None) if count == 1 else slice(0, 1) if rank == 0 else slice(1, None)
 
 
@@ -44,31 +43,31 @@ def train(rank: int, grids: Grids, frozen: tuple[str, ...]) -> dict[str, Any]:
     for name in modules.keys() & set(frozen):
         modules[name].requires_grad_(False)
     optimizers = {name: ModuleOptimizer(module, groups.modules[name], CONFIG) for name, module in modules.items()}
-    agreement = StepReduction(layout, CONFIG.clip_grad, torch.device("cpu"))
+    reduction = StepReduction(layout, CONFIG.clip_grad, torch.device("cpu"))
     reports = []
     for step in range(1, STEPS + 1):
         counts: dict[str, Any] = {}
         for name, module in modules.items():
             optimizers[name].zero_gradients()
             lane = groups.modules[name].dp
-            rows = samples(step, len(name))[lane_rows(lane.rank(), lane.size())]
-            losses = [loss(module(row[None])) for row in rows]  # one microbatch a row
+            mine = samples(step, len(name))[lane_samples(lane.rank(), lane.size())]
+            losses = [loss(module(sample[None])) for sample in mine]  # one microbatch a sample
             if optimizers[name].trainable:
                 for microbatch_loss in losses:
                     microbatch_loss.backward()
             if name == "language":
-                counts = {"loss_sum": sum(losses).detach(), "loss_tokens": len(rows), "tokens": len(rows) + 1}
+                counts = {"loss_sum": sum(losses).detach(), "loss_tokens": len(mine), "tokens": len(mine) + 1}
             optimizers[name].finish_gradients()
-        agreed = agreement.reduce(optimizers, **counts)
+        results = reduction.reduce(optimizers, **counts)
         for optimizer in optimizers.values():
-            optimizer.apply(agreed, learning_rate(CONFIG, step, STEPS))
-        reports.append(StepReport(agreed).read())
+            optimizer.apply(results, learning_rate(CONFIG, step, STEPS))
+        reports.append(StepReport(results).read())
     state = {b.name: (b.index, b.view().detach().clone()) for o in optimizers.values() for b in o.bindings}
     return {"reports": reports, "state": state}
 
 
 def reference(grids: Grids, frozen: tuple[str, ...]) -> dict[str, Any]:
-    """The same on whole tensors: the sum of all modules' losses over the number of language rows."""
+    """The same on whole tensors: the sum of all modules' losses over the number of language samples."""
     weights = {name: reference_weights(name) for name in grids}
     trained = [weights[name][short].requires_grad_() for name in grids if name not in frozen for short in TRAINABLE]
     adamw = torch.optim.AdamW(
@@ -123,11 +122,11 @@ def skip_nonfinite(rank: int) -> list[Any]:
     poison = float("nan") if rank == 1 else 1.0  # one data-parallel lane of the encoder
     loss(optimizer.module(samples(1, 0) * poison)).backward()
     optimizer.finish_gradients()
-    agreed = StepReduction(layout, CONFIG.clip_grad, torch.device("cpu")).reduce({name: optimizer}, 1.0, 1.0, 1.0)
-    optimizer.apply(agreed, 0.1)
+    results = StepReduction(layout, CONFIG.clip_grad, torch.device("cpu")).reduce({name: optimizer}, 1.0, 1.0, 1.0)
+    optimizer.apply(results, 0.1)
     same = all(torch.equal(old, b.view()) for old, b in zip(before, optimizer.bindings, strict=True))
     clean = all(torch.count_nonzero(shard.state["exp_avg"]) == 0 for shard in optimizer.trainable_shards)
-    report = StepReport(agreed).read()
+    report = StepReport(results).read()
     counts = {int(count) for count in optimizer.step_counts}
     return [report["nonfinite"], report["nonfinite_ranks"], same, clean, counts]
 
@@ -144,14 +143,14 @@ def empty_step(rank: int) -> dict[str, Any]:
     optimizer = ModuleOptimizer(ToyModule("language", language.tp), language, CONFIG)
     optimizer.zero_gradients()
     optimizer.finish_gradients()
-    agreed = StepReduction(layout, 1.0, torch.device("cpu"), dist.group.WORLD).reduce(
+    results = StepReduction(layout, 1.0, torch.device("cpu")).reduce(
         {"language": optimizer},
         hash_difference=torch.tensor([0.0, 5.0 if rank == 0 else -3.0], dtype=torch.float64),
         usage=SimpleNamespace(modules=torch.tensor([[1.0, 2.0, rank]], dtype=torch.float64), memory_gib=1.0 + rank),
     )
     before = optimizer.module.norm.detach().clone()
-    optimizer.apply(agreed, 0.1)
-    return StepReport(agreed).read() | {"unmoved": torch.equal(before, optimizer.module.norm)}
+    optimizer.apply(results, 0.1)
+    return StepReport(results).read() | {"unmoved": torch.equal(before, optimizer.module.norm)}
 
 
 def test_step_without_loss_tokens_and_what_travels_with_it():

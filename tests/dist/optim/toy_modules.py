@@ -1,4 +1,4 @@
-"""A small tensor parallel module with bindings, its one-process reference, and small grids to put it on."""
+"""A small tensor-parallel module with bindings, its one-process reference, and small grids to put it on."""
 
 import torch
 import torch.distributed as dist
@@ -21,7 +21,7 @@ TRAINABLE = ("norm", "up", "head_norm", "down")
 
 
 Grids = dict[str, tuple[tuple[int, ...], int]]
-"""Module → (ranks, tensor parallel size)."""
+"""Module → (ranks, tensor-parallel size)."""
 
 
 def toy_layout(grids: Grids, world_size: int) -> Layout:
@@ -41,7 +41,7 @@ def toy_world(grids: Grids) -> tuple[Layout, ProcessGroups]:
 
 
 class ToyModule(nn.Module):
-    """norm → column parallel → norm over local heads → tanh → row parallel; the buffer `gain` scales the output."""
+    """norm → column-parallel → norm over local heads → tanh → row-parallel; the buffer `gain` scales the output."""
 
     def __init__(self, prefix: str, tp_group: dist.ProcessGroup, dtype: torch.dtype = torch.float32, seed: int = 7):
         super().__init__()
@@ -57,7 +57,6 @@ class ToyModule(nn.Module):
         self.up = nn.Parameter(torch.empty(INNER // tp, HIDDEN, dtype=dtype))
         self.head_norm = nn.Parameter(torch.empty(HEAD_SIZE, dtype=dtype))
         self.down = nn.Parameter(torch.empty(HIDDEN, INNER // tp, dtype=dtype))
-        self.head_norm.tp_gradient_partial = True
         self.register_buffer("gain", torch.empty(1, dtype=dtype))
         initialise(self.bindings(), seed)
 
@@ -78,7 +77,8 @@ class ToyModule(nn.Module):
                 index[cuts[name]] = slice(rank * part, (rank + 1) * part)
             tensor = getattr(self, name)
             region = tuple(slice(0, size) for size in tensor.shape)
-            bindings.append(Binding(f"{self.prefix}.{name}", shape, tuple(index), tensor, region, Normal(0.5)))
+            sums = ("tp",) if name == "head_norm" else ()
+            bindings.append(Binding(f"{self.prefix}.{name}", shape, tuple(index), tensor, region, Normal(0.5), sums))
         return bindings
 
 
@@ -97,7 +97,7 @@ def reference_weights(prefix: str, seed: int = 7) -> dict[str, Tensor]:
 
 
 def loss(output: Tensor) -> Tensor:
-    """Summed loss of a batch; each row stands for one token."""
+    """Summed loss of a batch; each sample stands for one token."""
     return (output - 1.0).square().sum()
 
 

@@ -73,7 +73,7 @@ class Case:
     ep: int = 1
     part: bool = False
     """Stages may part layers from the layer whose keys and values they share."""
-    rows: int = 2
+    sequences: int = 2
     packing: bool = False
     colocated: bool = False
     """Every module is on all ranks, whose number follows from the language model's sizes."""
@@ -133,7 +133,7 @@ class Case:
             *(f"modules.{name}.freeze={tower or 'true'}" for name, _, tower in frozen),
             *(f"modules.pixels.{key}={value}" for key, value in PIXELS.items() if self.pixels),
             f"layout.placement={self._placement}",
-            f"train.microbatch_size={self.rows}",
+            f"train.microbatch_size={self.sequences}",
             f"data.packing={str(self.packing).lower()}",
             f"train.activation_checkpointing={self.checkpointing}",
         ]
@@ -206,7 +206,7 @@ def step_on_rank(rank: int, folder: Path, overrides: list[str]) -> tuple[dict, l
     totals = trainer.runner.run(data)
     for optimizer in trainer.optimizers.values():
         optimizer.finish_gradients()
-    agreement = trainer.agree(totals, data)
+    step_results = trainer.reduce(totals, data)
     pieces = []
     for optimizer in trainer.optimizers.values():
         trainable = [parameter for parameter in optimizer.module.parameters() if parameter.requires_grad]
@@ -214,17 +214,17 @@ def step_on_rank(rank: int, folder: Path, overrides: list[str]) -> tuple[dict, l
         for shard in optimizer.trainable_shards:
             whole[id(shard.tensor)][shard.start : shard.end] = shard.gradient
         for parameter in trainable:  # ZeRO-1 shards of the replicas make one gradient
-            replicas = optimizer.groups.dp_cp if getattr(parameter, "allreduce", True) else optimizer.groups.expt_dp
+            replicas = getattr(optimizer.groups, optimizer.by_tensor[id(parameter)].replicas)
             dist.all_reduce(whole[id(parameter)], group=replicas)
         for binding in optimizer.owned:
             if id(binding.tensor) in whole:
                 local = whole[id(binding.tensor)].view(binding.tensor.shape)
-                values = binding.view(local) / agreement.loss_tokens
+                values = binding.view(local) / step_results.loss_tokens
                 pieces.append((binding.name, binding.shape, binding.index, values.float().cpu().clone()))
     trainer.loader.close()
-    result = {name: float(getattr(agreement, name)) for name in ("loss", "loss_tokens", "grad_norm")}
-    result["hashes"] = agreement.hash_difference.abs().sum().item()
-    result["decoder_losses"] = agreement.decoder_losses.tolist()
+    result = {name: float(getattr(step_results, name)) for name in ("loss", "loss_tokens", "grad_norm")}
+    result["hashes"] = step_results.hash_difference.abs().sum().item()
+    result["decoder_losses"] = step_results.decoder_losses.tolist()
     setup.groups.destroy()
     return result, pieces
 
@@ -233,12 +233,12 @@ def step_with_wrong_row(rank: int, folder: Path, overrides: list[str], method: s
     """As `step_on_rank`, but rank 2 multiplies the first row that it gives to `method` of a bridge once by `factor`."""
     post, done = getattr(Bridge, method), []
 
-    def post_wrongly(self: Bridge, route: Route, rows: torch.Tensor | None) -> PendingRecv:
-        if rows is not None and rank == 2 and not done:
-            rows = rows.clone()
-            rows[0] *= factor
+    def post_wrongly(self: Bridge, route: Route, leaving: torch.Tensor | None) -> PendingRecv:
+        if leaving is not None and rank == 2 and not done:
+            leaving = leaving.clone()
+            leaving[0] *= factor
             done.append(True)
-        return post(self, route, rows)
+        return post(self, route, leaving)
 
     setattr(Bridge, method, post_wrongly)
     return step_on_rank(rank, folder, overrides)

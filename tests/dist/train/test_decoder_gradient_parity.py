@@ -1,6 +1,6 @@
 """A decoder's loss and every gradient that it causes are those of one process, on whatever ranks it reads.
 
-The reference is transformers' Gemma 4 with two `nn.Linear` of plain torch behind its final norm, sample by sample.
+The reference is transformers' Gemma 4 with two `nn.Linear` of plain torch after its final norm, sample by sample.
 `step_parity` has the tolerance.
 """
 
@@ -33,27 +33,27 @@ from tests.dist.train.step_parity import (
 from tests.vlm_reference import Reference, mean_loss, reference_planner, transformers_media
 
 CASES = [
-    Case(pixels=1, rows=1),
-    Case(pixels=2, rows=3),
-    Case(pixels=1, dp=2, rows=1),
+    Case(pixels=1, sequences=1),
+    Case(pixels=2, sequences=3),
+    Case(pixels=1, dp=2, sequences=1),
     Case(pixels=2, cp=2, packing=True),
     Case(pixels=2, tp=2, sp=True, packing=True),
-    Case(pixels=1, pixels_tp=2, tp=2, rows=3),
-    Case(pixels=2, pp=2, rows=1),
-    Case(pixels=1, pixels_tp=2, pp=2, tp=2, sp=True, rows=2),
+    Case(pixels=1, pixels_tp=2, tp=2, sequences=3),
+    Case(pixels=2, pp=2, sequences=1),
+    Case(pixels=1, pixels_tp=2, pp=2, tp=2, sp=True, sequences=2),
     Case(pixels=2, dp=2, colocated=True),
-    Case(pixels=4, dp=2, tp=2, rows=1, colocated=True),
-    Case(pixels=1, pixels_tp=2, pp=2, rows=2, colocated=True),
-    Case(pixels=1, pp=2, rows=1, ranks=((1,), (0, 1), (0,))),
-    Case(pixels=2, pp=2, rows=1, ranks=((0,), (0, 1), (1, 2))),
-    Case(vision=2, pixels=1, pixels_tp=2, tp=2, pp=2, sp=True, rows=1, ranks=((1, 4), (0, 1, 2, 3), (2, 4))),
-    Case(pixels=1, rows=3, frozen=("language",)),
-    Case(pixels=1, rows=3, frozen=("pixels",)),
-    Case(pixels=1, rows=3, frozen=("vision", "language")),
+    Case(pixels=4, dp=2, tp=2, sequences=1, colocated=True),
+    Case(pixels=1, pixels_tp=2, pp=2, sequences=2, colocated=True),
+    Case(pixels=1, pp=2, sequences=1, ranks=((1,), (0, 1), (0,))),
+    Case(pixels=2, pp=2, sequences=1, ranks=((0,), (0, 1), (1, 2))),
+    Case(vision=2, pixels=1, pixels_tp=2, tp=2, pp=2, sp=True, sequences=1, ranks=((1, 4), (0, 1, 2, 3), (2, 4))),
+    Case(pixels=1, sequences=3, frozen=("language",)),
+    Case(pixels=1, sequences=3, frozen=("pixels",)),
+    Case(pixels=1, sequences=3, frozen=("vision", "language")),
 ]
-"""Decoders apart, on shared ranks and partly on shared ranks, also on those of the stage that is not the one they read;
-fewer and more lanes than the language model, rows held by one rank and by several. Two samples of the step have no
-image."""
+"""Decoders on ranks of their own, on shared ranks and on partly shared ranks, also those of a stage that they do not
+read; with fewer and more lanes than the language model; soft tokens held by one rank and by several. Two samples of the
+step have no image."""
 
 
 @pytest.fixture(scope="module")
@@ -85,8 +85,8 @@ def decoder_step(folder: Path) -> Reference:
         for item in dataset.media(index):
             image = dataset.encoder.processors["image"].decode(read_range(item.shard, item.offset, item.size))
             colours = image["pixel_values"].view(item.soft_tokens, -1, 3).mean(dim=1)
-            told = decoder["fc2"](F.gelu(decoder["fc1"](hidden[item.start : item.start + item.soft_tokens])))
-            squares.append(0.5 * (told - colours).square().sum())
+            predicted = decoder["fc2"](F.gelu(decoder["fc1"](hidden[item.start : item.start + item.soft_tokens])))
+            squares.append(0.5 * (predicted - colours).square().sum())
         return output
 
     loss, count = mean_loss(planner, STEP, logits)
@@ -104,7 +104,7 @@ def test_gradients_of_all_modules_are_those_of_one_process(world: int, colours: 
 
 @pytest.mark.parametrize("factor", [0.0, 2.0], ids=["dropped", "counted twice"])
 def test_one_wrong_gradient_of_a_hidden_state_is_caught(factor: float, colours: Prepared) -> None:
-    case = Case(pixels=1, rows=3)
+    case = Case(pixels=1, sequences=3)
     results = run_ranks(  # the decoder's rank returns gradients
         case.world, step_with_wrong_row, colours.folder, case.overrides, "post_to_language", factor
     )

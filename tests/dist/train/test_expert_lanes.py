@@ -1,6 +1,6 @@
 """A model whose experts are cut over lanes trains, answers and is saved like one that is whole, idle lanes included.
 
-Seven samples in microbatches of one row leave a lane without any in the last round, whether there are two lanes or
+Seven samples in microbatches of one sequence leave a lane without any in the last microbatch, with two lanes and with
 four. Tolerances of the gradients: those of `step_parity`, whose checks these are.
 """
 
@@ -34,16 +34,16 @@ TEXT: dict[str, Any] = dict(
     use_bidirectional_attention="vision",
 )
 CASES = [
-    Case(dp=2, ep=2, rows=1),
-    Case(dp=4, ep=4, rows=1, checkpointing="full"),
-    Case(dp=2, tp=2, ep=2, rows=1, checkpointing="full"),
-    Case(dp=2, cp=2, ep=4, rows=1),
-    Case(dp=2, tp=2, sp=True, ep=2, rows=1, packing=True, colocated=True),
-    Case(dp=2, pp=2, ep=2, rows=1, checkpointing="full"),
+    Case(dp=2, ep=2, sequences=1),
+    Case(dp=4, ep=4, sequences=1, checkpointing="full"),
+    Case(dp=2, tp=2, ep=2, sequences=1, checkpointing="full"),
+    Case(dp=2, cp=2, ep=4, sequences=1),
+    Case(dp=2, tp=2, sp=True, ep=2, sequences=1, packing=True, colocated=True),
+    Case(dp=2, pp=2, ep=2, sequences=1, checkpointing="full"),
 ]
-EP2 = Case(dp=2, ep=2, rows=1)
+EP2 = Case(dp=2, ep=2, sequences=1)
 WHOLE = Case(colocated=True)
-OTHER = Case(tp=2, dp=2, ep=2, rows=1, colocated=True)
+OTHER = Case(tp=2, dp=2, ep=2, sequences=1, colocated=True)
 
 
 @pytest.fixture(scope="module")
@@ -57,10 +57,10 @@ def test_step_gradients(world: int, experts: Prepared) -> None:
 
 
 def test_answers(experts: Prepared) -> None:
-    """The last of three samples a batch leave one lane of four idle; the others' answers end with their rows."""
+    """The last three samples leave one lane of four idle; the answers of the others end with their sequences."""
     expected = run_ranks(1, transformers_answers, experts.folder)[0]
     overrides = [
-        *Case(dp=4, ep=4, rows=1).overrides,
+        *Case(dp=4, ep=4, sequences=1).overrides,
         f"data.valid={{shards: {experts.folder}/train-000000.tar}}",
         f"eval.batch_size={BATCH}",
     ]

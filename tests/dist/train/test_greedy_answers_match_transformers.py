@@ -81,7 +81,7 @@ def transformers_answers(rank: int, folder: Path) -> list[list[int]]:
 
 
 def own_answers(rank: int, folder: Path, overrides: list[str]) -> list[tuple[Answer, int]]:
-    """This rank's answers, each with the number of positions that its row leaves for one."""
+    """This rank's answers, each with the number of positions that its sequence leaves for one."""
     config = load_config([f"config={folder}/run.yaml", *overrides])
     trainer = build_trainer(set_up_run(config))
     loader, runner, answers = trainer.evaluator.loader, StepRunner(trainer.model), []
@@ -111,14 +111,14 @@ def expected(run_folder: Path) -> list[list[int]]:
 def test_ids_are_those_of_transformers(layout: str, run_folder: Path, expected: list[list[int]]) -> None:
     ranks, overrides = LAYOUTS[layout]
     results = run_ranks(ranks, own_answers, run_folder, overrides)
-    speaking = [answers for answers in results if answers]
-    assert all(answers == speaking[0] for answers in speaking)
-    answers = speaking[0]
+    answering = [answers for answers in results if answers]
+    assert all(answers == answering[0] for answers in answering)
+    answers = answering[0]
     assert sorted(answer.index for answer, _ in answers) == list(range(SAMPLES))
     for answer, space in answers:
         assert answer.predicted == expected[answer.index][:space]
 
 
-def test_the_reference_tells_prompts_apart(expected: list[list[int]]) -> None:
+def test_the_reference_answers_prompts_differently(expected: list[list[int]]) -> None:
     assert len({tuple(ids) for ids in expected}) > SAMPLES // 2
     assert all(len(ids) == MAX_NEW_TOKENS for ids in expected)

@@ -34,12 +34,12 @@ PEFT_TARGETS = (
 CASES = [
     Case(colocated=True, packing=True),
     Case(tp=2, vision_tp=2),
-    Case(vision=2, tp=2, sp=True, dp=2, rows=1),
+    Case(vision=2, tp=2, sp=True, dp=2, sequences=1),
     Case(tp=4, packing=True, checkpointing="full"),  # 2 key/value heads: each on two ranks
     Case(tp=4, sp=True, vision_tp=4, checkpointing="full"),
     Case(tp=2, sp=True, cp=2, packing=True, checkpointing="selective"),
-    Case(pp=2, tp=2, sp=True, rows=1),  # the adapter of per_layer_model_projection has a part of B on each stage
-    Case(vision_pp=2, rows=1),  # some of the patterns name linears of one stage alone
+    Case(pp=2, tp=2, sp=True, sequences=1),  # the adapter of per_layer_model_projection has a part of B on each stage
+    Case(vision_pp=2, sequences=1),  # some of the patterns name linears of one stage alone
 ]
 
 

@@ -40,7 +40,7 @@ def joined_step(folder: Path) -> Reference:
     projector = drawn_projector()
     first, first_bias, second, second_bias = projector.values()
 
-    def rows(pixels: torch.Tensor, *_: object, **__: object) -> SimpleNamespace:
+    def soft_tokens(pixels: torch.Tensor, *_: object, **__: object) -> SimpleNamespace:
         hidden = tower(pixels).last_hidden_state.flatten(0, 1)
         projected = F.linear(F.gelu(F.linear(hidden, first, first_bias)), second, second_bias)
         return SimpleNamespace(pooler_output=[projected])
@@ -53,7 +53,7 @@ def joined_step(folder: Path) -> Reference:
             media = {"pixel_values": pixels, "mm_token_type_ids": (ids == 6).long()}
         return gemma(input_ids=ids, **media).logits[0]
 
-    gemma.model.get_image_features = rows
+    gemma.model.get_image_features = soft_tokens
     loss, count = mean_loss(planner, STEP, logits)
     loss.backward()
     gradients = {name: p.grad for name, p in gemma.named_parameters() if p.grad is not None}

@@ -12,17 +12,17 @@ from tests.vlm_reference import SOUNDS, SOUNDS_AND_IMAGES
 
 WITH_SOUNDS = [
     Case(vision=0, audio=1, colocated=True),
-    Case(vision=0, audio=2, dp=2, rows=1),
+    Case(vision=0, audio=2, dp=2, sequences=1),
     Case(vision=0, audio=1, audio_tp=2, tp=2, sp=True, packing=True),
-    Case(vision=0, audio=1, audio_pp=2, rows=1),
+    Case(vision=0, audio=1, audio_pp=2, sequences=1),
 ]
 WITH_SOUNDS_AND_IMAGES = [
     Case(audio=1, colocated=True),
     Case(audio=2, cp=2, packing=True),
-    Case(vision_tp=2, audio=1, audio_tp=2, dp=2, rows=1),
-    Case(vision_pp=2, audio=1, audio_pp=2, pp=2, rows=1, colocated=True),
-    Case(vision=2, audio=1, tp=2, sp=True, ranks=((0, 1), (2,), (0, 1)), rows=1),
-    Case(vision_tp=2, audio=2, pp=2, ranks=((1, 2), (0, 1), (2, 3)), rows=1),
+    Case(vision_tp=2, audio=1, audio_tp=2, dp=2, sequences=1),
+    Case(vision_pp=2, audio=1, audio_pp=2, pp=2, sequences=1, colocated=True),
+    Case(vision=2, audio=1, tp=2, sp=True, ranks=((0, 1), (2,), (0, 1)), sequences=1),
+    Case(vision_tp=2, audio=2, pp=2, ranks=((1, 2), (0, 1), (2, 3)), sequences=1),
 ]
 
 

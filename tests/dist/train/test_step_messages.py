@@ -1,10 +1,10 @@
-"""What travels in a step of steady state: rows, hidden states and gradients, nothing that announces them.
+"""What travels in a step of steady state: soft tokens, hidden states and gradients, nothing that announces them.
 
-All operations of torch.distributed are noted on every rank of a third training step. Between an encoder rank and a
-language rank there is one message a round, as long as the rows that the manifest puts there, and one back; each rank
-starts its messages of a round and direction in one batch. Tensor parallel ranks that hold the same tokens are sent
-equal parts of the rows, and one all-gather a round joins them. Nothing is broadcast, nobody waits at a barrier, and the
-only integers are the numbers of rows that experts get.
+All operations of torch.distributed are recorded on every rank of a third training step. Between an encoder rank and a
+language rank there is one message a microbatch, as long as the soft tokens that the manifest puts there, and one back;
+each rank starts its messages of a microbatch and direction in one batch. Tensor-parallel ranks that hold the same
+tokens are sent equal parts of the soft tokens, and one all-gather a microbatch joins them. Nothing is broadcast, nobody
+waits at a barrier, and the only integers are the numbers of tokens that experts get.
 """
 
 from collections import Counter, defaultdict
@@ -28,8 +28,8 @@ from tests.dist.harness import run_ranks
 from tests.dist.train.step_parity import Case, write_run
 from tests.dist.train.test_expert_lanes import TEXT
 
-STAGES = Case(vision=2, tp=2, sp=True, pp=2, packing=True, rows=1)
-EXPERTS = Case(vision=2, dp=2, tp=2, ep=2, rows=1)
+STAGES = Case(vision=2, tp=2, sp=True, pp=2, packing=True, sequences=1)
+EXPERTS = Case(vision=2, dp=2, tp=2, ep=2, sequences=1)
 COLLECTIVES = {
     "allreduce_",
     "_allgather_base_",
@@ -86,8 +86,8 @@ def holders(layout: Layout, microbatch: Microbatch) -> list[tuple[int, int]]:
     return held
 
 
-def planned_rows(layout: Layout, manifest: StepManifest) -> Counter[tuple[int, int, int]]:
-    """(round, encoder rank, language rank) → rows that travel between them, encoder TP being 1."""
+def planned_transfers(layout: Layout, manifest: StepManifest) -> Counter[tuple[int, int, int]]:
+    """(microbatch, encoder rank, language rank) → soft tokens that travel between them, encoder TP being 1."""
     language = layout.language
     sources: dict[tuple[int, int, int, int], list[int]] = defaultdict(list)
     for planned in manifest.media:
@@ -95,27 +95,27 @@ def planned_rows(layout: Layout, manifest: StepManifest) -> Counter[tuple[int, i
         held = holders(layout, manifest.microbatch(planned.lane, planned.microbatch))
         for position in range(planned.start, planned.start + planned.soft_tokens):
             sources[planned.microbatch, planned.lane, *held[position]].append(source)
-    rows: Counter[tuple[int, int, int]] = Counter()
-    for (round_, lane, cp, tp), of_rows in sources.items():
-        size = len(of_rows) if language.sequence_parallel else -(-len(of_rows) // language.tp)
-        for number, source in enumerate(of_rows):
-            rows[round_, source, language.rank_at(tp=tp + number // size, cp=cp, dp=lane)] += 1
-    return rows
+    travelling: Counter[tuple[int, int, int]] = Counter()
+    for (microbatch, lane, cp, tp), of_soft_tokens in sources.items():
+        size = len(of_soft_tokens) if language.sequence_parallel else -(-len(of_soft_tokens) // language.tp)
+        for number, source in enumerate(of_soft_tokens):
+            travelling[microbatch, source, language.rank_at(tp=tp + number // size, cp=cp, dp=lane)] += 1
+    return travelling
 
 
 def lengths(planned: Counter[tuple[int, int, int]]) -> Counter[tuple[int, int, int]]:
-    """(encoder rank, language rank, rows) of the messages."""
-    return Counter((source, target, rows) for (_, source, target), rows in planned.items())
+    """(encoder rank, language rank, soft tokens) of the messages."""
+    return Counter((source, target, soft_tokens) for (_, source, target), soft_tokens in planned.items())
 
 
-def arrived(layout: Layout, steps: list[Step], direction: str) -> Counter[tuple[int, int, int]]:
-    """(encoder rank, language rank, rows) of all messages that were received on the edge in one direction."""
+def received(layout: Layout, steps: list[Step], direction: str) -> Counter[tuple[int, int, int]]:
+    """(encoder rank, language rank, soft tokens) of all messages that were received on the edge in one direction."""
     members = sorted({*layout.grids["vision"].ranks, *layout.language.stage_ranks(0)})
     found: Counter[tuple[int, int, int]] = Counter()
     for rank, message in on(steps, f"bridge.vision.{direction}"):
         if message.operation == "recv_":
             peer = members[message.peer]
-            ends = (peer, rank) if direction == "forward" else (rank, peer)
+            ends = (peer, rank) if direction == "to_language" else (rank, peer)
             found[*ends, message.shape[0]] += 1
     return found
 
@@ -132,42 +132,46 @@ def check_kinds(steps: list[Step]) -> None:
 
 
 def check_gathers(layout: Layout, steps: list[Step], planned: Counter[tuple[int, int, int]]) -> None:
-    """Each language rank joins each round's rows once, besides what its layers gather."""
+    """Each language rank joins each microbatch's soft tokens once, besides what its layers gather."""
     language = layout.language
     for rank in language.ranks:
         at, expected = language.coordinate(rank), Counter[int]()
         peers = [language.rank_at(tp=tp, cp=at.cp, dp=at.dp) for tp in range(language.tp)]
-        for round_ in range(steps[rank].manifest.num_microbatches):
-            parts = [sum(planned[round_, source, peer] for source in layout.grids["vision"].ranks) for peer in peers]
+        for microbatch in range(steps[rank].manifest.num_microbatches):
+            parts = [
+                sum(planned[microbatch, source, peer] for source in layout.grids["vision"].ranks) for peer in peers
+            ]
             expected[max(parts) * language.tp] += any(parts)
         gathers = [message for member, message in on(steps, "language.tp") if member == rank]
         found = Counter(message.shape[0] for message in gathers if message.operation == "_allgather_base_")
         assert expected.total() > 0
-        assert all(found[rows] == count for rows, count in expected.items() if count), f"{expected} in {found}"
+        assert all(found[length] == count for length, count in expected.items() if count), f"{expected} in {found}"
 
 
-def test_rows_and_stages(tmp_path: Path) -> None:
+def test_soft_tokens_and_stages(tmp_path: Path) -> None:
     write_run(tmp_path)
     layout, steps = step_of(STAGES, tmp_path)
     check_kinds(steps)
     assert all(message.dtype.is_floating_point for step in steps for message in step.messages)
-    planned = planned_rows(layout, steps[0].manifest)
-    assert {target for *_, target in planned} == set(layout.language.stage_ranks(0))  # each has rows to receive
-    assert arrived(layout, steps, "forward") == arrived(layout, steps, "backward") == lengths(planned)
+    planned = planned_transfers(layout, steps[0].manifest)
+    assert {target for *_, target in planned} == set(layout.language.stage_ranks(0))  # each has some to receive
+    assert received(layout, steps, "to_language") == received(layout, steps, "to_module") == lengths(planned)
     for rank, step in enumerate(steps):
         kinds = Counter(action.kind for action in step.actions)
-        between_stages = sum(kinds[f"{way}_{what}"] for way in ("send", "expect") for what in ("hidden", "gradient"))
-        of_rows = 2 * len({round_ for round_, *ends in planned if rank in ends})
-        assert step.batches == between_stages + of_rows > 0
+        between_stages = sum(
+            kinds[f"{way}_{what}"] for way in ("send", "post_recv") for what in ("forward", "backward")
+        )
+        of_soft_tokens = 2 * len({microbatch for microbatch, *ends in planned if rank in ends})
+        assert step.batches == between_stages + of_soft_tokens > 0
 
 
-def test_row_counts_of_experts_are_the_only_integers(tmp_path: Path) -> None:
+def test_token_counts_of_experts_are_the_only_integers(tmp_path: Path) -> None:
     write_run(tmp_path, **TEXT)
     layout, steps = step_of(EXPERTS, tmp_path)
     check_kinds(steps)
     manifest = steps[0].manifest
-    planned = planned_rows(layout, manifest)
-    assert arrived(layout, steps, "forward") == arrived(layout, steps, "backward") == lengths(planned)
+    planned = planned_transfers(layout, manifest)
+    assert received(layout, steps, "to_language") == received(layout, steps, "to_module") == lengths(planned)
     check_gathers(layout, steps, planned)
     layers = 6
     for rank, step in enumerate(steps):

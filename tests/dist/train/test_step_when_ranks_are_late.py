@@ -26,13 +26,13 @@ from tests.dist.train.step_parity import Case, Prepared, deviation, step_on_rank
 images, colours = parity.images, decoders.colours
 
 WITH_IMAGES = [
-    Case(pp=3, dp=2, part=True, rows=1),
-    Case(colocated=True, vision_pp=2, dp=2, pp=2, rows=1),
-    Case(vision_pp=2, pp=3, part=True, rows=1, ranks=((1, 2), (0, 1, 2))),
+    Case(pp=3, dp=2, part=True, sequences=1),
+    Case(colocated=True, vision_pp=2, dp=2, pp=2, sequences=1),
+    Case(vision_pp=2, pp=3, part=True, sequences=1, ranks=((1, 2), (0, 1, 2))),
 ]
 WITH_DECODERS = [
-    Case(pixels=2, pp=2, rows=1),
-    Case(pixels=1, pp=2, rows=1, ranks=((1,), (0, 1), (0,))),
+    Case(pixels=2, pp=2, sequences=1),
+    Case(pixels=1, pp=2, sequences=1, ranks=((1,), (0, 1), (0,))),
 ]
 
 

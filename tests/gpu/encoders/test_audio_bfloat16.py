@@ -11,6 +11,7 @@ from torch import nn
 
 from mimo_gemma4.config import ModelConfig
 from mimo_gemma4.config.presets import load_model_config
+from mimo_gemma4.distributed.module_context import ModuleContext
 from mimo_gemma4.encoders.registry import build_encoder, build_processor
 from mimo_gemma4.weights.bindings import load
 from tests.audio_reference import AudioReference
@@ -29,7 +30,7 @@ def relative_error(actual: list[torch.Tensor], expected: list[torch.Tensor]) -> 
     return float((wrong / sum(e.double().square().sum() for e in expected)).sqrt().detach())
 
 
-def rows_and_gradients(rank: int) -> dict[str, tuple[float, float]]:
+def soft_tokens_and_gradients(rank: int) -> dict[str, tuple[float, float]]:
     """Relative errors against fp32 of (this project in bf16, transformers in bf16)."""
     torch.backends.cudnn.allow_tf32 = False  # the truth's convolutions
     hf_config = load_model_config(ModelConfig(preset="gemma4_e2b"))
@@ -38,12 +39,12 @@ def rows_and_gradients(rank: int) -> dict[str, tuple[float, float]]:
     features = [torch.randn(frames, 128, generator=generator) * 2 - 3 for frames in FRAMES]  # levels of log-mel frames
 
     def run(reference: AudioReference) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        rows = reference([sound.to(device) for sound in features])
-        (rows * cotangent(rows)).sum().backward()
-        return rows, {f"model.{name}": parameter.grad for name, parameter in reference.named_parameters()}
+        soft_tokens = reference([sound.to(device) for sound in features])
+        (soft_tokens * cotangent(soft_tokens)).sum().backward()
+        return soft_tokens, {f"model.{name}": parameter.grad for name, parameter in reference.named_parameters()}
 
-    def cotangent(rows: torch.Tensor) -> torch.Tensor:
-        return torch.randn(rows.shape, generator=torch.Generator().manual_seed(3)).to(rows)
+    def cotangent(soft_tokens: torch.Tensor) -> torch.Tensor:
+        return torch.randn(soft_tokens.shape, generator=torch.Generator().manual_seed(3)).to(soft_tokens)
 
     options = {key: value for key, value in hf_config["audio_config"].items() if key != "model_type"}
     exact = AudioReference(options, width)
@@ -55,37 +56,36 @@ def rows_and_gradients(rank: int) -> dict[str, tuple[float, float]]:
     for name, tensor in [*peer.named_parameters(), *peer.named_buffers()]:
         if name in exact.state_dict():  # not the wavelengths of the positions, which need fp32
             tensor.data = tensor.data.bfloat16()
-    true_rows, true_gradients = run(exact.to(device))
-    peer_rows, peer_gradients = run(peer.to(device))
+    true, true_gradients = run(exact.to(device))
+    peers, peer_gradients = run(peer.to(device))
 
-    encoder = build_encoder(
-        "audio",
-        hf_config,
+    context = ModuleContext(
         ProcessGroupCollection(tp=dist.group.WORLD),
         language_hidden=width,
         dtype=torch.bfloat16,
         device=device,
         activation_checkpointing="full",
     )
+    encoder = build_encoder("audio", hf_config, context)
     load(encoder.bindings(), StateSource(exact), "fp32")
     inputs = build_processor("audio", hf_config).collate([{"features": sound} for sound in features])
-    rows = encoder(
+    soft_tokens = encoder(
         **{key: value.to(device) if isinstance(value, torch.Tensor) else value for key, value in inputs.items()}
     )
-    (rows * cotangent(rows)).sum().backward()
+    (soft_tokens * cotangent(soft_tokens)).sum().backward()
 
     bound = [binding for binding in encoder.bindings() if isinstance(binding.tensor, nn.Parameter)]
     ours = [binding.view(binding.tensor.grad) for binding in bound]
     theirs = [peer_gradients[binding.name][binding.index] for binding in bound]
     truth = [true_gradients[binding.name][binding.index] for binding in bound]
     return {
-        "rows": (relative_error([rows], [true_rows]), relative_error([peer_rows], [true_rows])),
+        "soft tokens": (relative_error([soft_tokens], [true]), relative_error([peers], [true])),
         "gradients": (relative_error(ours, truth), relative_error(theirs, truth)),
     }
 
 
 def test_errors_are_those_of_bfloat16() -> None:
-    for name, (ours, peer) in run_ranks(1, rows_and_gradients, backend="nccl")[0].items():
+    for name, (ours, peer) in run_ranks(1, soft_tokens_and_gradients, backend="nccl")[0].items():
         print(f"{name}: relative error {ours:.2e} here, {peer:.2e} in transformers")
         assert 0 < peer < 0.5
         assert ours <= BAND * peer, name

@@ -19,6 +19,7 @@ from transformers.models.gemma4_unified.configuration_gemma4_unified import (
 )
 from transformers.models.gemma4_unified.modeling_gemma4_unified import Gemma4UnifiedVisionEmbedder
 
+from mimo_gemma4.distributed.module_context import ModuleContext
 from mimo_gemma4.encoders.registry import build_encoder, build_processor
 from mimo_gemma4.weights.bindings import load
 from tests import REPOSITORY
@@ -33,7 +34,7 @@ MARGIN = 1.05
 
 @pytest.fixture(scope="module", autouse=True)
 def one_rank():
-    """A world of one, in this process: encoders take a tensor parallel group."""
+    """A world of one, in this process: encoders take a tensor-parallel group."""
     dist.init_process_group("nccl", store=dist.HashStore(), rank=0, world_size=1, device_id=torch.device("cuda", 0))
     yield
     dist.destroy_process_group()
@@ -69,8 +70,8 @@ class Embedder(nn.Module):
     file_name = staticmethod(file_name)
 
     def forward(self, pixels: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-        rows = self.embed_vision(pixels, positions).pooler_output
-        return rows[(positions >= 0).all(dim=-1)]
+        soft_tokens = self.embed_vision(pixels, positions).pooler_output
+        return soft_tokens[(positions >= 0).all(dim=-1)]
 
 
 @torch.no_grad()
@@ -101,11 +102,11 @@ class StateSource:
 
 
 def run(module: nn.Module, *inputs: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    rows = module(*inputs)
-    cotangent = torch.randn(rows.shape, generator=torch.Generator().manual_seed(1)).to(rows)
-    (rows * cotangent).sum().backward()
+    soft_tokens = module(*inputs)
+    cotangent = torch.randn(soft_tokens.shape, generator=torch.Generator().manual_seed(1)).to(soft_tokens)
+    (soft_tokens * cotangent).sum().backward()
     gradients = {module.file_name(name): p.grad.float() for name, p in module.named_parameters()}
-    return rows.detach().float(), gradients
+    return soft_tokens.detach().float(), gradients
 
 
 @pytest.mark.parametrize(
@@ -130,14 +131,13 @@ def test_band(preset: str, kind: type):
     expected, expected_gradients = run(reference, *padded)
     theirs, their_gradients = run(rounded, *padded)
 
-    encoder = build_encoder(
-        "vision",
-        hf_config,
+    context = ModuleContext(
         ProcessGroupCollection(tp=dist.group.WORLD),
         language_hidden=hf_config["text_config"]["hidden_size"],
         dtype=torch.bfloat16,
         device=device,
     )
+    encoder = build_encoder("vision", hf_config, context)
     load(encoder.bindings(), StateSource(rounded), "reference")
     inputs = {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in processor.collate(items).items()}
     ours = encoder(**inputs)
@@ -145,7 +145,7 @@ def test_band(preset: str, kind: type):
     (ours * cotangent).sum().backward()
 
     error, band = (ours.float() - expected).norm(), (theirs - expected).norm()
-    print(f"{preset}: rows differ by {error / expected.norm():.2e}, transformers' by {band / expected.norm():.2e}")
+    print(f"{preset}: soft tokens off by {error / expected.norm():.2e}, transformers' by {band / expected.norm():.2e}")
     assert error <= MARGIN * band
     ours_squared, theirs_squared = torch.zeros((), device=device), torch.zeros((), device=device)
     for binding in encoder.bindings():

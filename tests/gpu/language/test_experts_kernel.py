@@ -1,6 +1,6 @@
-"""Experts in bf16 on a GPU: the grouped kernel gives each row its expert's result, and the step never waits unasked.
+"""Experts in bf16 on a GPU: the grouped kernel gives each token its expert's result; a single rank never waits for it.
 
-Reference: every expert's row by itself in fp32 from the same bf16 weights. Relative error of the whole, forward and
+Reference: every token by itself in fp32 from the same bf16 weights. Relative error of the whole, forward and
 gradients: 1%, some bf16 roundings (0.4% each) of sums of 256 terms. Some experts get no token; their gradient is zero.
 """
 
@@ -34,7 +34,7 @@ def make(kind: type, rank: int) -> tuple[Any, Any]:
     return module, groups
 
 
-def each_row(tokens: torch.Tensor, weights: torch.Tensor, chosen: torch.Tensor, experts: Experts) -> torch.Tensor:
+def each_token(tokens: torch.Tensor, weights: torch.Tensor, chosen: torch.Tensor, experts: Experts) -> torch.Tensor:
     """[T, H] in fp32: one product for every copy of every token."""
     gate_up, down = experts.gate_up.float()[chosen], experts.down.float()[chosen]
     gate, up = torch.einsum("tkih,th->tki", gate_up, tokens.float()).chunk(2, dim=-1)
@@ -55,7 +55,7 @@ def kernel_rank(rank: int) -> None:
     dispatch = Dispatch(chosen, TEXT.num_experts, groups.ep)
     output = dispatch.combine(experts(*dispatch.dispatch(tokens, weights), dispatch))
     gradients = torch.autograd.grad(output, leaves, upstream)
-    expected = each_row(tokens, weights, chosen, experts)
+    expected = each_token(tokens, weights, chosen, experts)
     expected_gradients = torch.autograd.grad(expected, leaves, upstream.float())
     for found, truth in zip([output, *gradients], [expected, *expected_gradients], strict=True):
         assert (found.float() - truth.float()).norm() <= 0.01 * truth.float().norm()
@@ -72,7 +72,7 @@ def unasked_wait_rank(rank: int) -> None:
     torch.cuda.set_sync_debug_mode("default")
 
 
-def test_grouped_kernel_gives_each_row_its_expert() -> None:
+def test_grouped_kernel_gives_each_token_its_expert() -> None:
     run_ranks(1, kernel_rank, backend="nccl")
 
 

@@ -30,22 +30,22 @@ pytestmark = pytest.mark.gpu
 WARM_UP, STEADY = 8, 3
 """Every step takes all samples: after the warm-up all shapes have been met, and kernels been compiled for them."""
 LAYOUTS = {
-    1: [Case(colocated=True, packing=True, rows=1)],
+    1: [Case(colocated=True, packing=True, sequences=1)],
     2: [
-        Case(vision=1, packing=True, rows=1),
-        Case(colocated=True, tp=2, sp=True, packing=True, rows=1),
-        Case(colocated=True, pp=2, packing=True, rows=1),
+        Case(vision=1, packing=True, sequences=1),
+        Case(colocated=True, tp=2, sp=True, packing=True, sequences=1),
+        Case(colocated=True, pp=2, packing=True, sequences=1),
     ],
     4: [
-        Case(colocated=True, tp=2, pp=2, sp=True, packing=True, rows=1),
-        Case(vision=2, tp=2, sp=True, packing=True, rows=1),
-        Case(vision=2, cp=2, packing=True, rows=1),
+        Case(colocated=True, tp=2, pp=2, sp=True, packing=True, sequences=1),
+        Case(vision=2, tp=2, sp=True, packing=True, sequences=1),
+        Case(vision=2, cp=2, packing=True, sequences=1),
     ],
 }
 EXPERTS = {
-    1: Case(colocated=True, packing=True, rows=1),
-    2: Case(colocated=True, dp=2, ep=2, packing=True, rows=1),
-    4: Case(colocated=True, dp=2, tp=2, sp=True, ep=2, packing=True, rows=1),
+    1: Case(colocated=True, packing=True, sequences=1),
+    2: Case(colocated=True, dp=2, ep=2, packing=True, sequences=1),
+    4: Case(colocated=True, dp=2, tp=2, sp=True, ep=2, packing=True, sequences=1),
 }
 GPUS = max((count for count in LAYOUTS if count <= torch.cuda.device_count()), default=1)
 

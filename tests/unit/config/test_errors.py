@@ -52,6 +52,13 @@ def base(tmp_path: Path) -> Path:
         ("optim.beta2=1.0", ["`optim.beta2` must be in [0, 1)", "1.0"]),
         ("optim.lr=.nan", ["`optim.lr`", "nan"]),
         ("optim.lr=.inf", ["`optim.lr` must not be negative or infinite", "inf"]),
+        ("optim.clip_grad=.inf", ["`optim.clip_grad` must be finite, not inf"]),
+        ("run.timeout_seconds=.nan", ["`run.timeout_seconds` must be greater than 0, not nan"]),
+        ("data.max_bad_fraction=1.5", ["`data.max_bad_fraction` must be in [0, 1], not 1.5"]),
+        ("data.valid={held_out: {shards: a.tar, weight: .inf}}", ["`data.valid.held_out.weight` must be finite"]),
+        ("layout.language.tp=0", ["`layout.language.tp` must be greater than 0, not 0"]),
+        ("layout.vision.ep=-2", ["`layout.vision.ep` must be greater than 0, not -2"]),
+        ("modules.language.lora={targets: ['*'], alpha: .inf}", ["`modules.language.lora.alpha` must be finite"]),
         ("modules.vision.lr=-1", ["`modules.vision.lr` must not be negative"]),
         ("modules.vision.warmup_steps=-1", ["`modules.vision.warmup_steps` must not be negative"]),
         ("modules.vision.schedule=cosin", ["`modules.vision.schedule` must be constant | linear | cosine | null"]),
@@ -127,6 +134,12 @@ def test_the_file_is_blamed_when_another_argument_is_innocent(base: Path):
 
 def test_a_missing_file_is_named_with_the_nearest():
     with pytest.raises(ConfigError, match="`quikstart.yaml` not found.*did you mean `quickstart.yaml`"):
+        load_config(["config=quikstart.yaml"])
+
+
+def test_outside_a_checkout_the_shipped_files_are_proposed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigError, match="nor in configs/ or /.*/configs; did you mean `quickstart.yaml`"):
         load_config(["config=quikstart.yaml"])
 
 

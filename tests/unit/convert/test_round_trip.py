@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModelForImageTextToText, Gemma4ForCausalLM
 
 from mimo_gemma4.convert.__main__ import main
-from mimo_gemma4.weights import safetensors_rows as tensor_files
+from mimo_gemma4.weights import safetensors_rows
 from mimo_gemma4.weights.huggingface import HuggingFaceSource
 from tests import REPOSITORY
 from tests.huggingface_models import COMPANIONS, VARIANTS, same_bits, stored_tensors, write_variant
@@ -30,7 +30,7 @@ def beside_weights(folder: Path) -> dict[str, bytes]:
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_every_variant_comes_back_bit_for_bit(tmp_path: Path, variant: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tensor_files, "PIECE_BYTES", 1000)  # most tensors take many pieces
+    monkeypatch.setattr(safetensors_rows, "PIECE_BYTES", 1000)  # most tensors take many pieces
     source = write_variant(tmp_path / "source", variant)
     back = round_trip(source, tmp_path, "--max-shard-size", "200KB")
     assert len(list(source.glob("*.safetensors"))) > 10
@@ -162,7 +162,7 @@ def test_memory_stays_below_a_tensor_and_a_file(tmp_path: Path) -> None:
     small = write_many_files(tmp_path / "few", 2, 1)
     large = write_many_files(tmp_path / "many", TENSORS, SHARD_BYTES // TENSOR_BYTES)
     command = [sys.executable, "-m", "tests.conversion_memory", *map(str, (small, large, tmp_path, SHARD_BYTES))]
-    told = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=200, check=True).stdout
-    growth = json.loads(told.splitlines()[-1])
+    output = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=200, check=True).stdout
+    growth = json.loads(output.splitlines()[-1])
     assert max(growth) < TENSOR_BYTES + SHARD_BYTES < TENSORS * TENSOR_BYTES / 4
     assert len(list((tmp_path / "large/back").glob("*.safetensors"))) == -(-TENSORS * TENSOR_BYTES // SHARD_BYTES)

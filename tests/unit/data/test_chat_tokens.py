@@ -39,8 +39,8 @@ def test_ids_are_one_tokenisation_of_the_rendering_with_placeholders_expanded():
     expected = encode.tokenizer(first + image[0] + second + image[1] + rest, add_special_tokens=False)["input_ids"]
     assert encoded.input_ids.tolist() == expected
     assert expected.count(2) == 1, "one bos"
-    for start, rows in zip(encoded.media_starts, (3, 1), strict=True):
-        assert expected[start - 1 : start + rows + 1] == [5, *[6] * rows, 7]
+    for start, count in zip(encoded.media_starts, (3, 1), strict=True):
+        assert expected[start - 1 : start + count + 1] == [5, *[6] * count, 7]
 
 
 def test_labels_are_the_next_token_of_answers_up_to_the_end_of_turn():
@@ -89,23 +89,20 @@ def test_media_tokens_in_an_answer_have_no_loss():
     assert encoded.labels[encoded.labels != -100].tolist() == [16 + ord("a"), 16 + ord("b"), 4]
 
 
-@pytest.mark.parametrize("rows, text", [([3], "x"), ([3, 1, 1], "x"), ([3, 1], "<|image|>")])
-def test_placeholders_and_media_that_do_not_match_are_a_data_error(rows, text):
+@pytest.mark.parametrize("soft_tokens, text", [([3], "x"), ([3, 1, 1], "x"), ([3, 1], "<|image|>")])
+def test_placeholders_and_media_that_do_not_match_are_a_data_error(soft_tokens, text):
     messages = [*MESSAGES[:3], {"role": "user", "content": text}, MESSAGES[4]]
     with pytest.raises(DataError, match="2 media"):
-        encoder().encode(messages, rows)
+        encoder().encode(messages, soft_tokens)
 
 
-def test_a_prompt_ends_where_the_last_answer_begins():
+def test_an_answer_stops_at_the_end_of_a_turn_or_sequence_and_is_read_without_special_tokens():
     encode = encoder()
-    whole, prompt = encode.encode(MESSAGES, [3, 1]), encode.encode_prompt(MESSAGES, [3, 1])
-    assert prompt.reference == "Ja" and prompt.media_starts == whole.media_starts
-    length = len(prompt.input_ids)
-    assert whole.input_ids[:length].tolist() == prompt.input_ids.tolist()
-    assert encode.decode(whole.input_ids[length:]) == "Ja"
-    question = encode.encode_prompt(MESSAGES[:4], [3, 1])
-    assert question.reference == "" and question.input_ids.tolist() == prompt.input_ids.tolist()
     assert encode.stop_ids == {1, 4}
+    labels = encode.encode(MESSAGES, [3, 1]).labels
+    last_answer = labels[labels != -100][-3:]
+    assert last_answer[-1] in encode.stop_ids
+    assert encode.decode(last_answer) == "Ja"
 
 
 def test_bytes_stand_at_sixteen_and_after():

@@ -159,7 +159,7 @@ def test_three_workers_write_what_one_does_even_if_one_of_them_dies(conversion, 
     conversion.run(workers=1)
     deadly = [DeadlyRows(rows, tmp_path / "cure") for rows in conversion.sources]
     several = replace(conversion, sources=deadly, output=tmp_path / "several")
-    with pytest.raises(DataError, match="killed.*the same command goes on from here, with --workers below 3"):
+    with pytest.raises(DataError, match="killed.*the same command continues from here, with --workers below 3"):
         several.run(workers=3)
     assert not (several.output / "report.json").exists()
     (tmp_path / "cure").touch()

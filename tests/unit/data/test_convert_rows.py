@@ -6,9 +6,9 @@ import pytest
 
 from mimo_gemma4.data.convert.conversation import ConversationReader
 from mimo_gemma4.data.convert.samples import make_sample
-from mimo_gemma4.data.sample import BadSampleError, parse_messages, text_of
+from mimo_gemma4.data.sample import BadSampleError, parse_messages
 from mimo_gemma4.errors import DataError
-from tests.shard_maker import jpeg, png, wav
+from tests.shard_maker import jpeg, png, text_of, wav
 
 PICTURE, SOUND = png(16, 8, 1), wav(900)
 PICTURE_URL = f"data:image/png;base64,{base64.b64encode(PICTURE).decode()}"
@@ -157,7 +157,7 @@ FAULTS = {
     "a caption of nothing": ({"caption": "x"}, "members", "no image or sound"),
     "a struct without content": ({"image": {"height": 3}, "caption": "x"}, "members", "neither bytes nor a path"),
     "a number for an image": ({"image": 7, "caption": "x"}, "members", "must be a path or bytes"),
-    "a file of no known kind": ({"file_name": "a.mp3", "caption": "x"}, "members", "named like no image or sound"),
+    "a file of no known kind": ({"file_name": "a.mp3", "caption": "x"}, "members", "no suffix of an image or sound"),
     "a video": ({"video": "a.mp4", "question": "q", "answer": "a"}, "members", "frames as images"),
     "a format without decoder": ({"image": "photo.tiff", "caption": "x"}, "image", "one of jpg, png, gif, bmp, webp"),
     "a sound for an image": ({"image": "a.wav", "caption": "x"}, "image", "must be one of jpg"),

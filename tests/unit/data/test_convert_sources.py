@@ -12,9 +12,9 @@ import pytest
 from mimo_gemma4.data.convert.__main__ import main
 from mimo_gemma4.data.convert.rows import cut_evenly
 from mimo_gemma4.data.convert.sources import open_sources
-from mimo_gemma4.data.sample import BadSampleError, text_of
+from mimo_gemma4.data.sample import BadSampleError
 from mimo_gemma4.errors import DataError
-from tests.shard_maker import SoundProcessor, TileProcessor, open_dataset, png, wav
+from tests.shard_maker import SoundProcessor, TileProcessor, open_dataset, png, text_of, wav
 
 COUNT = 10
 
@@ -155,7 +155,7 @@ def test_a_folder_of_media_beside_texts(tmp_path, pictures, capsys):
     (pictures / "deep" / "6.png").write_bytes(png(8, 8, 4))
     (pictures / "deep" / "6.json").write_text("[1]")
     (pictures / "README.txt").write_text("about this folder")
-    (pictures / "notes.md").write_text("passed over")
+    (pictures / "notes.md").write_text("skipped")
     (pictures / ".hidden.png").write_bytes(b"")
     assert convert(pictures, tmp_path / "out") == 0
     assert answers(tmp_path / "out") == ["answer 0", "answer 1", "answer 2", "answer 4"]
@@ -163,7 +163,7 @@ def test_a_folder_of_media_beside_texts(tmp_path, pictures, capsys):
     dropped = {row["key"]: (row["fault"], row["reason"]) for row in report["dropped"]}
     assert dropped["README"] == ("members", "no image or sound lies beside README.txt")
     assert dropped["9"] == ("members", "no .txt or .json lies beside 9.png")
-    assert dropped["deep/5"][0] == "json" and "no UTF-8 text" in dropped["deep/5"][1]
+    assert dropped["deep/5"][0] == "json" and "not UTF-8 text" in dropped["deep/5"][1]
     assert dropped["deep/6"][0] == "json" and "must be an object" in dropped["deep/6"][1]
     assert len(dropped) == 1 + 7 + 2 and report["dropped_by_fault"] == {"members": 8, "json": 2}
     printed = capsys.readouterr().out
@@ -196,8 +196,8 @@ UNREADABLE = {
     "none.json": (None, "does not exist"),
     "a.csv": (b"a,b", "none of .json, .jsonl, .parquet, .arrow"),
     "object.json": (b'{\n "data": []}', "one JSON value; it must be a list"),
-    "cut.json": (b'[{"a": 1}, {"b": ', "no whole JSON file"),
-    "odd.json": (b'[{"a": 1} {"b": 2}]', "no whole JSON file: expected"),
+    "cut.json": (b'[{"a": 1}, {"b": ', "not a complete JSON file"),
+    "odd.json": (b'[{"a": 1} {"b": 2}]', "not a complete JSON file: expected"),
     "empty.json": (b"[ ]", "no record in"),
     "cut.parquet": (b"PAR1 and no more", "cannot be read"),
     "cut.arrow": (b"ARROW1 and no more", "cannot be read"),

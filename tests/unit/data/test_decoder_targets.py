@@ -1,9 +1,10 @@
-"""Decoder lanes share a step's media, and each has the targets of its items' rows where the manifest says."""
+"""Decoder lanes share a step's media, and the targets of every item lie where the manifest says."""
 
 import pytest
 import torch
 
 from mimo_gemma4.data.loader import StepLoader
+from mimo_gemma4.data.manifest import PlannedMedia
 from mimo_gemma4.data.planner import DecoderTargets, StepPlanner
 from tests.shard_maker import TileProcessor, mixed_shard, open_dataset
 
@@ -49,33 +50,27 @@ def test_targets_lie_where_the_manifest_says(tmp_path, packing: bool):
     for step in range(3):
         data = [loader.load(step) for loader in loaders]
         manifest = data[0].manifest
-        items = [planned for planned in manifest.media if planned.module == "means"]
-        of_encoder = [planned for planned in manifest.media if planned.module == "vision"]
+        items = [item for item in manifest.media if item.module == "means"]
+        of_encoder = [item for item in manifest.media if item.module == "vision"]
         assert sorted(map(place, items)) == sorted(map(place, of_encoder)) and items
         assert manifest.soft_tokens_of("means") == manifest.soft_tokens_of("vision")
-        assert {planned.module_lane for planned in items} == set(range(DECODER_LANES))
+        assert {item.module_lane for item in items} == set(range(DECODER_LANES))
         assert manifest.imbalance["means"].after <= manifest.imbalance["means"].before
-        for planned in items:
-            targets = data[planned.module_lane].media["means", planned.microbatch]["means"]
-            item = dataset.media(planned.index)[planned.ordinal]
-            with open(item.shard, "rb") as file:
-                file.seek(item.offset)
-                expected = TileProcessor().decode(file.read(item.size))["tiles"].mean(dim=1)
-            assert torch.equal(targets[planned.module_offset : planned.module_offset + planned.soft_tokens], expected)
-        for lane in range(2):  # the identities that modules were given are those that the lane tells of
-            given = [name for rank in data for items in rank.items.values() for at, name in items if at == lane]
-            assert sorted(given) == sorted(data[lane].expected)
+        for item in items:
+            targets = data[item.module_lane].media["means", item.microbatch]["means"]
+            medium = dataset.media(item.index)[item.ordinal]
+            with open(medium.shard, "rb") as file:
+                file.seek(medium.offset)
+                expected = TileProcessor().decode(file.read(medium.size))["tiles"].mean(dim=1)
+            assert torch.equal(targets[item.module_offset : item.module_offset + item.soft_tokens], expected)
+        for lane in range(2):
+            read = [name for rank in data for names in rank.items.values() for at, name in names if at == lane]
+            assert sorted(read) == sorted(data[lane].expected)
     for loader in loaders:
         loader.close()
 
 
-def place(planned) -> tuple:  # noqa: ANN001
-    return (
-        planned.batch_index,
-        planned.ordinal,
-        planned.soft_tokens,
-        planned.lane,
-        planned.microbatch,
-        planned.sequence,
-        planned.start,
-    )
+def place(item: PlannedMedia) -> tuple[int, ...]:
+    """What an encoder's and a decoder's entry of the same media item have in common."""
+    sample = (item.batch_index, item.ordinal, item.lane, item.microbatch)
+    return (*sample, item.sequence, item.start, item.soft_tokens)

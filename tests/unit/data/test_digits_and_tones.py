@@ -34,7 +34,7 @@ def turns(sample):
 def heard(file: bytes) -> str:
     """Digits in a sound: the strongest row and column of every loud window, a quiet one between two of them."""
     waveform, rate = soundfile.read(io.BytesIO(file))
-    width, hop = rate // 30, rate // 200  # 33 ms part the rows' frequencies, and fit into the shortest pause
+    width, hop = rate // 30, rate // 200  # 33 ms separate the rows' frequencies and fit into the shortest pause
     windows = np.lib.stride_tricks.sliding_window_view(waveform, width)[::hop] * np.hanning(width)
     times = np.arange(width) / rate
     strength = {f: np.abs(windows @ np.exp(-2j * np.pi * f * times)) for f in (*ROWS, *COLUMNS)}

@@ -6,9 +6,8 @@ import pytest
 from mimo_gemma4.data import digits
 from mimo_gemma4.data.digits import SIDE, split_scans
 from mimo_gemma4.data.quickstart import ensure_shards
-from mimo_gemma4.data.sample import text_of
 from mimo_gemma4.errors import DataError
-from tests.shard_maker import TileProcessor, open_dataset
+from tests.shard_maker import TileProcessor, open_dataset, text_of
 
 
 @pytest.fixture(scope="module")

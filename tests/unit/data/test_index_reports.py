@@ -1,4 +1,4 @@
-"""Every fault of a shard is found by the index and reported with shard, key and counts."""
+"""The index finds every fault of a shard and reports it with shard, key and counts."""
 
 import os
 
@@ -40,20 +40,31 @@ FAULTS = {
     "not a sound": ({"bad.json": chat("q", "a", "audio"), "bad.0.flac": b"no flac file"}, "0.flac: not a readable"),
     "unknown content": ({"bad.json": chat("q", "a", "smell")}, "'smell' is not supported"),
     "placeholder in the text": ({"bad.json": chat("<|image|>", "a")}, "1 placeholder tokens"),
+    "no soft tokens": ({"bad.json": chat("q", "a", "image"), "bad.0.png": png(4, 4, 1)}, "4 pixels are too few"),
     "no answer": ({"bad.json": b'{"messages": [{"role": "user", "content": "x"}]}'}, "no answer"),
 }
+
+
+class StrictTiles(TileProcessor):
+    """Has no number of soft tokens for an image without a whole tile."""
+
+    def soft_tokens(self, header):
+        if header.width < 8:
+            raise ValueError(f"{header.width} pixels are too few")
+        return super().soft_tokens(header)
 
 
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_bad_sample_fails_or_is_left_out_as_asked(tmp_path, caplog, fault):
     members, reason = FAULTS[fault]
     shard = write_shard(tmp_path / "a.tar", {**members, **GOOD})
-    processors = (TileProcessor(), SoundProcessor())
+    processors = (StrictTiles(), SoundProcessor())
     with pytest.raises(DataError, match=f"{shard}: __key__ 'bad': .*{reason}"):
         open_dataset(shard, *processors)
     dataset = open_dataset(shard, *processors, on_bad_sample="skip")
     assert [dataset.key(index) for index in range(len(dataset))] == ["good"]
     assert f"{shard}: __key__ 'bad'" in caplog.text and "1 of 2 samples" in caplog.text
+    assert (dataset.unusable[0].fault == "soft_tokens") == (fault == "no soft tokens")
 
 
 def test_a_missing_shard_an_empty_glob_and_a_repeated_shard_are_data_errors(tmp_path):
@@ -74,7 +85,7 @@ def test_a_broken_shard_is_reported_or_left_out(tmp_path, content):
     shard = tmp_path / "broken.tar"
     shard.write_bytes(content)
     good = write_shard(tmp_path / "good.tar", GOOD)
-    with pytest.raises(DataError, match=r"broken\.tar: not a whole uncompressed tar"):
+    with pytest.raises(DataError, match=r"broken\.tar: not a complete uncompressed tar"):
         open_dataset([shard, good])
     assert len(open_dataset([shard, good], on_bad_sample="skip")) == 1
 
@@ -85,7 +96,7 @@ def test_a_shard_cut_in_the_middle_keeps_its_whole_samples(tmp_path):
     shard.write_bytes(whole[: whole.index(b"s7.0.png") + 520])  # into the data of that member
     index = ShardIndex.build(str(shard))
     assert index.keys.tolist() == [f"s{number}".encode() for number in range(7)]
-    assert "not a whole" in str(index.bad_reasons[-1])
+    assert "not a complete" in str(index.bad_reasons[-1])
 
 
 def test_too_many_bad_samples_are_an_error_even_when_skipping(tmp_path):
@@ -156,8 +167,8 @@ def test_another_processor_or_template_is_indexed_anew(tmp_path):
             return 2 * super().soft_tokens(header)
 
     shard = mixed_shard(tmp_path / "a.tar", 1, 1)
-    rows = [open_dataset(shard, processor).media(0)[0].soft_tokens for processor in (TileProcessor(), Doubled())]
-    assert rows[1] == 2 * rows[0]
+    once, twice = (open_dataset(shard, processor).media(0)[0].soft_tokens for processor in (TileProcessor(), Doubled()))
+    assert twice == 2 * once
     assert byte_encoder().fingerprint != byte_encoder(Doubled()).fingerprint
 
 

@@ -1,4 +1,4 @@
-"""The inspection of a shard shows what a training would make of it."""
+"""The inspection of a shard shows its samples as a training sees them."""
 
 import json
 
@@ -29,14 +29,14 @@ def test_samples_are_shown_as_they_are_trained_on(shard, capsys):
     lines = capsys.readouterr().out.splitlines()
     encoder = build_encoder(ModelConfig(preset="gemma4_tiny"))
     dataset = ShardDataset.open(shard, encoder, seq_length=512, on_bad_sample="skip", max_bad_fraction=1.0)
-    encoded, rows = dataset.encode(0), dataset.media(0)[0].soft_tokens
+    encoded, soft_tokens = dataset.encode(0), dataset.media(0)[0].soft_tokens
     text = "\n".join(lines)
     assert "── first · sample 1 of 3" in text and "── second · sample 2 of 3" in text
-    assert (
-        f"{encoded.length} tokens: {encoded.length - rows} text, {rows} media; {encoded.loss_tokens} with loss" in text
-    )
+    counts = f"{encoded.length} tokens: {encoded.length - soft_tokens} text, {soft_tokens} media"
+    assert f"{counts}; {encoded.loss_tokens} with loss" in text
     [member] = [line.split() for line in lines if line.startswith("first.0.png")]
-    assert member[1:] == [str(len(png(100, 60, 1))), "bytes", "100", "×", "60", "pixels", str(rows), "soft", "tokens"]
+    assert member[1:3] == [str(len(png(100, 60, 1))), "bytes"]
+    assert member[3:] == ["100", "×", "60", "pixels", str(soft_tokens), "soft", "tokens"]
     assert "»A lamp.<turn|>«" in text and "<|image|>What is�[31m this?<turn|>" in text and "\x1b" not in text
     assert encoded.loss_tokens == len("A lamp.") + 1  # the built-in tokenizer has a token per byte
 
@@ -48,7 +48,7 @@ def test_a_model_directory_counts_with_its_own_files(shard, tmp_path, capsys):
     (tmp_path / "model" / "config.json").write_text(json.dumps(config))
     assert main([str(shard), "--hf-path", str(tmp_path / "model"), "--samples", "1"]) == 0
     output = capsys.readouterr().out
-    assert f"tokens are those of {tmp_path}/model" in output
+    assert f"counted with {tmp_path}/model" in output
     assert "60 soft tokens" in output  # 100 × 60 pixels: 10 across, 6 down
     assert main([str(shard), "--preset", "gemma4_e4b", "--samples", "1"]) == 0
     assert "252 soft tokens" in capsys.readouterr().out  # 21 across, 12 down

@@ -1,4 +1,4 @@
-"""Which samples a step trains on depends on (seed, epoch, global index) alone; every sample goes to one place."""
+"""The samples of a step depend only on (seed, epoch, global index); every sample has exactly one place."""
 
 from collections import Counter
 from itertools import pairwise
@@ -32,7 +32,7 @@ def test_samples_of_a_step_are_the_same_in_every_layout_and_epochs_are_permutati
     plan = planner(dataset, lanes, encoders, packing=packing, row_multiple=4, total_multiple=16)
     seen = []
     for step in range(7):
-        chosen = [planned.index for planned in plan.plan(step).samples]
+        chosen = [sample.index for sample in plan.plan(step).samples]
         assert chosen == reference.samples(step)
         seen += chosen
     size = len(dataset)
@@ -54,72 +54,71 @@ def test_every_sample_and_media_item_has_one_place(dataset, lanes, encoders, pac
     sizes = {"global_batch_size": global_batch_size, "row_multiple": 4, "total_multiple": 16}
     plan = planner(dataset, lanes, encoders, packing=packing, **sizes)
     manifest = plan.plan(2)
-    assert [planned.batch_index for planned in manifest.samples] == list(range(global_batch_size))
+    assert [sample.batch_index for sample in manifest.samples] == list(range(global_batch_size))
     assert len(manifest.microbatches) == lanes * manifest.num_microbatches
     for lane in range(lanes):
         for number in range(manifest.num_microbatches):
             microbatch = manifest.microbatch(lane, number)
             assert (microbatch.lane, microbatch.number) == (lane, number)
-            check_rows(microbatch, packing)
+            check_sequences(microbatch, packing)
     check_media(dataset, manifest, encoders)
 
 
-def check_rows(microbatch, packing):
+def check_sequences(microbatch, packing):
     placed = microbatch.samples
-    assert list(placed) == sorted(placed, key=lambda planned: (planned.sequence, planned.start))
+    assert list(placed) == sorted(placed, key=lambda sample: (sample.sequence, sample.start))
     assert bool(placed) == bool(microbatch.sequences) == bool(microbatch.seq_length)
     if packing:
         assert microbatch.sequences <= 1 and microbatch.seq_length % 16 == 0
-        assert all(planned.padded_length == -(-planned.length // 4) * 4 for planned in placed)
-        assert all(after.start == planned.start + planned.padded_length for planned, after in pairwise(placed))
-        assert sum(planned.padded_length for planned in placed) <= 2 * 120, "two packs of data.seq_length"
-        assert microbatch.seq_length - sum(planned.padded_length for planned in placed) < 16
+        assert all(sample.padded_length == -(-sample.length // 4) * 4 for sample in placed)
+        assert all(after.start == sample.start + sample.padded_length for sample, after in pairwise(placed))
+        assert sum(sample.padded_length for sample in placed) <= 2 * 120, "two packs of data.seq_length"
+        assert microbatch.seq_length - sum(sample.padded_length for sample in placed) < 16
     else:
-        assert [planned.sequence for planned in placed] == list(
-            range(microbatch.sequences)
-        ) and microbatch.sequences <= 2
-        assert all(planned.start == 0 and planned.padded_length == planned.length for planned in placed)
-        assert microbatch.seq_length == -(-max((planned.length for planned in placed), default=0) // 4) * 4
+        assert [sample.sequence for sample in placed] == list(range(microbatch.sequences))
+        assert microbatch.sequences <= 2
+        assert all(sample.start == 0 and sample.padded_length == sample.length for sample in placed)
+        assert microbatch.seq_length == -(-max((sample.length for sample in placed), default=0) // 4) * 4
 
 
 def check_media(dataset, manifest, encoders):
     expected = [(s.batch_index, n) for s in manifest.samples for n in range(len(dataset.media(s.index)))]
-    assert sorted((planned.batch_index, planned.ordinal) for planned in manifest.media) == sorted(expected)
-    samples = {planned.batch_index: planned for planned in manifest.samples}
-    for planned in manifest.media:
-        sample, item = samples[planned.batch_index], dataset.media(planned.index)[planned.ordinal]
-        assert (planned.lane, planned.microbatch, planned.sequence) == (sample.lane, sample.microbatch, sample.sequence)
-        assert (planned.start, planned.soft_tokens) == (sample.start + item.start, item.soft_tokens)
+    assert sorted((item.batch_index, item.ordinal) for item in manifest.media) == sorted(expected)
+    samples = {sample.batch_index: sample for sample in manifest.samples}
+    for item in manifest.media:
+        sample, file = samples[item.batch_index], dataset.media(item.index)[item.ordinal]
+        assert (item.lane, item.microbatch, item.sequence) == (sample.lane, sample.microbatch, sample.sequence)
+        assert (item.start, item.soft_tokens) == (sample.start + file.start, file.soft_tokens)
     by_lane = [
-        manifest.items_of_module("vision", r, lane)
-        for r in range(manifest.num_microbatches)
+        manifest.items_of_module("vision", number, lane)
+        for number in range(manifest.num_microbatches)
         for lane in range(encoders)
     ]
-    assert tuple(planned for placed in by_lane for planned in placed) == manifest.media
-    for placed in by_lane:
-        assert [planned.module_offset for planned in placed] == [
-            sum(s.soft_tokens for s in placed[:n]) for n in range(len(placed))
+    assert tuple(item for items in by_lane for item in items) == manifest.media
+    for items in by_lane:
+        assert [item.module_offset for item in items] == [
+            sum(before.soft_tokens for before in items[:n]) for n in range(len(items))
         ]
 
 
 def test_lanes_and_encoders_are_balanced(dataset):
     manifest = planner(dataset, 4, 3, global_batch_size=23, packing=True).plan(0)
-    tokens, rows = Counter(), Counter()
-    for planned in manifest.samples:
-        tokens[planned.lane] += planned.padded_length
-    for planned in manifest.media:
-        rows[planned.microbatch, planned.module_lane] += planned.soft_tokens
-    longest = max(planned.length for planned in manifest.samples)
+    tokens, soft_tokens = Counter(), Counter()
+    for sample in manifest.samples:
+        tokens[sample.lane] += sample.padded_length
+    for item in manifest.media:
+        soft_tokens[item.microbatch, item.module_lane] += item.soft_tokens
+    longest = max(sample.length for sample in manifest.samples)
     assert max(tokens.values()) - min(tokens.values()) <= longest
     for number in range(manifest.num_microbatches):
-        lanes = [rows[number, lane] for lane in range(3)]
-        assert max(lanes) - min(lanes) <= max(planned.soft_tokens for planned in manifest.media), lanes
+        lanes = [soft_tokens[number, lane] for lane in range(3)]
+        assert max(lanes) - min(lanes) <= max(item.soft_tokens for item in manifest.media), lanes
 
 
 def test_few_samples_are_spread_over_the_lanes(dataset):
     for packing in (False, True):
         manifest = planner(dataset, 4, 1, global_batch_size=5, microbatch_size=4, packing=packing).plan(0)
-        assert manifest.num_microbatches == 1 and {planned.lane for planned in manifest.samples} == {0, 1, 2, 3}
+        assert manifest.num_microbatches == 1 and {sample.lane for sample in manifest.samples} == {0, 1, 2, 3}
 
 
 def test_a_sample_as_long_as_the_limit_is_packed_alone_whatever_its_padding(tmp_path):
@@ -158,7 +157,7 @@ def skewed_shard(path):
 
 @pytest.mark.parametrize("packing", [False, True])
 def test_balance_evens_out_a_skewed_batch(tmp_path, packing):
-    """Cost with a quadratic part, as attention has. Even means as even as the largest sample lets it be."""
+    """The cost has a quadratic part, like attention. Lanes are even up to about the largest sample: 10%."""
     dataset = open_dataset(skewed_shard(tmp_path / "a.tar"), seq_length=600)
 
     def cost(length):
@@ -167,8 +166,8 @@ def test_balance_evens_out_a_skewed_batch(tmp_path, packing):
     options = {"global_batch_size": 48, "microbatch_size": 1, "shuffle": False, "packing": packing}
     manifest = planner(dataset, 4, 4, sample_cost=cost, **options).plan(0)
     lanes, encoders = [0.0] * 4, [0.0] * 4
-    for planned in manifest.samples:
-        lanes[planned.lane] += cost(planned.length)
+    for sample in manifest.samples:
+        lanes[sample.lane] += cost(sample.length)
     for item in manifest.media:
         encoders[item.module_lane] += item.soft_tokens
     for name, loads in (("language", lanes), ("vision", encoders)):
@@ -178,7 +177,7 @@ def test_balance_evens_out_a_skewed_batch(tmp_path, packing):
 
 
 def test_packs_are_balanced_by_cost_not_by_length(tmp_path):
-    """Two lanes with as many tokens each, one of them in a single long sample, would differ in what attention costs."""
+    """Two lanes with equally many tokens, one with a single long sample, would differ in the cost of attention."""
     members = {"long.json": chat("q" * 480, "a")}
     members |= {f"s{number}.json": chat("q" * 10, "a") for number in range(30)}
     dataset = open_dataset(write_shard(tmp_path / "a.tar", members), seq_length=1200)
@@ -188,7 +187,7 @@ def test_packs_are_balanced_by_cost_not_by_length(tmp_path):
 
     def short_samples(manifest):
         lane = manifest.samples[0].lane
-        return sum(planned.lane == lane for planned in manifest.samples) - 1
+        return sum(sample.lane == lane for sample in manifest.samples) - 1
 
     assert short_samples(by_cost) < short_samples(by_length)
     assert by_cost.imbalance["language"].after < 1.05

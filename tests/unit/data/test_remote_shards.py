@@ -1,4 +1,4 @@
-"""Shards behind a URL are listed, indexed by a few reads, read by range, and known again; as those on local disk."""
+"""Shards at a URL are listed, indexed by a few reads, read by range and recognised, as on local disk."""
 
 import contextlib
 

@@ -44,7 +44,7 @@ def dataset(tmp_path_factory):
 
 @pytest.mark.parametrize("packing", [False, True])
 @pytest.mark.parametrize("lanes, encoders", [(1, 1), (2, 1), (3, 4)])
-def test_every_sample_and_every_row_is_where_the_manifest_says(dataset, lanes, encoders, packing):
+def test_every_sample_and_every_soft_token_is_where_the_manifest_says(dataset, lanes, encoders, packing):
     ranks = loaders(dataset, lanes, encoders, packing=packing)
     for step in (0, 1, 2):
         data = [loader.load(step) for loader in ranks]
@@ -54,20 +54,20 @@ def test_every_sample_and_every_row_is_where_the_manifest_says(dataset, lanes, e
             batch = data[microbatch.lane].language[microbatch.number]
             assert batch.input_ids.shape == (microbatch.sequences, microbatch.seq_length)
             covered = torch.zeros_like(batch.segments, dtype=torch.bool)
-            for planned in microbatch.samples:
-                where = (planned.sequence, slice(planned.start, planned.start + planned.length))
-                encoded = dataset.encode(planned.index)
+            for sample in microbatch.samples:
+                where = (sample.sequence, slice(sample.start, sample.start + sample.length))
+                encoded = dataset.encode(sample.index)
                 assert batch.input_ids[where].tolist() == encoded.input_ids.tolist()
                 assert batch.labels[where].tolist() == encoded.labels.tolist()
-                assert batch.positions[where].tolist() == list(range(planned.length))
+                assert batch.positions[where].tolist() == list(range(sample.length))
                 assert len(batch.segments[where].unique()) == 1 and batch.segments[where][0] > 0
                 covered[where] = True
             assert (batch.labels[~covered] == -100).all()
             for tensor in (batch.input_ids, batch.positions, batch.segments, batch.groups):
                 assert not tensor[~covered].any()
-            for row in range(microbatch.sequences):
-                numbers = [s for s in microbatch.samples if s.sequence == row]
-                assert batch.segments[row].unique().tolist()[-len(numbers) :] == list(range(1, len(numbers) + 1))
+            for sequence in range(microbatch.sequences):
+                count = sum(sample.sequence == sequence for sample in microbatch.samples)
+                assert batch.segments[sequence].unique().tolist()[-count:] == list(range(1, count + 1))
         check_groups_and_tiles(dataset, data)
     for loader in ranks:
         loader.close()
@@ -76,27 +76,17 @@ def test_every_sample_and_every_row_is_where_the_manifest_says(dataset, lanes, e
 def check_groups_and_tiles(dataset, data):
     manifest = data[0].manifest
     expected_groups = {key: torch.zeros_like(batch.groups) for key, batch in all_batches(data).items()}
-    for planned in sorted(
-        manifest.media, key=lambda planned: (planned.lane, planned.microbatch, planned.sequence, planned.start)
-    ):
-        groups = expected_groups[planned.lane, planned.microbatch]
-        groups[planned.sequence, planned.start : planned.start + planned.soft_tokens] = (
-            groups[planned.sequence].max() + 1
-        )
-        ids = (
-            data[planned.lane]
-            .language[planned.microbatch]
-            .input_ids[planned.sequence, planned.start : planned.start + planned.soft_tokens]
-        )
-        assert (ids == 6).all()
-        tiles = data[planned.module_lane].media["vision", planned.microbatch]["tiles"]
-        item = dataset.media(planned.index)[planned.ordinal]
-        with open(item.shard, "rb") as file:
-            file.seek(item.offset)
-            alone = TileProcessor().decode(file.read(item.size))["tiles"]
-        torch.testing.assert_close(
-            tiles[planned.module_offset : planned.module_offset + planned.soft_tokens], alone, rtol=0, atol=0
-        )
+    for item in sorted(manifest.media, key=lambda item: (item.lane, item.microbatch, item.sequence, item.start)):
+        where = (item.sequence, slice(item.start, item.start + item.soft_tokens))
+        groups = expected_groups[item.lane, item.microbatch]
+        groups[where] = groups[item.sequence].max() + 1
+        assert (data[item.lane].language[item.microbatch].input_ids[where] == 6).all()
+        tiles = data[item.module_lane].media["vision", item.microbatch]["tiles"]
+        medium = dataset.media(item.index)[item.ordinal]
+        with open(medium.shard, "rb") as file:
+            file.seek(medium.offset)
+            alone = TileProcessor().decode(file.read(medium.size))["tiles"]
+        assert torch.equal(tiles[item.module_offset : item.module_offset + item.soft_tokens], alone)
     for key, batch in all_batches(data).items():
         assert batch.groups.tolist() == expected_groups[key].tolist()
 
@@ -127,7 +117,7 @@ def test_steps_without_media_and_idle_lanes_are_empty(tmp_path):
         loader.close()
     assert all(not rank.media for rank in data)
     shapes = [tuple(rank.language[0].input_ids.shape) for rank in data]
-    assert sorted(rows for rows, _ in shapes) == [0, 1, 1] and (0, 0) in shapes
+    assert sorted(sequences for sequences, _ in shapes) == [0, 1, 1] and (0, 0) in shapes
 
 
 def test_sound_stays_causal(tmp_path):
@@ -161,13 +151,13 @@ def test_the_next_good_sample_takes_the_place_of_a_corrupt_one(tmp_path, caplog)
     data = [loader.load(step) for step in range(2)]
     loader.close()
     for step in data:
-        assert [planned.index for planned in step.manifest.samples] == [0, 1, 4, 4, 4, 5]
+        assert [sample.index for sample in step.manifest.samples] == [0, 1, 4, 4, 4, 5]
         assert step.manifest.skipped_samples == (2, 3, 3)
         assert loader.faults(step.manifest) == {"image": 3}
         assert step.media["vision", 0]["tiles"].any()
-    told = [line for line in caplog.messages if "left out" in line]
-    assert len(told) == 2, "each is decoded once"
-    assert f"step 0: left out {tmp_path / 'a.tar'}: __key__ 's2': media 0 (image)" in told[0]
+    logged = [line for line in caplog.messages if "skipped" in line]
+    assert len(logged) == 2, "each is decoded once"
+    assert f"step 0: skipped {tmp_path / 'a.tar'}: __key__ 's2': media 0 (image)" in logged[0]
 
 
 def test_one_pass_leaves_out_a_corrupt_sample(tmp_path):
@@ -175,7 +165,7 @@ def test_one_pass_leaves_out_a_corrupt_sample(tmp_path):
     [loader] = loaders(
         dataset, 1, 1, shuffle=False, repeat=False, global_batch_size=2, step_options=MANY_MAY_BE_BAD
     )  # fmt: skip
-    assert [[planned.index for planned in loader.load(step).manifest.samples] for step in range(3)] == [[0], [], [4, 5]]
+    assert [[sample.index for sample in loader.load(step).manifest.samples] for step in range(3)] == [[0], [], [4, 5]]
     loader.close()
 
 

@@ -64,17 +64,15 @@ def test_ids_types_and_labels(tmp_path: Path, frames: int, fps: float):
     expected = reference.tokenizer(expanded, add_special_tokens=False)["input_ids"]
 
     sampled = len(frame_processor.sample(frames))
-    rows = 2 * [*[3] * sampled, 5, 3, 3]
-    assert len(encode.shown_media(messages)) == len(rows)
-    encoded = encode.encode(messages, rows)
+    soft_tokens = 2 * [*[3] * sampled, 5, 3, 3]
+    assert len(encode.shown_media(messages)) == len(soft_tokens)
+    encoded = encode.encode(messages, soft_tokens)
     assert encoded.input_ids.tolist() == expected
     types = np.zeros(encoded.length, np.int64)
-    for start, count in zip(encoded.media_starts, rows, strict=True):
+    for start, count in zip(encoded.media_starts, soft_tokens, strict=True):
         types[start : start + count] = 1 if count == 5 else 2
     np.testing.assert_array_equal(types, reference.create_mm_token_type_ids([expected])[0])
     assert encode.tokenizer.decode(encoded.labels[encoded.labels != -100]) == "Ja ☃<turn|>Ja ☃<turn|>"
-    prompt = encode.encode_prompt(messages, rows)
-    assert prompt.input_ids.tolist() == expected[: len(prompt.input_ids)]
 
 
 def members(key: str, frames: dict[int, list[int]], messages: list[dict]) -> dict[str, bytes]:

@@ -1,4 +1,4 @@
-"""The layout of a pack over context parallel ranks is chosen by a cost that counts what really moves and computes."""
+"""The layout of a pack over context-parallel ranks is chosen by a cost that counts what really moves and computes."""
 
 import pytest
 

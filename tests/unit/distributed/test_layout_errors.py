@@ -51,7 +51,6 @@ VISION = {"vision": ModuleLayout(2)}
             ["6 ranks", "tp 4 * cp 1 * pp 1 = 4", "4 or 8", "`layout.language.tp`"],
         ),
         ({"language": ModuleLayout(3, tp=2, cp=2)}, 3, "disjoint", ["3 ranks", "cp 2", "to 4"]),
-        ({"language": ModuleLayout(2, tp=0)}, 2, "disjoint", ["`layout.language.tp` is 0"]),
         ({"language": ModuleLayout(5, pp=3)}, 5, "disjoint", ["5 ranks", "pp 3", "3 or 6", "`layout.language.pp`"]),
         (
             {"vision": ModuleLayout(3, pp=2), "language": ModuleLayout(1)},

@@ -1,4 +1,4 @@
-"""The audio encoder's rows and every gradient equal those of transformers, and do not depend on what is packed."""
+"""The audio encoder's soft tokens and gradients equal those of transformers, whatever else is in the pack."""
 
 import pytest
 import torch
@@ -7,6 +7,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from mimo_gemma4.distributed.module_context import ModuleContext
 from mimo_gemma4.encoders.base import Encoder
 from mimo_gemma4.encoders.registry import build_encoder, build_processor
 from mimo_gemma4.errors import ConfigError
@@ -48,15 +49,14 @@ def hf_config(variant: str) -> dict:
 
 
 def build(variant: str, activation_checkpointing: str = "none") -> Encoder:
-    return build_encoder(
-        "audio",
-        hf_config(variant),
+    context = ModuleContext(
         ProcessGroupCollection(tp=dist.group.WORLD),
         language_hidden=LANGUAGE_HIDDEN,
         dtype=torch.float32,
         device=torch.device("cpu"),
         activation_checkpointing=activation_checkpointing,
     )
+    return build_encoder("audio", hf_config(variant), context)
 
 
 def loaded(variant: str, reference: AudioReference, activation_checkpointing: str = "none") -> Encoder:
@@ -76,8 +76,8 @@ def random_features() -> list[torch.Tensor]:
     return [torch.randn(frames, 128, generator=generator) for frames in FRAMES]
 
 
-def cotangent(rows: torch.Tensor) -> torch.Tensor:
-    return torch.randn(rows.shape, generator=torch.Generator().manual_seed(1))
+def cotangent(soft_tokens: torch.Tensor) -> torch.Tensor:
+    return torch.randn(soft_tokens.shape, generator=torch.Generator().manual_seed(1))
 
 
 def encode(encoder: Encoder, variant: str, features: list[torch.Tensor]) -> torch.Tensor:
@@ -86,19 +86,19 @@ def encode(encoder: Encoder, variant: str, features: list[torch.Tensor]) -> torc
 
 @pytest.mark.parametrize("activation_checkpointing", ["none", "selective", "full"])
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_rows_and_gradients_equal_transformers(variant: str, activation_checkpointing: str):
+def test_soft_tokens_and_gradients_equal_transformers(variant: str, activation_checkpointing: str):
     reference, features = random_reference(variant), random_features()
     expected = reference(features)
     (expected * cotangent(expected)).sum().backward()
     gradients = {f"model.{name}": parameter.grad for name, parameter in reference.named_parameters()}
 
     encoder = loaded(variant, reference, activation_checkpointing)
-    rows = encode(encoder, variant, features)
-    (rows * cotangent(rows)).sum().backward()
+    soft_tokens = encode(encoder, variant, features)
+    (soft_tokens * cotangent(soft_tokens)).sum().backward()
 
     # fp32: the same operations, sums in another order.
-    assert rows.shape == expected.shape
-    assert (rows - expected).norm() <= 1e-5 * expected.norm()
+    assert soft_tokens.shape == expected.shape
+    assert (soft_tokens - expected).norm() <= 1e-5 * expected.norm()
     total = torch.stack([gradient.norm() for gradient in gradients.values()]).norm()
     compared = set()
     for binding in encoder.bindings():
@@ -126,7 +126,7 @@ def test_clip_bounds_matter(variant: str):
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_a_sound_gives_the_same_rows_alone_and_among_others(variant: str):
+def test_a_sound_gives_the_same_soft_tokens_alone_and_among_others(variant: str):
     encoder, features = loaded(variant, random_reference(variant)), random_features()
     together = encode(encoder, variant, features)
     alone = torch.cat([encode(encoder, variant, [sound]) for sound in features])
@@ -159,10 +159,10 @@ def test_flops_are_those_of_the_kernels(variant: str):
     with FlopCounterMode(display=False) as counter:
         encode(encoder, variant, [torch.zeros(frames, 128)])
     kernels = counter.get_flop_counts()["Global"]
-    audio, rows = encoder.audio, 25
+    audio, tokens = encoder.audio, 25
     window, width, layers = audio.attention_chunk_size, audio.hidden_size, audio.num_hidden_layers
-    pairs = sum(min(row + 1, window) for row in range(rows))
-    relative_keys = 2 * window * width**2 * layers  # of 12 distances, however many rows there are
+    pairs = sum(min(token + 1, window) for token in range(tokens))
+    relative_keys = 2 * window * width**2 * layers  # of 12 distances, however many soft tokens there are
     outside_attention = sum(count for kernel, count in kernels.items() if kernel is not torch.ops.aten.bmm)
     header = MediaHeader(samples=16_000, sample_rate=16_000)
     attention = 2 * 3 * pairs * width * layers  # scores by key and by distance, and weighted values

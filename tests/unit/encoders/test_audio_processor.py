@@ -99,13 +99,13 @@ def test_expanded_ids_equal_those_of_transformers(
     encoder = ConversationEncoder(byte_tokenizer(), [processor], {"audio": MediaTokens(8, 9, 10)})
     text, _ = encoder.template.answers(messages)
     expected = reference(text=[text], audio=[waveform], add_special_tokens=False)
-    rows = processor.soft_tokens(MediaHeader(samples=length, sample_rate=16_000))
-    encoded = encoder.encode(messages, [rows])
+    count = processor.soft_tokens(MediaHeader(samples=length, sample_rate=16_000))
+    encoded = encoder.encode(messages, [count])
     assert encoded.input_ids.tolist() == expected["input_ids"][0]
     types = np.array(expected["mm_token_type_ids"][0])
     start = encoded.media_starts[0]
-    assert np.flatnonzero(types == 3).tolist() == list(range(start, start + rows))
-    assert (encoded.labels[start - 2 : start + rows] == -100).all()  # neither begin, soft nor end tokens are learned
+    assert np.flatnonzero(types == 3).tolist() == list(range(start, start + count))
+    assert (encoded.labels[start - 2 : start + count] == -100).all()  # neither begin, soft nor end tokens are learned
     assert len(processor.decode(encode(waveform))["features"]) == expected["input_features_mask"][0].sum()
 
 
@@ -119,7 +119,7 @@ def test_a_sound_is_resampled_to_16_khz(processor: Gemma4AudioProcessor):
         torch.testing.assert_close(features[loud], expected[loud], rtol=0, atol=1e-2)
 
 
-def test_rows_are_known_from_the_header_at_any_rate(processor: Gemma4AudioProcessor):
+def test_soft_tokens_are_known_from_the_header_at_any_rate(processor: Gemma4AudioProcessor):
     choose = random.Random(0)
     for _ in range(100):
         rate = choose.choice([8_000, 11_025, 12_345, 16_000, 22_050, 44_100, 48_000])
@@ -201,4 +201,4 @@ def test_a_sound_that_turns_out_damaged_is_a_bad_sample(policy: str, processor: 
     data = loader.load(0)
     assert [planned.index for planned in data.manifest.samples] == [0, 0]  # the good sound stands in
     assert [(sample.key, sample.fault) for sample in loader.bad.values()] == [("b", "audio")]
-    assert data.media["audio", 0]["sounds"].bincount().tolist() == [13, 13]  # rows of half a second
+    assert data.media["audio", 0]["sounds"].bincount().tolist() == [13, 13]  # soft tokens of half a second

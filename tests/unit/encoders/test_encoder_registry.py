@@ -10,6 +10,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from PIL import Image
 
 from mimo_gemma4 import encoders
+from mimo_gemma4.distributed.module_context import ModuleContext
 from mimo_gemma4.encoders.base import Encoder
 from mimo_gemma4.encoders.registry import build_encoder, build_processor
 from mimo_gemma4.errors import ConfigError
@@ -45,14 +46,13 @@ GEMMA4 = {
 
 
 def build(hf_config: dict) -> Encoder:
-    encoder = build_encoder(
-        "vision",
-        hf_config,
+    context = ModuleContext(
         ProcessGroupCollection(tp=dist.group.WORLD),
         language_hidden=8,
         dtype=torch.float32,
         device=torch.device("cpu"),
     )
+    encoder = build_encoder("vision", hf_config, context)
     initialise(encoder.bindings(), seed=0)
     return encoder
 
@@ -76,9 +76,9 @@ def train_the_guide_s_encoder(rank: int, folder: str) -> None:
     Image.new("RGB", (40, 30), (255, 255, 255)).save(buffer, "PNG")
     header = MediaHeader(width=40, height=30)
     items = [processor.decode(buffer.getvalue()), processor.placeholder(header), processor.decode(buffer.getvalue())]
-    rows = encoder(**processor.collate(items)).view(3, processor.soft_tokens(header), 8)
-    assert torch.equal(rows[0], rows[2]) and not torch.allclose(rows[0], rows[1])
-    rows.square().sum().backward()
+    soft_tokens = encoder(**processor.collate(items)).view(3, processor.soft_tokens(header), 8)
+    assert torch.equal(soft_tokens[0], soft_tokens[2]) and not torch.allclose(soft_tokens[0], soft_tokens[1])
+    soft_tokens.square().sum().backward()
     assert all(parameter.grad.isfinite().all() for parameter in encoder.parameters())
     assert encoder.projector[0].weight.grad.norm() > 0
 

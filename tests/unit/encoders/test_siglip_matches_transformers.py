@@ -1,4 +1,4 @@
-"""SigLIP as an encoder: pixels, rows and gradients equal transformers' tower; weights come from its own directory."""
+"""SigLIP as an encoder: pixels, soft tokens and gradients equal transformers'; weights come from its own directory."""
 
 import io
 import json
@@ -16,11 +16,12 @@ from transformers import SiglipConfig, SiglipImageProcessorPil, SiglipModel
 
 from mimo_gemma4.config import Config, ModelConfig, load_config
 from mimo_gemma4.config.presets import load_model_config
+from mimo_gemma4.distributed.module_context import ModuleContext
 from mimo_gemma4.encoders.registry import build_encoder, build_processor
 from mimo_gemma4.encoders.siglip import SiglipEncoder
 from mimo_gemma4.errors import CheckpointError, ConfigError
 from mimo_gemma4.media import MediaHeader
-from mimo_gemma4.train.initial_weights import fill_from_own
+from mimo_gemma4.train.initial_weights import fill_from_own_directory
 
 WIDTHS = dict(hidden_size=32, intermediate_size=48, num_attention_heads=4)
 TOWER = dict(**WIDTHS, num_hidden_layers=3, image_size=24, patch_size=8)
@@ -30,7 +31,7 @@ HIDDEN = 20
 
 @pytest.fixture(scope="module", autouse=True)
 def one_rank():
-    """A world of one, in this process: encoders take a tensor parallel group."""
+    """A world of one, in this process: encoders take a tensor-parallel group."""
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     yield
     dist.destroy_process_group()
@@ -55,16 +56,15 @@ def configuration(folder: Path) -> tuple[Config, dict]:
 
 def build(folder: Path, activation_checkpointing: str = "none") -> SiglipEncoder:
     config, hf_config = configuration(folder)
-    encoder = build_encoder(
-        "vision",
-        hf_config,
+    context = ModuleContext(
         ProcessGroupCollection(tp=dist.group.WORLD),
         language_hidden=HIDDEN,
         dtype=torch.float32,
         device=torch.device("cpu"),
         activation_checkpointing=activation_checkpointing,
     )
-    fill_from_own("vision", encoder, str(folder), config.run.seed, dist.group.WORLD)
+    encoder = build_encoder("vision", hf_config, context)
+    fill_from_own_directory("vision", encoder, str(folder), config.run.seed, dist.group.WORLD)
     return encoder
 
 
@@ -79,12 +79,12 @@ FILES = [picture(*size) for size in [(24, 24), (100, 7), (1, 1), (33, 64)]]
 
 
 @pytest.mark.parametrize("activation_checkpointing", ["none", "full"])
-def test_rows_and_gradients(siglip: tuple[Path, SiglipModel], activation_checkpointing: str):
+def test_soft_tokens_and_gradients(siglip: tuple[Path, SiglipModel], activation_checkpointing: str):
     folder, reference = siglip
     reference.zero_grad()
     encoder, processor = build(folder, activation_checkpointing), build_processor("vision", configuration(folder)[1])
-    rows = encoder(**processor.collate([processor.decode(data) for data in FILES]))
-    assert rows.shape == (sum(processor.soft_tokens(MediaHeader()) for _ in FILES), HIDDEN)
+    soft_tokens = encoder(**processor.collate([processor.decode(data) for data in FILES]))
+    assert soft_tokens.shape == (sum(processor.soft_tokens(MediaHeader()) for _ in FILES), HIDDEN)
 
     preprocess = SiglipImageProcessorPil(size={"height": 24, "width": 24})
     pixels = preprocess([Image.open(io.BytesIO(data)) for data in FILES], return_tensors="pt")["pixel_values"]
@@ -93,10 +93,10 @@ def test_rows_and_gradients(siglip: tuple[Path, SiglipModel], activation_checkpo
     weights = [p.detach().clone().requires_grad_() for p in (first.weight, first.bias, second.weight, second.bias)]
     expected = F.linear(F.gelu(F.linear(hidden.flatten(0, 1), *weights[:2])), *weights[2:])
     # fp32: pixels differ by one rounding, sums are in another order.
-    torch.testing.assert_close(rows, expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(soft_tokens, expected, rtol=1e-5, atol=1e-5)
 
-    cotangent = torch.randn(rows.shape, generator=torch.Generator().manual_seed(1))
-    (rows * cotangent).sum().backward()
+    cotangent = torch.randn(soft_tokens.shape, generator=torch.Generator().manual_seed(1))
+    (soft_tokens * cotangent).sum().backward()
     (expected * cotangent).sum().backward()
     gradients = {f"vision_model.{name}": p.grad for name, p in reference.vision_model.named_parameters()}
     gradients = {name: g for name, g in gradients.items() if ".head." not in name}

@@ -1,4 +1,4 @@
-"""The embedders of Gemma 4 12B: rows, gradients and processor outputs equal those of transformers."""
+"""The embedders of Gemma 4 12B: soft tokens, gradients and processor outputs equal those of transformers."""
 
 import io
 
@@ -22,6 +22,7 @@ from transformers.models.gemma4_unified.modeling_gemma4_unified import (
     Gemma4UnifiedVisionEmbedder,
 )
 
+from mimo_gemma4.distributed.module_context import ModuleContext
 from mimo_gemma4.encoders.base import Encoder
 from mimo_gemma4.encoders.registry import build_encoder, build_processor
 from mimo_gemma4.errors import ConfigError
@@ -41,7 +42,7 @@ FULL_SIZE = {"vision_config": {"model_type": "gemma4_unified_vision"}, "audio_co
 
 @pytest.fixture(scope="module", autouse=True)
 def one_rank():
-    """A world of one, in this process: encoders take a tensor parallel group."""
+    """A world of one, in this process: encoders take a tensor-parallel group."""
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     yield
     dist.destroy_process_group()
@@ -76,24 +77,23 @@ class Reference(nn.Module):
 
 
 def build(modality: str, reference: Reference) -> Encoder:
-    encoder = build_encoder(
-        modality,
-        HF_CONFIG,
+    context = ModuleContext(
         ProcessGroupCollection(tp=dist.group.WORLD),
         language_hidden=LANGUAGE_HIDDEN,
         dtype=torch.float32,
         device=torch.device("cpu"),
     )
+    encoder = build_encoder(modality, HF_CONFIG, context)
     load(encoder.bindings(), reference, "reference")
     assert {id(b.tensor) for b in encoder.bindings()} == {id(p) for p in encoder.parameters()}
     return encoder
 
 
-def compare(encoder: Encoder, rows: torch.Tensor, reference: Reference, expected: torch.Tensor, part: str) -> None:
-    """Rows, and the gradients of all parameters under `part`; fp32, the same operations in another order."""
-    torch.testing.assert_close(rows, expected, rtol=1e-5, atol=1e-5)
-    cotangent = torch.randn(rows.shape, generator=torch.Generator().manual_seed(1))
-    (rows * cotangent).sum().backward()
+def compare(encoder: Encoder, found: torch.Tensor, reference: Reference, expected: torch.Tensor, part: str) -> None:
+    """Soft tokens, and the gradients of all parameters under `part`; fp32, the same operations in another order."""
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    cotangent = torch.randn(found.shape, generator=torch.Generator().manual_seed(1))
+    (found * cotangent).sum().backward()
     (expected * cotangent).sum().backward()
     gradients = {file_name(name): p.grad for name, p in reference.named_parameters() if name.startswith(part)}
     total = torch.stack([g.norm() for g in gradients.values()]).norm()
@@ -110,7 +110,7 @@ def picture(width: int, height: int) -> bytes:
     return buffer.getvalue()
 
 
-def test_image_rows_and_gradients():
+def test_image_soft_tokens_and_gradients():
     reference = Reference()
     encoder, processor = build("vision", reference), build_processor("vision", HF_CONFIG)
     items = [processor.decode(picture(*size)) for size in [(30, 20), (5, 90), (8, 8), (40, 12), (90, 5)]]
@@ -123,7 +123,7 @@ def test_image_rows_and_gradients():
     compare(encoder, encoder(**processor.collate(items)), reference, expected, "embed_vision")
 
 
-def test_sound_rows_and_gradients():
+def test_sound_soft_tokens_and_gradients():
     reference = Reference()
     encoder, processor = build("audio", reference), build_processor("audio", HF_CONFIG)
     items = [processor.decode(sound(samples)) for samples in (1, 16, 17, 333)]
@@ -176,7 +176,7 @@ def test_samples_equal_the_feature_extractor_of_transformers():
 
 
 @pytest.mark.parametrize(("samples", "rate"), [(4_410, 44_100), (7_999, 8_000), (31 * 8_000, 8_000), (1, 48_000)])
-def test_rows_are_known_before_resampling(samples: int, rate: int):
+def test_soft_tokens_are_known_before_resampling(samples: int, rate: int):
     processor = build_processor("audio", {"audio_config": {"model_type": "gemma4_unified_audio"}})
     header = MediaHeader(samples=samples, sample_rate=rate)
     if samples == 1:

@@ -1,4 +1,4 @@
-"""The vision encoder's rows and every gradient equal those of transformers, for both kinds of Gemma 4 tower."""
+"""The vision encoder's soft tokens and every gradient equal those of transformers, for both kinds of Gemma 4 tower."""
 
 import pytest
 import torch
@@ -6,6 +6,7 @@ import torch.distributed as dist
 from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import nn
 
+from mimo_gemma4.distributed.module_context import ModuleContext
 from mimo_gemma4.encoders.base import Encoder
 from mimo_gemma4.encoders.registry import build_encoder, build_processor
 from mimo_gemma4.weights.bindings import load
@@ -37,15 +38,14 @@ def hf_config(variant: str) -> dict:
 
 
 def build(variant: str, activation_checkpointing: str = "none") -> Encoder:
-    return build_encoder(
-        "vision",
-        hf_config(variant),
+    context = ModuleContext(
         ProcessGroupCollection(tp=dist.group.WORLD),
         language_hidden=LANGUAGE_HIDDEN,
         dtype=torch.float32,
         device=torch.device("cpu"),
         activation_checkpointing=activation_checkpointing,
     )
+    return build_encoder("vision", hf_config(variant), context)
 
 
 def gradients(
@@ -53,13 +53,13 @@ def gradients(
 ) -> tuple[VisionReference, torch.Tensor, dict[str, torch.Tensor]]:
     reference = VisionReference(COMMON | VARIANTS[variant], LANGUAGE_HIDDEN, attention)
     reference.randomise(seed=0)
-    rows = reference(items, processor)
-    (rows * cotangent(rows)).sum().backward()
-    return reference, rows, {f"model.{name}": p.grad for name, p in reference.named_parameters()}
+    soft_tokens = reference(items, processor)
+    (soft_tokens * cotangent(soft_tokens)).sum().backward()
+    return reference, soft_tokens, {f"model.{name}": p.grad for name, p in reference.named_parameters()}
 
 
-def cotangent(rows: torch.Tensor) -> torch.Tensor:
-    return torch.randn(rows.shape, generator=torch.Generator().manual_seed(1))
+def cotangent(soft_tokens: torch.Tensor) -> torch.Tensor:
+    return torch.randn(soft_tokens.shape, generator=torch.Generator().manual_seed(1))
 
 
 def random_items() -> list[dict[str, torch.Tensor]]:
@@ -71,18 +71,18 @@ def random_items() -> list[dict[str, torch.Tensor]]:
 
 @pytest.mark.parametrize("activation_checkpointing", ["none", "full"])
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_rows_and_gradients_equal_transformers(variant: str, activation_checkpointing: str):
+def test_soft_tokens_and_gradients_equal_transformers(variant: str, activation_checkpointing: str):
     processor, items = build_processor("vision", hf_config(variant)), random_items()
     reference, expected, expected_gradients = gradients(variant, "eager", items, processor)
-    _, other_rows, other_gradients = gradients(variant, "sdpa", items, processor)
+    _, other, other_gradients = gradients(variant, "sdpa", items, processor)
 
     encoder = build(variant, activation_checkpointing)
     load(encoder.bindings(), StateSource(reference), "reference")
-    rows = encoder(**processor.collate(items))
-    (rows * cotangent(rows)).sum().backward()
+    soft_tokens = encoder(**processor.collate(items))
+    (soft_tokens * cotangent(soft_tokens)).sum().backward()
 
     # fp32 sums of a few hundred terms in another order: 1e-5, or 4 times what eager against SDPA attention differs by.
-    assert_close(rows, expected, max(1e-5 * expected.norm(), 4 * (expected - other_rows).norm()), "rows")
+    assert_close(soft_tokens, expected, max(1e-5 * expected.norm(), 4 * (expected - other).norm()), "soft tokens")
     total = torch.stack([g.norm() for g in expected_gradients.values()]).norm()
     compared = set()
     for binding in encoder.bindings():

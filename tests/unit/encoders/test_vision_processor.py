@@ -85,7 +85,7 @@ def test_patches_and_positions_equal_transformers(name: str):
     assert not placeholder["pixel_values"].any()
 
 
-def test_rows_equal_transformers_for_any_size():
+def test_soft_tokens_equal_transformers_for_any_size():
     sizes = random.Random(0)
     for _ in range(2000):
         width, height = (int(2 ** sizes.uniform(0, 13)) for _ in range(2))
@@ -95,10 +95,11 @@ def test_rows_equal_transformers_for_any_size():
         assert (across * 48, down * 48) == (wide, tall)
 
 
-def test_a_row_holds_the_patches_of_its_own_square():
+def test_a_soft_token_holds_the_patches_of_its_own_square():
     pixels = np.zeros((96, 144, 3), dtype=np.uint8)  # 2 x 3 soft tokens, each of one colour
-    for row in range(6):
-        pixels[row // 3 * 48 : row // 3 * 48 + 48, row % 3 * 48 : row % 3 * 48 + 48] = 40 * row
+    for square in range(6):
+        top, left = square // 3 * 48, square % 3 * 48
+        pixels[top : top + 48, left : left + 48] = 40 * square
     processor = Gemma4ImageProcessor(max_soft_tokens=6)
     patches = processor.decode(encode(Image.fromarray(pixels)))["pixel_values"].view(6, 9, -1)
     assert torch.equal(patches, (40 * torch.arange(6) / 255).view(6, 1, 1).expand_as(patches))
@@ -111,9 +112,9 @@ def test_collate_groups_equal_sizes_and_remembers_the_order_of_items():
     inputs = processor.collate(items)
     assert inputs["lengths"] == sorted(inputs["lengths"])
     assert sum(inputs["lengths"]) == len(inputs["pixel_values"]) == len(inputs["positions"])
-    red = (inputs["pixel_values"][:, 0] * 255).round().view(-1, 9)[:, 0]  # of every row
-    rows = [item["pixel_values"].shape[0] // 9 for item in items]
-    assert red[inputs["row_index"]].tolist() == [i for i, count in enumerate(rows) for _ in range(count)]
+    red = (inputs["pixel_values"][:, 0] * 255).round().view(-1, 9)[:, 0]  # of every soft token
+    counts = [item["pixel_values"].shape[0] // 9 for item in items]
+    assert red[inputs["soft_token_order"]].tolist() == [i for i, count in enumerate(counts) for _ in range(count)]
 
 
 @pytest.mark.parametrize("format", ["PNG", "JPEG", "WEBP", "GIF", "BMP"])

@@ -101,11 +101,11 @@ def test_expanded_ids_and_token_types(tmp_path: Path, budget: int):
         text = reference.tokenizer.apply_chat_template(messages, tokenize=False)
         pictures = [[Image.new("RGB", shape) for shape in shapes]] if images else None
         expected = reference(text=[text], images=pictures, add_special_tokens=False, return_tensors="np")
-        rows = [processor.soft_tokens(MediaHeader(width=width, height=height)) for width, height in shapes]
-        encoded = encoder.encode(messages, rows)
+        counts = [processor.soft_tokens(MediaHeader(width=width, height=height)) for width, height in shapes]
+        encoded = encoder.encode(messages, counts)
         np.testing.assert_array_equal(encoded.input_ids, expected["input_ids"][0])
         types = np.zeros(encoded.length, np.int64)
-        for start, count in zip(encoded.media_starts, rows, strict=True):
+        for start, count in zip(encoded.media_starts, counts, strict=True):
             types[start : start + count] = 1
         np.testing.assert_array_equal(types, expected["mm_token_type_ids"][0])
         assert (encoded.labels[np.flatnonzero(types[1:])] == -100).all(), "soft tokens are no targets"

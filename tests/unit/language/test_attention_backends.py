@@ -20,11 +20,11 @@ RULES = [
 
 
 def metadata() -> tuple[torch.Tensor, torch.Tensor]:
-    """Two packed rows with padding between and behind segments, and media items."""
+    """Two packed sequences with padding between and behind segments, and media items."""
     segments, groups = torch.zeros(2, LENGTH, dtype=torch.long), torch.zeros(2, LENGTH, dtype=torch.long)
-    for row, spans in enumerate([[(0, 200), (208, 400), (401, 402)], [(0, 500)]]):
+    for sequence, spans in enumerate([[(0, 200), (208, 400), (401, 402)], [(0, 500)]]):
         for number, (start, end) in enumerate(spans, start=1):
-            segments[row, start:end] = number
+            segments[sequence, start:end] = number
     groups[0, 20:140], groups[0, 210:215], groups[1, 250:380] = 1, 2, 1
     return segments, groups
 
@@ -93,21 +93,21 @@ def test_flex_block_mask_is_the_definition(rule: MaskRule) -> None:
 
 def block_occupancy(counts: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
     occupied = torch.zeros(indices.shape[0], *indices.shape[2:], dtype=torch.bool)
-    for row in range(indices.shape[0]):
+    for sequence in range(indices.shape[0]):
         for block in range(indices.shape[2]):
-            listed = indices[row, 0, block, : counts[row, 0, block]]
+            listed = indices[sequence, 0, block, : counts[sequence, 0, block]]
             assert listed.unique().numel() == listed.numel()
-            occupied[row, block, listed.long()] = True
+            occupied[sequence, block, listed.long()] = True
     return occupied
 
 
 def stretches_mask(plan: TransformerEnginePlan, queries: int) -> torch.Tensor:
     """Who sees whom by the plan, from the definition of a window that ends at each stretch's last key."""
     mask = torch.zeros(queries, LENGTH, dtype=torch.bool)
-    for rows, own in plan.stretches:
-        shift = (own.stop - own.start) - (rows.stop - rows.start)
-        distance = torch.arange(rows.stop - rows.start)[:, None] + shift - torch.arange(own.stop - own.start)
-        mask[rows, own] = (distance >= 0) & (distance <= plan.window - 1)
+    for queries, own in plan.stretches:
+        shift = (own.stop - own.start) - (queries.stop - queries.start)
+        distance = torch.arange(queries.stop - queries.start)[:, None] + shift - torch.arange(own.stop - own.start)
+        mask[queries, own] = (distance >= 0) & (distance <= plan.window - 1)
     return mask
 
 
@@ -116,7 +116,7 @@ def stretches_mask(plan: TransformerEnginePlan, queries: int) -> torch.Tensor:
 def test_stretches_for_transformer_engine_are_the_definition(spans: list[tuple[int, int]]) -> None:
     chosen = torch.cat([torch.arange(*span) for span in spans])
     segments = torch.zeros(2, LENGTH, dtype=torch.long)
-    segments[:, :200], segments[0, 208:500], segments[1, 208:480] = 1, 2, 2  # the rows differ in their padding alone
+    segments[:, :200], segments[0, 208:500], segments[1, 208:480] = 1, 2, 2  # they differ only in padding
     first, last = (ends[:, chosen].int() for ends in visible_runs(MaskRule(70), segments, None))
     keys = VisibleKeys(
         MaskRule(70), LENGTH, first, last, segments[:, chosen], False, torch.stack((first, last)), None, None
@@ -124,15 +124,15 @@ def test_stretches_for_transformer_engine_are_the_definition(spans: list[tuple[i
     plan = TransformerEnginePlan.where_supported(keys, 256)
     assert plan is not None
     mask = stretches_mask(plan, len(chosen))
-    for row, expected in enumerate(dense_mask(keys)):
-        real = keys.segments[row] > 0  # what padding sees, nothing else notices
+    for sequence, expected in enumerate(dense_mask(keys)):
+        real = keys.segments[sequence] > 0  # what padding sees, nothing else notices
         assert torch.equal(mask[real], expected[real].bool())
 
 
 def test_transformer_engine_leaves_the_rest_to_flex() -> None:
     assert TransformerEnginePlan.where_supported(visible(MaskRule(None)), 256) is None, "full layers"
     assert TransformerEnginePlan.where_supported(visible(MaskRule(70, "always")), 256) is None, "media groups"
-    assert TransformerEnginePlan.where_supported(visible(MaskRule(70)), 256) is None, "rows with other segments"
+    assert TransformerEnginePlan.where_supported(visible(MaskRule(70)), 256) is None, "sequences with other segments"
     one_row = torch.zeros(1, LENGTH, dtype=torch.long)
     one_row[:, : LENGTH // 20 * 20] = 1 + torch.arange(LENGTH // 20 * 20) // 20
     first, last = (ends.int() for ends in visible_runs(MaskRule(70), one_row, None))

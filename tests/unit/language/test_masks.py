@@ -60,7 +60,7 @@ def test_one_document_matches_transformers(model_type: str, groups: torch.Tensor
 
 @pytest.mark.parametrize("model_type", ["gemma4_text", "gemma4_unified_text"])
 def test_packed_documents_have_the_masks_of_each_alone(model_type: str) -> None:
-    """Two copies of the document in a row, the first of which ends in an image."""
+    """Two copies of the document in a sequence, the first of which ends in an image."""
     document = GROUPS[:, :20]
     single = masks(model_type, torch.ones(1, 20, dtype=torch.long), document, "vision")
     segments = torch.arange(1, 3).repeat_interleave(20)[None]

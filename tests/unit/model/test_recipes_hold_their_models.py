@@ -122,12 +122,12 @@ def test_every_tensor_is_held_once_in_the_stated_memory(name: str):
 def gigabytes(module: BoundModule, groups: Any) -> list[float]:
     """Weights, fp32 gradients and the optimizer's fp32 weight and moments of one rank, in 10^9 bytes."""
     weights = gradients = optimizer = 0.0
+    replicas = {id(binding.tensor): getattr(groups, binding.replicas) for binding in module.bindings()}
     for parameter in module.parameters():
         weights += parameter.numel() * parameter.element_size()
         if parameter.requires_grad:
-            replicas = groups.dp_cp if getattr(parameter, "allreduce", True) else groups.expt_dp
             gradients += 4 * parameter.numel()
-            optimizer += 12 * parameter.numel() / replicas.size()
+            optimizer += 12 * parameter.numel() / replicas[id(parameter)].size()
     return [size / 1e9 for size in (weights, gradients, optimizer)]
 
 
@@ -173,7 +173,7 @@ def test_the_schedule_runs(name: str):
 
 
 def illustrated_step(layout: Layout, count: int) -> StepManifest:
-    """Every lane trains on a row a round; of four rows, three have an item of each encoder, dealt out in turn."""
+    """Every lane trains on a sequence a microbatch; of four, three have an item of each encoder, dealt out in turn."""
     lanes = range(layout.language.dp)
     microbatches = [
         Microbatch(lane, number, 1, 8, (PlannedSample(0, 0, lane, number, 0, 0, 8, 8),))

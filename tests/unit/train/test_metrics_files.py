@@ -11,7 +11,7 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from mimo_gemma4.config import Config, DataConfig, LayoutConfig, LoggingConfig, RunConfig, ShardsConfig, TrainConfig
-from mimo_gemma4.errors import ConfigError
+from mimo_gemma4.errors import MissingPackageError
 from mimo_gemma4.train.metrics import MetricsLog, flatten, format_step, plot_loss, read_records, save_samples
 
 
@@ -131,8 +131,23 @@ def test_tensorboard_has_every_number_once_after_a_resume(tmp_path: Path):
 
 def test_missing_wandb_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setitem(sys.modules, "wandb", None)
-    with pytest.raises(ConfigError, match="logging.wandb.*--extra wandb"):
+    with pytest.raises(MissingPackageError, match=r"`logging.wandb` needs the package wandb.*mimo-gemma4\[wandb\]"):
         MetricsLog(make_config(tmp_path, wandb="project"))
+
+
+def test_without_tensorboard_a_warning_is_logged_and_the_rest_is_recorded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    log = MetricsLog(make_config(tmp_path, tensorboard=True))
+    for step in (1, 2):
+        log.step(make_record(step))
+    log.close()
+    [message] = caplog.messages
+    assert "the package tensorboard" in message and "pip install 'mimo-gemma4[tensorboard]'" in message
+    assert "logging.tensorboard=false" in message
+    assert [record["step"] for record in read_records(tmp_path / "metrics.jsonl")] == [1, 2]
+    assert not (tmp_path / "tensorboard").exists()
 
 
 def test_flatten_keeps_numbers_only():
@@ -170,7 +185,7 @@ def test_a_bad_sample_is_written_once_and_again_only_if_its_step_is(tmp_path: Pa
     assert read_records(tmp_path / "bad_samples.jsonl") == [bad(2, "early"), bad(None, "index"), bad(7, "late")]
 
 
-def test_the_log_line_tells_uneven_lanes_and_bad_samples_since_the_start(tmp_path: Path, capsys: Any):
+def test_the_log_line_shows_uneven_lanes_and_bad_samples_since_the_start(tmp_path: Path, capsys: Any):
     log = MetricsLog(make_config(tmp_path, every=2))
     even, uneven = {"before": 1.0, "after": 1.0}, {"before": 1.8, "after": 1.04}
     for step in (1, 2):

@@ -1,4 +1,4 @@
-"""The action lists of all ranks do every round's work once, in order, within their memory, and never deadlock.
+"""The action lists of all ranks do every microbatch's work once, in order, within their memory, and never deadlock.
 
 Not even if every rank waits until what it hands over has moved (`blocking`), which is the most that any backend does.
 """
@@ -59,7 +59,7 @@ def test_stages_of_an_encoder_before_the_first_that_trains_have_no_backward_pass
     world = pipeline(2, 4, vision=2)
     modules = {"vision": ModuleLayout(3, pp=3), LANGUAGE: ModuleLayout(2, pp=2)}
     world.layout, world.trained_from = build_layout(modules, 5), {"vision": first}
-    world.rows, world.owners = {}, {}
+    world.to_language, world.to_module = {}, {}
     simulate(world, world.plans())
     kinds = [{action.kind for action in plan if action.module == "vision"} for plan in world.plans()[:3]]
     for stage in range(3):
@@ -83,7 +83,7 @@ def test_a_decoder_on_its_own_rank_works_while_the_last_stage_goes_on(stages: in
     for stage, rank in enumerate(language):
         assert times[1].in_flight[rank, LANGUAGE] == stages + 1 - stage
         assert times[2].in_flight[rank, LANGUAGE] == stages - stage
-    # Apart it costs no more than the steps that a further stage fills and drains in, shared a pass in every round.
+    # Apart it costs no more than the time to fill and drain a further stage, shared a pass for every microbatch.
     assert times[1].seconds <= times[0].seconds + 1.0
     assert times[2].seconds == pytest.approx(times[0].seconds + 16.0)
 
@@ -102,7 +102,7 @@ def test_an_action_of_a_decoder_left_out_is_caught(kind: str):
 
 
 @pytest.mark.parametrize("kind", ["send_states", "decode", "recv_state_gradients"])
-def test_two_rounds_of_a_decoder_swapped_are_caught(kind: str):
+def test_two_microbatches_of_a_decoder_swapped_are_caught(kind: str):
     world = with_decoder(pipeline(2, 6, vision=2), own_rank=True)
     plans = world.plans()
     (plan,) = (plan for plan in plans if Action(kind, 1, "pixels") in plan)
@@ -125,8 +125,8 @@ def swap(plan: list[Action], one: Action, other: Action) -> None:
     plan[i], plan[j] = plan[j], plan[i]
 
 
-def language(kind: str, round_: int) -> Action:
-    return Action(kind, round_, LANGUAGE)
+def language(kind: str, number: int) -> Action:
+    return Action(kind, number, LANGUAGE)
 
 
 @pytest.mark.parametrize(
@@ -136,9 +136,9 @@ def language(kind: str, round_: int) -> Action:
         (language("send_forward", 0), language("send_forward", 1), Disorder),
         (language("forward", 1), language("forward", 2), Disorder),
     ],
-    ids=["rows", "hidden states", "forward"],
+    ids=["soft tokens", "hidden states", "forward"],
 )
-def test_two_rounds_swapped_on_one_rank_are_caught(one: Action, other: Action, error: type[Exception]):
+def test_two_microbatches_swapped_on_one_rank_are_caught(one: Action, other: Action, error: type[Exception]):
     world = pipeline(4, 6, vision=2)
     plans = world.plans()
     simulate(world, plans)
@@ -188,7 +188,7 @@ def test_an_action_left_out_is_caught(kind: str):
     [("send_soft_tokens", 0), ("post_recv_soft_tokens", 1), ("recv_soft_tokens", 1)]
     + [("send_soft_token_gradients", 1), ("post_recv_soft_token_gradients", 0), ("recv_soft_token_gradients", 0)],
 )
-def test_a_transfer_of_rows_left_out_is_caught(kind: str, rank: int):
+def test_a_transfer_of_soft_tokens_left_out_is_caught(kind: str, rank: int):
     world = pipeline(2, 4, vision=2)
     plans = world.plans()
     plans[rank].remove(Action(kind, 3, "vision"))
@@ -211,7 +211,7 @@ def test_ranks_at_both_ends_that_expect_before_they_send_deadlock():
     layout = build_layout(LayoutConfig({"vision": ModuleLayout(), LANGUAGE: ModuleLayout()}, placement="colocated"), 2)
     world = Parted(layout, make_manifest(random.Random(0), 2, 2, {"vision": 2}, gaps=0.0), run_ahead={"vision": 2})
     for number in range(2):
-        world.rows["vision", number] = [(0, 1), (1, 0)]
+        world.to_language["vision", number] = [(0, 1), (1, 0)]
     plans = world.plans()
     for plan in plans:
         place = plan.index(Action("send_soft_tokens", 0, "vision"))

@@ -1,4 +1,4 @@
-"""The comparison with transformers tells rounding, near ties and faults apart."""
+"""The comparison with transformers distinguishes rounding, near ties and faults."""
 
 import pytest
 import torch

@@ -11,7 +11,7 @@ from torch import nn
 from mimo_gemma4.config import LoraConfig
 from mimo_gemma4.errors import CheckpointError, ConfigError
 from mimo_gemma4.weights.bindings import Binding, Constant, bind_replicated, bind_sharded, initialise, load
-from mimo_gemma4.weights.lora import AdaptedModule, attach
+from mimo_gemma4.weights.lora import AdaptedModule, attach, has_adapter
 from mimo_gemma4.weights.lora_files import AdapterSource, TrainedAdapters
 
 LORA = LoraConfig(targets=["*.q_proj", "*.value"], rank=2, alpha=3.0)
@@ -55,6 +55,12 @@ def test_names_and_shapes_are_those_of_peft() -> None:
         "block.value.lora_A.weight": (2, 12),
         "block.value.lora_B.weight": (4, 2),
     }
+
+
+def test_a_linear_knows_whether_it_has_an_adapter() -> None:
+    block = Block()
+    attach("language", block, replace(LORA, targets=["*.value"]))
+    assert has_adapter(block.value) and not has_adapter(block.fused)
 
 
 def test_a_fresh_adapter_changes_nothing_and_starts_alike_everywhere() -> None:

@@ -1,0 +1,1 @@
+"""The commands `mimo-train` and `mimo`."""
