@@ -10,8 +10,8 @@ from typing import Any
 from PIL import Image
 
 from mimo_gemma4.data.tokenizer import byte_media_tokens
-from mimo_gemma4.encoders.gemma4_image import Gemma4ImageProcessor
 from mimo_gemma4.encoders.gemma4_vision_config import Gemma4VisionConfig
+from mimo_gemma4.encoders.gemma4_vision_processor import Gemma4ImageProcessor
 from mimo_gemma4.flops import text_flops
 from mimo_gemma4.language.config import Gemma4TextConfig
 from mimo_gemma4.media import MediaHeader

@@ -29,7 +29,7 @@ from mimo_gemma4.data.loader import StepLoader
 from mimo_gemma4.data.planner import StepPlanner
 from mimo_gemma4.data.sample import parse_messages
 from mimo_gemma4.data.tokenizer import byte_tokenizer
-from mimo_gemma4.encoders.gemma4_image import Gemma4ImageProcessor
+from mimo_gemma4.encoders.gemma4_vision_processor import Gemma4ImageProcessor
 from mimo_gemma4.media import MediaHeader, MediaTokens
 
 SAMPLES_PER_SHARD = 1000

@@ -25,8 +25,8 @@ from mimo_gemma4.distributed.module_context import ModuleContext
 from mimo_gemma4.encoders.base import StagedEncoder
 from mimo_gemma4.encoders.gemma4_audio_attention import LocalAttention, embed_distances, visible_keys
 from mimo_gemma4.encoders.gemma4_audio_config import Gemma4AudioConfig, half
+from mimo_gemma4.encoders.gemma4_audio_processor import HOP, Gemma4AudioProcessor
 from mimo_gemma4.encoders.gemma4_layers import ClippableLinear, RMSNorm, tower_config
-from mimo_gemma4.encoders.gemma4_sound import HOP, Gemma4AudioProcessor
 from mimo_gemma4.encoders.waveform import MAX_SAMPLES
 from mimo_gemma4.errors import LayoutError
 from mimo_gemma4.media import MediaHeader

@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from mimo_gemma4.distributed.megatron_config import module_config
 from mimo_gemma4.distributed.module_context import ModuleContext
 from mimo_gemma4.encoders.base import Encoder
-from mimo_gemma4.encoders.gemma4_unified_media import (
+from mimo_gemma4.encoders.gemma4_unified_processors import (
     Gemma4UnifiedAudioConfig,
     Gemma4UnifiedAudioProcessor,
     Gemma4UnifiedFrameProcessor,

@@ -20,9 +20,9 @@ from torch.utils.checkpoint import checkpoint
 
 from mimo_gemma4.distributed.module_context import ModuleContext
 from mimo_gemma4.encoders.base import StagedEncoder
-from mimo_gemma4.encoders.gemma4_image import Gemma4FrameProcessor, Gemma4ImageProcessor
 from mimo_gemma4.encoders.gemma4_layers import ClippableLinear, RMSNorm, tower_config
 from mimo_gemma4.encoders.gemma4_vision_config import Gemma4VisionConfig
+from mimo_gemma4.encoders.gemma4_vision_processor import Gemma4FrameProcessor, Gemma4ImageProcessor
 from mimo_gemma4.errors import LayoutError
 from mimo_gemma4.media import MediaHeader
 from mimo_gemma4.weights.bindings import (

@@ -9,6 +9,10 @@ so the same), `exp_avg` and `exp_avg_sq`. The run of elements that ZeRO-1 gives 
 2 * dimensions - 1), so each rank writes only what it owns, nothing is gathered over ranks, and the save costs a copy to
 the host plus the write of (weights + optimizer state) / ranks bytes each. A load reads the boxes that meet its own.
 
+Beside them a rank's file holds torch's random states (`random.cpu`, `random.cuda`), and the marker `complete.json` the
+step, the optimizer's update counts by module, the trainer's state (`Trainer.save`: step, scales of adapters, names of
+decoders), and size and sha256 of every file. No place in the data: that follows from the step.
+
 The folder must be on a file system that all ranks see. It is written as `step_….tmp` and renamed at the end; a folder
 without a valid marker, or whose files have other sizes than it lists, is never loaded.
 """

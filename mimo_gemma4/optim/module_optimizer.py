@@ -8,7 +8,6 @@ count, norm and clip coefficient that every module applies.
 """
 
 import copy
-import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -135,7 +134,7 @@ class ModuleOptimizer:
 
     @torch.no_grad()
     def apply(self, results: StepResults, learning_rate: float) -> None:
-        """One AdamW step with gradients divided by `results.divisor`, then the new weights to all dp_cp ranks.
+        """One AdamW step with gradients divided by `results.gradient_divisor`, then the new weights to all dp_cp ranks.
 
         If a gradient anywhere is not finite, weights, moments and step count stay unchanged on every rank of every
         module; the decision is made on the device.
@@ -147,7 +146,7 @@ class ModuleOptimizer:
             for group in adamw.param_groups:
                 group["lr"] = learning_rate
             # torch's contract of gradient scaler and fused optimizer: divide by grad_scale, skip if found_inf is 1
-            adamw.grad_scale = results.divisor.float()
+            adamw.grad_scale = results.gradient_divisor.float()
             adamw.found_inf = results.nonfinite.float()
             optimizer.prepare_grads()
             optimizer.step_with_ready_grads()
@@ -216,27 +215,6 @@ class ModuleOptimizer:
             if shards:
                 summed.append((group, shards))
         return summed
-
-
-def learning_rate(config: OptimConfig, step: int, steps: int) -> float:
-    """Learning rate of optimizer step `step` (the first is 1) out of `steps`: a pure function of its arguments.
-
-    It rises linearly to `config.lr` over `config.warmup_steps`, then follows `config.schedule` down to `config.min_lr`,
-    reached at the last step (cosine: Loshchilov and Hutter 2017, without restarts). A peak below the floor stays.
-
-    Args:
-        config: the module's options (`Config.module_optim`).
-        step: number of the step.
-        steps: `train.steps`.
-    """
-    if step <= config.warmup_steps:
-        return config.lr * step / config.warmup_steps
-    if config.schedule == "constant":
-        return config.lr
-    progress = min(1.0, (step - config.warmup_steps) / max(1, steps - config.warmup_steps))
-    remaining = 1.0 - progress if config.schedule == "linear" else 0.5 * (1.0 + math.cos(math.pi * progress))
-    floor = min(config.min_lr, config.lr)
-    return floor + (config.lr - floor) * remaining
 
 
 def binding_by_tensor(bindings: Iterable[Binding]) -> dict[int, Binding]:

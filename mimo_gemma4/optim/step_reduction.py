@@ -1,4 +1,4 @@
-"""The results of a step over all ranks of all grids: token count, loss, gradient norm, finiteness, sample identity.
+"""The results of a step over all ranks of all grids: token count, loss, gradient norm and clipping, finite or not.
 
 One fp64 all-reduce (SUM) carries everything; the results stay on the device, so the step needs no host sync. Losses and
 gradients are sums up to here, and every module divides by the same global token count, whatever its data-parallel size.
@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from mimo_gemma4.distributed.layout import Layout
+from mimo_gemma4.optim.gradient_clipping import clip_coefficient
 
 
 class HasSquareNorm(Protocol):
@@ -62,7 +63,7 @@ class StepResults:
     decoders' losses by their weights, over N."""
     module_grad_norm: Tensor
     """[modules]: the same per module, in the layout's order."""
-    divisor: Tensor
+    gradient_divisor: Tensor
     """What gradient sums are divided by: max(N, 1) / clip coefficient."""
     nonfinite: Tensor
     """1 where the loss or some gradient is not finite, else 0."""
@@ -154,7 +155,6 @@ class StepReduction:
         loss_sum, loss_tokens, squares = parts["loss_sum"][0], parts["loss_tokens"][0], parts["square_norms"]
         count = loss_tokens.clamp(min=1.0)
         norm = squares.sum().sqrt() / count
-        clip = torch.ones_like(norm) if self.clip_grad is None else (self.clip_grad / (norm + 1e-6)).clamp(max=1.0)
         finite = loss_sum.isfinite() & norm.isfinite() & parts["decoder_losses"].isfinite().all()
         return StepResults(
             loss=loss_sum / count,
@@ -163,7 +163,7 @@ class StepReduction:
             tokens=parts["tokens"][0],
             grad_norm=norm,
             module_grad_norm=squares.sqrt() / count,
-            divisor=count / clip,
+            gradient_divisor=count / clip_coefficient(norm, self.clip_grad),
             nonfinite=(~finite).double(),
             nonfinite_ranks=parts["nonfinite_ranks"],
             hash_difference=parts["hash_difference"],

@@ -13,7 +13,7 @@ from PIL import Image
 
 from mimo_gemma4.data.dataset import ShardDataset
 from mimo_gemma4.data.shards import read_range
-from mimo_gemma4.encoders.gemma4_sound import log_mel
+from mimo_gemma4.encoders.gemma4_audio_processor import log_mel
 from mimo_gemma4.encoders.waveform import read_waveform
 from mimo_gemma4.errors import MissingPackageError
 from mimo_gemma4.train.metrics import plot_loss, save_samples

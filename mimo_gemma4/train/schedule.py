@@ -4,11 +4,19 @@ Every list follows one global order, in which a pass has one place for all its r
 its ends, behind the pass that it comes from. That is why no layout can deadlock, not even where a rank's host waits for
 its whole device, posted receives included, before it goes on (as CUDA does to load a kernel).
 
+Encoders run ahead: `run_ahead` bounds how many microbatches an encoder holds without having their gradients back, and
+so in which slot it encodes each (`_encoder_slots`).
+
 Time is counted in slots: with P language stages, stage s runs the forward pass of microbatch k in slot 2k + s and its
 backward pass in slot 2k + 2P - 1 - s. Each pass comes after those that it needs, and sorting a stage's passes by slot
-is 1F1B: at most P - s microbatches wait for their backward pass. Encoders have their turn at the end of a slot, in time
-for the first stage. An encoder's own stages stand in front of the language's: each has its forward pass a slot before
-the next one's, and its backward pass a slot after.
+is 1F1B: at most P - s microbatches wait for their backward pass. With P = 2:
+
+    slot      0   1   2   3   4   5
+    stage 0  F0      F1  B0      B1
+    stage 1      F0  B0  F1  B1
+
+Encoders have their turn at the end of a slot, in time for the first stage. An encoder's own stages stand in front of
+the language's: each has its forward pass a slot before the next one's, and its backward pass a slot after.
 
 Decoders have their turn behind the last stage's forward pass. One on ranks of its own is one more stage: backward slots
 count P + 1 stages, so that the last stage runs its next forward pass while the decoder works, and stages hold P + 1 - s

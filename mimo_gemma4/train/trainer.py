@@ -17,7 +17,8 @@ from mimo_gemma4.distributed.layout import LANGUAGE, ModuleGrid
 from mimo_gemma4.errors import DataError, NumericsError
 from mimo_gemma4.flops import peak_flops
 from mimo_gemma4.model.mimo_model import MimoModel
-from mimo_gemma4.optim.module_optimizer import ModuleOptimizer, learning_rate
+from mimo_gemma4.optim.learning_rate import learning_rate
+from mimo_gemma4.optim.module_optimizer import ModuleOptimizer
 from mimo_gemma4.optim.step_reduction import ModuleUsage, StepReduction, StepReport, StepResults, sample_hash
 from mimo_gemma4.train.evaluate import Evaluator
 from mimo_gemma4.train.metrics import MetricsLog, mean_losses

@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from mimo_gemma4.config import OptimConfig
-from mimo_gemma4.optim.module_optimizer import ModuleOptimizer, learning_rate
+from mimo_gemma4.optim.learning_rate import learning_rate
+from mimo_gemma4.optim.module_optimizer import ModuleOptimizer
 from mimo_gemma4.optim.step_reduction import StepReduction, StepReport
 from tests.dist.harness import run_ranks
 from tests.dist.optim.toy_modules import (
@@ -155,7 +156,12 @@ def empty_step(rank: int) -> dict[str, Any]:
 
 def test_step_without_loss_tokens_and_what_travels_with_it():
     for report in run_ranks(2, empty_step):
-        assert (report["loss"], report["grad_norm"], report["divisor"], report["nonfinite"]) == (0.0, 0.0, 1.0, 0.0)
+        assert (report["loss"], report["grad_norm"], report["gradient_divisor"], report["nonfinite"]) == (
+            0.0,
+            0.0,
+            1.0,
+            0.0,
+        )
         assert report["unmoved"]  # a vector: no gradient, no weight decay
         assert report["hash_difference"] == [0.0, 2.0]
         assert report["usage"] == [[2.0, 4.0, 1.0]] and report["memory_gib"] == [1.0, 2.0]

@@ -12,7 +12,7 @@ from mimo_gemma4.data.chat import ConversationEncoder
 from mimo_gemma4.data.dataset import ShardDataset
 from mimo_gemma4.data.sample import parse_messages
 from mimo_gemma4.data.tokenizer import byte_tokenizer, load_tokenizer
-from mimo_gemma4.encoders.gemma4_image import Gemma4FrameProcessor, Gemma4ImageProcessor
+from mimo_gemma4.encoders.gemma4_vision_processor import Gemma4FrameProcessor, Gemma4ImageProcessor
 from mimo_gemma4.media import MediaHeader, MediaTokens
 from tests.hf_processor import saved_processor
 from tests.shard_maker import png, write_shard

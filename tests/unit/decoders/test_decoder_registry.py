@@ -14,7 +14,7 @@ from mimo_gemma4.config import ModelConfig, ModuleLayout
 from mimo_gemma4.config.presets import load_model_config
 from mimo_gemma4.decoders.registry import build_target_processors, decoder_class, registered_decoders
 from mimo_gemma4.distributed.layout import build_layout
-from mimo_gemma4.encoders.gemma4_image import Gemma4FrameProcessor, Gemma4ImageProcessor
+from mimo_gemma4.encoders.gemma4_vision_processor import Gemma4FrameProcessor, Gemma4ImageProcessor
 from mimo_gemma4.encoders.registry import build_processor
 from mimo_gemma4.errors import ConfigError
 from mimo_gemma4.media import MediaHeader

@@ -14,7 +14,7 @@ from mimo_gemma4.data.loader import StepLoader
 from mimo_gemma4.data.planner import StepPlanner
 from mimo_gemma4.data.sample import read_header
 from mimo_gemma4.data.tokenizer import byte_tokenizer
-from mimo_gemma4.encoders.gemma4_sound import Gemma4AudioProcessor, log_mel
+from mimo_gemma4.encoders.gemma4_audio_processor import Gemma4AudioProcessor, log_mel
 from mimo_gemma4.encoders.registry import build_processor
 from mimo_gemma4.encoders.waveform import read_waveform
 from mimo_gemma4.errors import DataError

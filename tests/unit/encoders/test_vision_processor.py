@@ -13,7 +13,7 @@ from transformers.models.gemma4.image_processing_pil_gemma4 import (
     get_aspect_ratio_preserving_size,
 )
 
-from mimo_gemma4.encoders.gemma4_image import Gemma4ImageProcessor
+from mimo_gemma4.encoders.gemma4_vision_processor import Gemma4ImageProcessor
 from mimo_gemma4.encoders.registry import build_processor
 from mimo_gemma4.errors import ConfigError
 from mimo_gemma4.media import MediaHeader

@@ -13,7 +13,7 @@ from PIL import Image, ImageOps
 from mimo_gemma4.data.chat import ConversationEncoder
 from mimo_gemma4.data.sample import parse_messages
 from mimo_gemma4.data.tokenizer import load_tokenizer
-from mimo_gemma4.encoders.gemma4_image import Gemma4ImageProcessor
+from mimo_gemma4.encoders.gemma4_vision_processor import Gemma4ImageProcessor
 from mimo_gemma4.media import MediaHeader, MediaTokens
 from tests.hf_processor import PilProcessor, saved_processor
 

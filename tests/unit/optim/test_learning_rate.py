@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 
 from mimo_gemma4.config import Config, DataConfig, LayoutConfig, ModuleConfig, OptimConfig, ShardsConfig
-from mimo_gemma4.optim.module_optimizer import learning_rate
+from mimo_gemma4.optim.learning_rate import learning_rate
 
 
 def rates(config: OptimConfig, steps: int) -> list[float]:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from mimo_gemma4.encoders.gemma4_image import Gemma4FrameProcessor, Gemma4ImageProcessor, processor_options
+from mimo_gemma4.encoders.gemma4_vision_processor import Gemma4FrameProcessor, Gemma4ImageProcessor, processor_options
 from mimo_gemma4.encoders.waveform import MAX_SAMPLES, read_waveform, resampled_length
 from mimo_gemma4.errors import ConfigError
 from mimo_gemma4.media import MediaHeader
