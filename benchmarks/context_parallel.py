@@ -20,7 +20,7 @@ from ring_attention import RingPlan
 from torch.profiler import ProfilerActivity, profile
 
 from mimo_gemma4.distributed.platform import Platform, create_platform, destroy_distributed
-from mimo_gemma4.language.attention_backend import AttentionBackend, attention_backend
+from mimo_gemma4.language.attention_backend import PlanAttention
 from mimo_gemma4.language.attention_context import AttentionContext, attention_context, mask_rules, visible_runs
 from mimo_gemma4.language.config import FULL, SLIDING, Gemma4TextConfig
 from mimo_gemma4.language.key_exchange import GatherExchange
@@ -52,7 +52,7 @@ class Way:
     name: str
     model: Gemma4LanguageModel
     context: AttentionContext
-    backend: AttentionBackend
+    backend: PlanAttention
     input_ids: torch.Tensor
     """[1, S/cp] (local)."""
 
@@ -94,8 +94,7 @@ class Bench:
         ids = torch.randint(self.text.vocab_size, (1, tokens), generator=torch.Generator().manual_seed(0))
         put = self.platform.put
         context = attention_context(self.text, row, torch.ones_like(row), None, held=held, cp_group=cp_group, put=put)
-        backend = attention_backend("local", self.platform.device)
-        return Way("halo + gather", model, context, backend, put(ids[:, held[cp_group.rank()]]))
+        return Way("halo + gather", model, context, model.attention.plan, put(ids[:, held[cp_group.rank()]]))
 
     def gather(self, model: Gemma4LanguageModel, tokens: int) -> Way:
         """Sliding layers gather all keys too."""

@@ -50,6 +50,9 @@ def train(arguments: list[str]) -> None:
         print_config(config)
         print(layout_table(setup.layout), flush=True)
     trainer = build_trainer(setup)
+    language = trainer.model.language
+    if language is not None and setup.platform.rank == setup.layout.language.ranks[0]:
+        print("\n".join(f"{name}: {kernel}" for name, kernel in language.attention.described.items()), flush=True)
     trainer.fit()
     if setup.platform.rank == 0:
         write_report(trainer)

@@ -36,8 +36,11 @@ class ModelConfig:
     precision: Literal["fp32", "bf16", "fp8"] = "bf16"
     """`fp32` computes everything in fp32; `bf16` keeps fp32 main weights. `fp8` is not available yet."""
     backend: Literal["local", "te"] = "local"
-    """Kernels of attention. `local` needs PyTorch alone: FlexAttention on CUDA, plain torch on the CPU. `te`:
-    Transformer Engine for sliding layers without media groups, FlexAttention for the others."""
+    """`local` needs PyTorch alone. `te`: Transformer Engine does the attention of sliding layers without media."""
+    attention: Literal["auto", "flex"] = "auto"
+    """Kernels of attention on CUDA. `auto`: the fastest packed kernel that is installed (extra `kernels`) and fits the
+    layers; FlexAttention elsewhere, as for images whose tokens see one another. `flex`: FlexAttention everywhere. The
+    start of a run prints what each type of layers got, and why. On the CPU it is plain torch."""
 
 
 @dataclass

@@ -38,8 +38,18 @@ def summed_cross_entropy(
     `hidden` [tokens, H] is equal on all tensor-parallel ranks, `weight` is [vocabulary / tp (local), H], `labels`
     [tokens]. The result is equal on all ranks; the gradient of `hidden` is this rank's part, to be summed over them.
     """
-    words = max(1, logits_at_once // max(1, hidden.shape[0]))
+    words = _words_at_once(hidden.shape[0], logits_at_once)
     return _SummedCrossEntropy.apply(hidden, weight, labels, cap, tp_group, words)
+
+
+def _words_at_once(tokens: int, logits_at_once: int) -> int:
+    """Words of a block: a multiple of 256, or of a smaller power of two where fewer fit.
+
+    Packs have odd lengths. Blocks as odd would give the logits an odd leading dimension, for which cuBLAS has only
+    unaligned kernels, several times slower.
+    """
+    words = max(1, logits_at_once // max(1, tokens))
+    return words - words % min(256, 1 << (words.bit_length() - 1))
 
 
 def most_likely(

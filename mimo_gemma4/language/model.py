@@ -1,7 +1,7 @@
 """One pipeline stage of the Gemma 4 language model, with tensor, sequence and context parallelism."""
 
 from collections.abc import Callable, Sequence
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import torch
 import torch.nn.functional as F
@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from mimo_gemma4.errors import ConfigError
 from mimo_gemma4.language.attention import AttentionInputs
-from mimo_gemma4.language.attention_backend import attention_backend
+from mimo_gemma4.language.attention_backend import AttentionBackend, PlanAttention
 from mimo_gemma4.language.attention_context import AttentionContext
 from mimo_gemma4.language.config import Gemma4TextConfig
 from mimo_gemma4.language.embedding import TokenEmbedding
@@ -48,7 +48,8 @@ class Gemma4LanguageModel(MegatronModule):
         dtype: torch.dtype,
         device: torch.device,
         activation_checkpointing: str = "none",
-        backend: str = "local",
+        backend: Literal["local", "te"] = "local",
+        attention: Literal["auto", "flex"] = "auto",
         stage: LanguageStage | None = None,
         prefix: str = "model.language_model.",
     ) -> None:
@@ -62,7 +63,7 @@ class Gemma4LanguageModel(MegatronModule):
             device: where parameters live.
             activation_checkpointing: what backward computes again: `none`; `selective`, which is the same because
                 attention never keeps scores; or `full`, all layers.
-            backend: kernels of attention, `local` or `te`.
+            backend, attention: kernels of attention, as `AttentionBackend` has them.
             stage: layers of this rank's pipeline stage; None: the whole model.
             prefix: of Hugging Face names: `model.language_model.`, or `model.` in a text-only checkpoint.
 
@@ -86,7 +87,8 @@ class Gemma4LanguageModel(MegatronModule):
         self.shares_experts = text.num_experts > 0 and groups.ep.size() > 1
         """Whether this rank's experts serve tokens of other ranks too."""
         self.recompute_layers = activation_checkpointing == "full"
-        self.plan_attention = attention_backend(backend, device)
+        self.attention = AttentionBackend(text, backend=backend, attention=attention, dtype=dtype, device=device)
+        self.plan_attention: PlanAttention = self.attention.plan
         self.stage = stage = LanguageStage.whole(text.num_hidden_layers) if stage is None else stage
         self.embedding = self._embedding(groups)
         self.per_layer_embedding = None

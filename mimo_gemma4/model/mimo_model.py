@@ -105,6 +105,7 @@ class MimoModel:
             device=self.platform.device,
             activation_checkpointing=self.config.train.activation_checkpointing,
             backend=self.config.model.backend,
+            attention=self.config.model.attention,
             stage=self._stage(),
         )
         self.adapter = PartitionAdapter(

@@ -8,6 +8,8 @@ import torch
 
 from mimo_gemma4.language.attention_context import MaskRule, VisibleKeys, visible_runs
 from mimo_gemma4.language.flex_attention import FlexPlan
+from mimo_gemma4.language.kernels.choice import choose_kernel
+from mimo_gemma4.language.kernels.packed import PackedPlan, packed_calls
 from mimo_gemma4.language.reference_attention import ReferencePlan
 from mimo_gemma4.language.transformer_engine_attention import TransformerEnginePlan
 
@@ -16,14 +18,14 @@ LENGTH = 1000  # no multiple of any block
 WINDOW = 300
 
 
-def visible(rule: MaskRule, queries: torch.Tensor, *, rows: int, length: int = LENGTH) -> VisibleKeys:
-    """What the queries at the sequence indices `queries` see of rows of packed documents with padding and media."""
-    segments, groups = torch.zeros(rows, length, dtype=torch.long), torch.zeros(rows, length, dtype=torch.long)
+def visible(rule: MaskRule, queries: torch.Tensor, *, batch: int, length: int = LENGTH) -> VisibleKeys:
+    """What the queries at the sequence indices `queries` see of batch of packed documents with padding and media."""
+    segments, groups = torch.zeros(batch, length, dtype=torch.long), torch.zeros(batch, length, dtype=torch.long)
     segments[:, :417], segments[:, 430:990] = 1, 2
     groups[:, 100:220], groups[:, 500:900] = 1, 2
     groups = groups if rule.groups is not None else None
     first, last = (ends[:, queries] for ends in visible_runs(rule, segments, groups))
-    # The keys as a context parallel rank has them: those that its queries see, renumbered.
+    # The keys as a context-parallel rank has them: those that its queries see, renumbered.
     numbers = torch.arange(length)[:, None]
     seen = ((numbers >= first.flatten()) & (numbers <= last.flatten())).any(dim=1).nonzero().squeeze(1)
     first, last = (torch.searchsorted(seen, ends).int() for ends in (first, last))
@@ -34,10 +36,10 @@ def visible(rule: MaskRule, queries: torch.Tensor, *, rows: int, length: int = L
 def compare(keys: VisibleKeys, plan: object, head_dim: int, dtype: torch.dtype, tolerance: float) -> None:
     """Results and gradients of `plan` against the reference's in fp64 at the same rounded inputs."""
     torch.manual_seed(0)
-    rows, queries = keys.first.shape
-    shapes = [(queries, rows, 8, head_dim), (keys.count, rows, 2, head_dim), (keys.count, rows, 2, head_dim)]
+    batch, queries = keys.first.shape
+    shapes = [(queries, batch, 8, head_dim), (keys.count, batch, 2, head_dim), (keys.count, batch, 2, head_dim)]
     inputs = [torch.randn(shape, device="cuda").mul_(head_dim**-0.25).to(dtype) for shape in shapes]
-    weights = torch.randn(queries, rows, 8 * head_dim, device="cuda").to(dtype)
+    weights = torch.randn(queries, batch, 8 * head_dim, device="cuda").to(dtype)
     # Padding is not compared: kernels may have it see itself or its neighbours, and no loss depends on it.
     weights *= (keys.segments > 0).t().cuda()[..., None]
     results = []
@@ -67,7 +69,7 @@ QUERIES = {"all": torch.arange(LENGTH), "halves": torch.cat((torch.arange(250, 3
 @pytest.mark.parametrize("queries", QUERIES)
 @pytest.mark.parametrize(("head_dim", "rule"), [(dim, rule) for dim in RULES for rule in RULES[dim]], ids=str)
 def test_flex(head_dim: int, rule: MaskRule, queries: str, dtype: torch.dtype, tolerance: float) -> None:
-    keys = visible(rule, QUERIES[queries], rows=2)
+    keys = visible(rule, QUERIES[queries], batch=2)
     compare(keys, FlexPlan(keys), head_dim, dtype, tolerance)
 
 
@@ -75,13 +77,13 @@ def test_flex_is_not_compiled_for_every_length() -> None:
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     for length in (1000, 1024, 1100, 1537, 2048):
-        keys = visible(MaskRule(WINDOW), torch.arange(length), rows=1, length=length)
+        keys = visible(MaskRule(WINDOW), torch.arange(length), batch=1, length=length)
         compare(keys, FlexPlan(keys), 256, torch.bfloat16, 2e-2)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
 
 
 def test_plan_and_attention_do_not_wait_for_the_device() -> None:
-    keys = visible(MaskRule(None), torch.arange(LENGTH), rows=1)
+    keys = visible(MaskRule(None), torch.arange(LENGTH), batch=1)
     states = [torch.randn(LENGTH, 1, heads, 512, device="cuda", dtype=torch.bfloat16) for heads in (8, 2, 2)]
     FlexPlan(keys).attend(*states)  # compiles, which may wait
     torch.cuda.set_sync_debug_mode("error")
@@ -92,10 +94,42 @@ def test_plan_and_attention_do_not_wait_for_the_device() -> None:
 
 
 @pytest.mark.parametrize("queries", QUERIES)
-@pytest.mark.parametrize("rows", [1, 2])  # alike, so that one call serves both
-def test_transformer_engine(rows: int, queries: str) -> None:
+@pytest.mark.parametrize("batch", [1, 2])  # alike, so that one call serves both
+def test_transformer_engine(batch: int, queries: str) -> None:
     pytest.importorskip("transformer_engine.pytorch")
-    keys = visible(MaskRule(WINDOW), QUERIES[queries], rows=rows)
+    keys = visible(MaskRule(WINDOW), QUERIES[queries], batch=batch)
     plan = TransformerEnginePlan.where_supported(keys, 256)
     assert plan is not None
     compare(keys, plan, 256, torch.bfloat16, 2e-2)
+
+
+def packed_plan(keys: VisibleKeys, head_dim: int) -> PackedPlan:
+    choice = choose_kernel(head_dim, keys.rule.window, torch.bfloat16, torch.device("cuda"))
+    if choice.kernel is None:
+        pytest.skip(choice.reason)
+    calls = packed_calls(keys)
+    assert calls is not None
+    return PackedPlan(choice.kernel, calls)
+
+
+@pytest.mark.parametrize("queries", QUERIES)
+@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize(("head_dim", "window"), [(256, WINDOW), (256, None), (512, None), (128, WINDOW)])
+def test_packed_kernels(head_dim: int, window: int | None, batch: int, queries: str) -> None:
+    keys = visible(MaskRule(window), QUERIES[queries], batch=batch)
+    compare(keys, packed_plan(keys, head_dim), head_dim, torch.bfloat16, 2e-2)
+
+
+@pytest.mark.parametrize(("head_dim", "window"), [(256, WINDOW), (512, None)])
+def test_packed_kernels_do_not_wait_for_the_device(head_dim: int, window: int | None) -> None:
+    keys = visible(MaskRule(window), torch.arange(LENGTH), batch=1)
+    states = [
+        torch.randn(LENGTH, 1, heads, head_dim, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+        for heads in (8, 2, 2)
+    ]
+    packed_plan(keys, head_dim).attend(*states).sum().backward()  # compiles, which may wait
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        packed_plan(keys, head_dim).attend(*states).sum().backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")

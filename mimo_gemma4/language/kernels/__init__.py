@@ -1,0 +1,1 @@
+"""Attention kernels beyond what PyTorch has, and which of them a layer type gets."""
