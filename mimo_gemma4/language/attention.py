@@ -21,7 +21,6 @@ from mimo_gemma4.language.key_exchange import KeyExchange, StartedExchange, Stat
 from mimo_gemma4.language.norm import RMSNorm, normalise
 from mimo_gemma4.language.projection import project_first
 from mimo_gemma4.language.replicated import OneHeadLinear
-from mimo_gemma4.language.rotary import rotate
 from mimo_gemma4.weights.bindings import Binding, GradientSum, Normal, bind_replicated, bind_sharded, qk_norm_init
 from mimo_gemma4.weights.lora import has_adapter
 
@@ -99,6 +98,8 @@ class SelfAttention(nn.Module):
             tp_group=groups.tp,
         )
         norm = partial(RMSNorm, head_dim, text.rms_norm_eps, dtype=config.params_dtype, device=device)
+        # With context parallelism, `forward` also uses the parts of this weight by themselves.
+        self.unfused_linears = [self.linear_qkv] if groups.cp.size() > 1 else []
         self.q_norm = norm()
         if layer.owns_key_values:
             self.k_norm = norm()
@@ -134,7 +135,7 @@ class SelfAttention(nn.Module):
             if shared is None:
                 pending = self._start_exchange(fused or self._unsplit_key_values(hidden), inputs)
         # [S/cp, B, heads * head_dim] → [S/cp, B, heads, head_dim] (heads local), while keys and values travel
-        query = rotate(self.q_norm(self._heads(query)), inputs.rotary)
+        query = self.q_norm.rotated(self._heads(query), inputs.rotary)
         if pending is not None:
             shared = self._key_values(finish_exchange(pending), inputs.key_rotary)
         assert shared is not None
@@ -174,14 +175,14 @@ class SelfAttention(nn.Module):
         """Keys and values of the local tokens as other ranks need them: only raw keys where values come from these."""
         if not self.layer.has_value_projection:
             return tuple(raw)
-        return rotate(self.k_norm(raw[0]), rotary), normalise(raw[1], self.text.rms_norm_eps)
+        return self.k_norm.rotated(raw[0], rotary), normalise(raw[1], self.text.rms_norm_eps)
 
     def _key_values(self, received: States, rotary: Rotary) -> KeyValues:
         """Keys and values of K keys from what `_travelling` gave on each rank."""
         if self.layer.has_value_projection:
             return KeyValues(*received)
         (raw,) = received
-        return KeyValues(rotate(self.k_norm(raw), rotary), normalise(raw, self.text.rms_norm_eps))
+        return KeyValues(self.k_norm.rotated(raw, rotary), normalise(raw, self.text.rms_norm_eps))
 
     def bindings(self, prefix: str) -> list[Binding]:
         """Weights under `prefix` + `q_proj.weight` and so on."""

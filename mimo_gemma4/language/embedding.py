@@ -1,7 +1,6 @@
 """Vocabulary-parallel token embedding with a scale and a padding row, as both tables of Gemma 4 need it."""
 
 import torch
-import torch.nn.functional as F
 from megatron.core.tensor_parallel.layers import VocabParallelEmbedding
 from megatron.core.tensor_parallel.mappings import (
     reduce_from_tensor_model_parallel_region,
@@ -11,6 +10,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch.distributed import ProcessGroup
 
 from mimo_gemma4.weights.bindings import Binding, GradientSum, Normal, bind_sharded
+from mimo_gemma4.weights.main_gradients import look_up
 
 
 class TokenEmbedding(VocabParallelEmbedding):
@@ -48,7 +48,7 @@ class TokenEmbedding(VocabParallelEmbedding):
         rows = ids.t() - self.vocab_start_index
         elsewhere = (rows < 0) | (rows >= self.num_embeddings_per_partition)
         # [S/cp, B] → [S/cp, B, width]
-        embedded = F.embedding(rows.masked_fill(elsewhere, 0), self.weight, padding_idx=self.padding_row)
+        embedded = look_up(self.weight, rows.masked_fill(elsewhere, 0), self.padding_row)
         if self.tp_group.size() > 1:
             embedded = embedded.masked_fill(elsewhere.unsqueeze(-1), 0.0)
             if self.reduce_scatter_embeddings:

@@ -59,11 +59,13 @@ class DecoderLayer(nn.Module):
     ) -> tuple[torch.Tensor, KeyValues]:
         """Hidden states [S/(cp*tp), B, H] (local) for the next layer, and the keys and values that attention used."""
         attended, key_values = self.self_attention(self.input_layernorm(hidden), attention, shared)
-        hidden = hidden + self.post_attention_layernorm(attended)
-        hidden = hidden + self.post_feedforward_layernorm(self._feed_forward(hidden))
-        if self.per_layer_input is not None:
-            hidden = hidden + self.per_layer_input(hidden, per_layer_input)
-        return hidden * self.layer_scalar, key_values
+        hidden = self.post_attention_layernorm.add_to(hidden, attended)
+        if self.per_layer_input is None:
+            fed = self._feed_forward(hidden)
+            return self.post_feedforward_layernorm.add_to(hidden, fed, self.layer_scalar), key_values
+        hidden = self.post_feedforward_layernorm.add_to(hidden, self._feed_forward(hidden))
+        assert per_layer_input is not None
+        return self.per_layer_input.add_to(hidden, per_layer_input, self.layer_scalar), key_values
 
     def _feed_forward(self, hidden: torch.Tensor) -> torch.Tensor:
         if self.moe is None:

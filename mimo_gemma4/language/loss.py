@@ -13,6 +13,8 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch.distributed import ProcessGroup
 
+from mimo_gemma4.weights.main_gradients import add_product, main_gradient
+
 IGNORED = -100
 LOGITS_AT_ONCE = 2**26
 """Most logits of this rank in memory at a time (256 MiB in fp32); determines the words per block."""
@@ -98,7 +100,7 @@ class _SummedCrossEntropy(torch.autograd.Function):
         dist.all_reduce(sums, group=tp_group)
         normaliser = largest + sums[0].log()  # log of the sum of exponentials
         ctx.save_for_backward(hidden, weight, rows, normaliser, labels)
-        ctx.cap, ctx.words = cap, words
+        ctx.cap, ctx.words, ctx.buffer = cap, words, main_gradient(weight)
         return torch.where(labels == IGNORED, 0.0, normaliser - sums[1]).sum()
 
     @staticmethod
@@ -108,13 +110,15 @@ class _SummedCrossEntropy(torch.autograd.Function):
         factors = torch.where(labels == IGNORED, 0.0, factor)
         hidden_wanted, weight_wanted = ctx.needs_input_grad[:2]
         hidden_gradient = torch.zeros_like(hidden, dtype=torch.float32) if hidden_wanted else None
-        weight_gradient = torch.empty_like(weight) if weight_wanted else None
+        weight_gradient = torch.empty_like(weight) if weight_wanted and ctx.buffer is None else None
         for first, block in _blocks(weight, ctx.words):
             # [tokens, words]
             gradient = gradient_of(F.linear(hidden, block), rows - first, normaliser, factors, ctx.cap)
             if hidden_gradient is not None:
                 hidden_gradient += _product_in_fp32(gradient, block)
-            if weight_gradient is not None:
+            if ctx.buffer is not None:
+                add_product(ctx.buffer[first : first + len(block)], gradient, hidden)
+            elif weight_gradient is not None:
                 torch.mm(gradient.t(), hidden, out=weight_gradient[first : first + len(block)])
         if hidden_gradient is not None:
             hidden_gradient = hidden_gradient.to(hidden.dtype)

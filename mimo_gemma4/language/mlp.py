@@ -1,12 +1,12 @@
 """Gated feed-forward network: down(gelu(gate(x)) * up(x)), with gate and up fused."""
 
 import torch
-import torch.nn.functional as F
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import nn
 from torch.distributed import ProcessGroup
 
+from mimo_gemma4.language.kernels.elementwise import gated_gelu
 from mimo_gemma4.weights.bindings import Binding, Normal, bind_sharded
 
 
@@ -26,8 +26,7 @@ class GatedMLP(nn.Module):
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         """[S/(cp*tp), B, H] (local) → the same shape."""
-        gate, up = self.linear_fc1(hidden)[0].chunk(2, dim=-1)
-        return self.linear_fc2(F.gelu(gate, approximate="tanh") * up)[0]
+        return self.linear_fc2(gated_gelu(self.linear_fc1(hidden)[0]))[0]
 
     def bindings(self, prefix: str) -> list[Binding]:
         """Weights under `prefix` + `gate_proj.weight`, `up_proj.weight` and `down_proj.weight`."""

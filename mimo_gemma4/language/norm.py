@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from mimo_gemma4.language.kernels.elementwise import add_normalised, normalise_and_rotate
+
 
 class RMSNorm(nn.Module):
     """Root-mean-square normalisation of the last dimension, whose size is `size`."""
@@ -19,6 +21,14 @@ class RMSNorm(nn.Module):
     def forward(self, states: torch.Tensor) -> torch.Tensor:
         """Normalise [..., size]."""
         return normalise(states, self.epsilon, self.weight)
+
+    def rotated(self, states: torch.Tensor, tables: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+        """Normalise [S, B, heads, size] and turn it by the angles of `tables` (`rotary_tables`)."""
+        return normalise_and_rotate(states, self.weight, self.epsilon, tables)
+
+    def add_to(self, residual: torch.Tensor, branch: torch.Tensor, scale: torch.Tensor | None = None) -> torch.Tensor:
+        """(residual + normalised branch) * scale, each [..., size]; `scale` is a constant of one element."""
+        return add_normalised(residual, branch, self.weight, self.epsilon, scale)
 
 
 def normalise(states: torch.Tensor, epsilon: float, weight: torch.Tensor | None = None) -> torch.Tensor:

@@ -20,6 +20,7 @@ from mimo_gemma4.weights.bindings import (
     part_of,
     residual_norm_init,
 )
+from mimo_gemma4.weights.main_gradients import linear
 
 
 class PerLayerEmbedding(nn.Module):
@@ -51,7 +52,7 @@ class PerLayerEmbedding(nn.Module):
             config=config,
             tp_group=tp_group,
         )
-        self.projection = _linear(text.hidden_size, width, config, device)
+        self.projection = _Linear(text.hidden_size, width, config, device)
         self.norm = RMSNorm(self.size, text.rms_norm_eps, dtype=config.params_dtype, device=device)
 
     def forward(self, embeddings: torch.Tensor, ids: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -84,20 +85,20 @@ class PerLayerEmbedding(nn.Module):
 
 
 class PerLayerInput(nn.Module):
-    """One layer's use of its input: norm(projection(gelu(gate(h)) * input)), to be added to h."""
+    """One layer's use of its input: (h + norm(projection(gelu(gate(h)) * input))) * scale."""
 
     def __init__(self, text: Gemma4TextConfig, config: TransformerConfig, device: torch.device) -> None:
         """Allocate the replicated weights, uninitialised but for the norm."""
         super().__init__()
         self.text, self.config, size = text, config, text.hidden_size_per_layer_input
-        self.gate = _linear(text.hidden_size, size, config, device)
-        self.projection = _linear(size, text.hidden_size, config, device)
+        self.gate = _Linear(text.hidden_size, size, config, device)
+        self.projection = _Linear(size, text.hidden_size, config, device)
         self.norm = RMSNorm(text.hidden_size, text.rms_norm_eps, dtype=config.params_dtype, device=device)
 
-    def forward(self, hidden: torch.Tensor, per_layer_input: torch.Tensor) -> torch.Tensor:
-        """[S/(cp*tp), B, H] and [S/(cp*tp), B, size] (local) → [S/(cp*tp), B, H] (local), to be added to `hidden`."""
+    def add_to(self, hidden: torch.Tensor, per_layer_input: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+        """(hidden + norm(…)) * scale of [S/(cp*tp), B, H] and [S/(cp*tp), B, size] (local) → [S/(cp*tp), B, H]."""
         gated = F.gelu(self.gate(hidden), approximate="tanh") * per_layer_input
-        return self.norm(self.projection(gated))
+        return self.norm.add_to(hidden, self.projection(gated), scale)
 
     def bindings(self, prefix: str) -> list[Binding]:
         """Weights under the names of transformers' decoder layer."""
@@ -114,6 +115,12 @@ class PerLayerInput(nn.Module):
         ]
 
 
-def _linear(inputs: int, outputs: int, config: TransformerConfig, device: torch.device) -> nn.Linear:
+class _Linear(nn.Linear):
     """A linear that every tensor-parallel rank applies to the tokens it holds."""
-    return nn.Linear(inputs, outputs, bias=False, dtype=config.params_dtype, device=device)
+
+    def __init__(self, inputs: int, outputs: int, config: TransformerConfig, device: torch.device) -> None:
+        super().__init__(inputs, outputs, bias=False, dtype=config.params_dtype, device=device)
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        """[..., inputs] → [..., outputs]."""
+        return linear(inputs, self.weight)

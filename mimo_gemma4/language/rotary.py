@@ -28,10 +28,3 @@ def rotary_tables(
     angles = positions.t().float()[..., None, None] * frequencies
     angles = torch.cat((angles, angles), dim=-1)
     return angles.cos().to(dtype), angles.sin().to(dtype)
-
-
-def rotate(states: torch.Tensor, tables: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
-    """`states` [S, B, heads, head_dim] turned by the angles of `tables`."""
-    cosine, sine = tables
-    first, second = states.chunk(2, dim=-1)
-    return states * cosine + torch.cat((-second, first), dim=-1) * sine

@@ -11,7 +11,7 @@ import copy
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, get_args
+from typing import Any, cast, get_args
 
 import torch
 import torch.distributed as dist
@@ -22,6 +22,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor, nn
 
 from mimo_gemma4.config import OptimConfig
+from mimo_gemma4.optim.gradient_fusion import fuse_weight_gradients
 from mimo_gemma4.optim.step_reduction import StepResults
 from mimo_gemma4.weights.bindings import Binding, BoundModule, GradientSum
 
@@ -84,6 +85,7 @@ class ModuleOptimizer:
         if trainable:
             _mark_for_megatron(self.by_tensor.values())
             self.ddp = _wrap(module, groups, trainable)
+            fuse_weight_gradients(cast(nn.Module, module))
             for buffers in (self.ddp.buffers, self.ddp.expert_parallel_buffers):
                 if buffers:
                     self.optimizers.append(_distributed_adamw(self.ddp, buffers, config))
