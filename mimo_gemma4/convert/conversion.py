@@ -52,12 +52,9 @@ def from_hf(source: Path, output: Path, *, file_bytes: int, bar: Bar) -> int:
         ConfigError: `source` has no Gemma 4 configuration.
         CheckpointError: `source` lacks weights, or has a head of its own; `output` exists.
     """
-    text = load_model_config(ModelConfig(hf_path=str(source)))["text_config"]
+    load_model_config(ModelConfig(hf_path=str(source)))
     weights = HuggingFaceSource(source)
-    if weights.has_head and text.get("tie_word_embeddings") is False:
-        raise CheckpointError(
-            f"{source} has an untied lm_head.weight (text_config.tie_word_embeddings is false); Gemma 4 has none"
-        )
+    weights.check_head()
     entries = {name: tensor.entry for name, tensor in weights.tensors.items()}
     total = total_bytes(entries.values())
     with new_folder(output) as folder, bar("from Hugging Face", total) as advance:

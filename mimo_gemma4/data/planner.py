@@ -4,9 +4,11 @@ A plan is a pure function of (dataset, seed, step, lanes, bad samples), so it is
 a step depend only on (seed, global index) and on which samples are bad; their places depend on the layout.
 """
 
+import math
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from heapq import heapify, heappop, heappush, heapreplace
 from operator import itemgetter
 from typing import Literal
 
@@ -283,9 +285,155 @@ def _deal(sequences: list[_Sequence], parts: int) -> list[list[_Sequence]]:
     """Parts of about equal cost and at most equal size: each sequence, costliest first, goes to the cheapest part."""
     most = -(-len(sequences) // parts)
     dealt: list[list[_Sequence]] = [[] for _ in range(parts)]
+    cheapest = [(0.0, 0, number) for number in range(parts)]  # heap of (cost, size, number): the parts with room
     for sequence in sequences:
-        open_parts = [part for part in dealt if len(part) < most]
-        min(open_parts, key=lambda part: (_cost(part, True), len(part))).append(sequence)
+        number = cheapest[0][2]
+        part = dealt[number]
+        part.append(sequence)
+        if len(part) < most:
+            heapreplace(cheapest, (_cost(part, packing=True), len(part), number))
+        else:
+            heappop(cheapest)
+    return dealt
+
+
+def _split(sequences: list[_Sequence], parts: int) -> list[list[_Sequence]]:
+    """Consecutive parts whose sizes differ by at most one; the smaller ones come first, with the longer sequences."""
+    size, larger = divmod(len(sequences), parts)
+    bounds = [part * size + max(0, part - (parts - larger)) for part in range(parts + 1)]
+    return [sequences[begin:end] for begin, end in zip(bounds, bounds[1:], strict=False)]
+
+
+class _Bins:
+    """Bins for items of decreasing size: finds the bin with the lowest key that has room, in O(log bins).
+
+    A bin that is too full for an item waits, in a heap by free space, until the items are small enough for it.
+    """
+
+    def __init__(self) -> None:
+        """Start without bins."""
+        self._ready: list[tuple[float, int, float]] = []  # heap of (key, number, free)
+        self._waiting: list[tuple[float, float, int]] = []  # heap of (-free, key, number)
+
+    def add(self, key: float, number: int, free: float) -> None:
+        """Add a bin, or give back one that was taken."""
+        heappush(self._ready, (key, number, free))
+
+    def take(self, size: int) -> int | None:
+        """Remove the bin with at least `size` free whose (key, number) is lowest; its number, None if no bin has room.
+
+        `size` must not exceed that of any earlier call.
+        """
+        ready, waiting = self._ready, self._waiting
+        while waiting and -waiting[0][0] >= size:
+            negative, key, number = heappop(waiting)
+            heappush(ready, (key, number, -negative))
+        while ready:
+            key, number, free = heappop(ready)
+            if free >= size:
+                return number
+            heappush(waiting, (-free, key, number))
+        return None
+
+
+def _first_fit(order: Sequence[int], sizes: Sequence[int], capacity: int) -> list[list[int]]:
+    """Packs by first fit; `order` is by decreasing size. A larger sample than `capacity` is packed alone."""
+    packs: list[list[int]] = []
+    free: list[int] = []
+    bins = _Bins()
+    for sample in order:
+        pack = bins.take(sizes[sample])
+        if pack is None:
+            pack = len(packs)
+            packs.append([])
+            free.append(capacity)
+        packs[pack].append(sample)
+        free[pack] -= sizes[sample]
+        bins.add(pack, pack, free[pack])
+    return packs
+
+
+def _even_fit(
+    order: Sequence[int], sizes: Sequence[int], costs: Sequence[float], capacity: int, count: int
+) -> list[list[int]] | None:
+    """`count` packs: each sample, largest first, goes into the cheapest pack that has room. None if none has.
+
+    A sample that exceeds the capacity by its padding goes into an empty pack.
+    """
+    packs: list[list[int]] = [[] for _ in range(count)]
+    free, cost = [capacity] * count, [0.0] * count
+    bins = _Bins()
+    for pack in range(count):
+        bins.add(0.0, pack, math.inf)
+    for sample in order:
+        pack = bins.take(sizes[sample])
+        if pack is None:
+            return None
+        packs[pack].append(sample)
+        free[pack] -= sizes[sample]
+        cost[pack] += costs[sample]
+        bins.add(cost[pack], pack, free[pack])
+    return packs
+
+
+def _imbalance(self, samples: Sequence[PlannedSample], media: Sequence[PlannedMedia]) -> dict[str, Imbalance]:
+        trained = (
+            (self._sample_cost(sample.length), sample.batch_index % self._lanes, sample.lane) for sample in samples
+        )
+        imbalance = {"language": _imbalance(self._lanes, trained)}
+        costs: dict[str, list[tuple[float, int, int]]] = defaultdict(list)
+        for item in media:
+            file = self.dataset.media(item.index)[item.ordinal]
+            cost = self.processor(item.module, file.media_type).cost(file.header)
+            costs[item.module].append((cost, item.batch_index % self._media_lanes[item.module], item.module_lane))
+        for module, lanes in self._media_lanes.items():
+            imbalance[module] = _imbalance(lanes, costs[module])
+        return imbalance
+
+
+def _assign(
+    sequences: Sequence[_Sequence], lanes: int, microbatch_size: int, packing: bool
+) -> list[list[list[_Sequence]]]:
+    """Sequences as [lane][microbatch][sequence]. All lanes have the same number of microbatches; some may be empty.
+
+    Sequences of similar cost get the same microbatch number, so that lanes take the same time and padding is short. The
+    costliest microbatch of a number goes to the lane with the lowest cost so far.
+    """
+    ordered = sorted(sequences, key=lambda sequence: (-sequence.cost, sequence.samples))
+    num_microbatches = -(-len(ordered) // (lanes * microbatch_size))
+    assigned: list[list[list[_Sequence]]] = [[] for _ in range(lanes)]
+    load = [0.0] * lanes
+    for number in range(num_microbatches):
+        pool = ordered[number * lanes * microbatch_size : (number + 1) * lanes * microbatch_size]
+        groups = _deal(pool, lanes) if packing else _split(pool, lanes)
+        costs = [_cost(group, packing) for group in groups]
+        by_cost = sorted(range(lanes), key=lambda group: (-costs[group], group))
+        by_load = sorted(range(lanes), key=lambda lane: (load[lane], lane))
+        for lane, group in zip(by_load, by_cost, strict=True):
+            assigned[lane].append(groups[group])
+            load[lane] += costs[group]
+    return assigned
+
+
+def _cost(sequences: list[_Sequence], packing: bool) -> float:
+    """Cost of a microbatch: packs are joined, other sequences padded to the longest."""
+    costs = [sequence.cost for sequence in sequences]
+    return sum(costs) if packing else len(costs) * max(costs, default=0.0)
+
+
+def _deal(sequences: list[_Sequence], parts: int) -> list[list[_Sequence]]:
+    """Parts of about equal cost and at most equal size: each sequence, costliest first, goes to the cheapest part."""
+    most = -(-len(sequences) // parts)
+    dealt: list[list[_Sequence]] = [[] for _ in range(parts)]
+    cheapest = [(0.0, 0, number) for number in range(parts)]  # heap of (cost, size, number): the parts with room
+    for sequence in sequences:
+        number = cheapest[0][2]
+        part = dealt[number]
+        part.append(sequence)
+        if len(part) < most:
+            heapreplace(cheapest, (_cost(part, packing=True), len(part), number))
+        else:
+            heappop(cheapest)
     return dealt
 
 
@@ -346,12 +494,14 @@ def _balance(costs: Sequence[float], load: list[float]) -> list[list[int]]:
 
     `load` is the cost of each lane in the step's earlier microbatches; the entries' costs are added to it.
     """
-    lanes = len(load)
-    chosen: list[list[int]] = [[] for _ in range(lanes)]
+    chosen: list[list[int]] = [[] for _ in load]
+    lowest = [(cost, lane) for lane, cost in enumerate(load)]
+    heapify(lowest)
     for entry in sorted(range(len(costs)), key=lambda entry: (-costs[entry], entry)):
-        lane = min(range(lanes), key=load.__getitem__)
+        lane = lowest[0][1]
         chosen[lane].append(entry)
         load[lane] += costs[entry]
+        heapreplace(lowest, (load[lane], lane))
     return [sorted(entries) for entries in chosen]
 
 

@@ -1,20 +1,18 @@
 """Where the weights of a run come from: Hugging Face directories, a checkpoint, or random numbers."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch.distributed as dist
 
 from mimo_gemma4.checkpoint import save_load as checkpoint
-from mimo_gemma4.checkpoint.files import read_marker
 from mimo_gemma4.config import LoraConfig
 from mimo_gemma4.distributed.collective_errors import all_ranks_or_raise
 from mimo_gemma4.encoders.base import Encoder
 from mimo_gemma4.errors import ConfigError
 from mimo_gemma4.model.mimo_model import MimoModel
 from mimo_gemma4.optim.module_optimizer import ModuleOptimizer
+from mimo_gemma4.train.recorded_training import check_recorded_parts, recorded_state
 from mimo_gemma4.train.setup import RunSetup
 from mimo_gemma4.weights.bindings import BoundModule, initialise, load
 from mimo_gemma4.weights.huggingface import HuggingFaceSource, check_tensors
@@ -79,6 +77,7 @@ def fill_from_model_directory(setup: RunSetup, modules: list[BoundModule]) -> No
         return
     origin, path = f"model.hf_path {config.model.hf_path}", config.model.hf_path
     source = all_ranks_or_raise(host, lambda: HuggingFaceSource(path))
+    all_ranks_or_raise(host, lambda: source.check_head() if setup.platform.rank == 0 else None)
     unused = {name for module in modules for name in module.unused_tensors()}
     left = check_tensors(origin, source, bindings, unused, host)
     all_ranks_or_raise(host, lambda: load(bindings, source, origin))
@@ -129,8 +128,8 @@ def restore(setup: RunSetup, start: StartCheckpoint, optimizers: dict[str, Modul
     With `weights_only`, decoders and adapters that the checkpoint does not hold keep their first values.
     """
     host, path = setup.groups.host, start.path
-    recorded = recorded_adapters(setup, path)
-    check_adapters(setup, start, recorded)
+    check_recorded_parts(path, optimizers, setup.config.lora_scales, host, weights_only=start.weights_only)
+    recorded = recorded_state(path).get("lora", {})
     modules = [
         optimizer.module
         for name, optimizer in optimizers.items()
@@ -147,30 +146,3 @@ def restore(setup: RunSetup, start: StartCheckpoint, optimizers: dict[str, Modul
         done = f"; train.steps={steps} leaves nothing to do" if step >= steps else ""
         print(f"resumed from {path} after {step} steps{done}" if step else f"weights of {path}", flush=True)
     return step
-
-
-def recorded_adapters(setup: RunSetup, path: Path) -> dict[str, float]:
-    """The scale of a checkpoint's adapters on modules of the layout."""
-    recorded = recorded_state(path).get("lora", {})
-    return {name: scale for name, scale in recorded.items() if name in setup.layout.grids}
-
-
-def recorded_state(path: Path) -> dict[str, Any]:
-    """The trainer state of a checkpoint; empty where the checkpoint is damaged, which `save_load.load` reports."""
-    marker = read_marker(path)
-    return {} if isinstance(marker, str) else marker["trainer"]
-
-
-def check_adapters(setup: RunSetup, start: StartCheckpoint, recorded: Mapping[str, float]) -> None:
-    """Raise `ConfigError` where a checkpoint's adapters would be ignored or get another scale."""
-    expected, key = setup.config.lora_scales, "checkpoint.resume"
-    names = set(recorded) | set(expected)
-    if start.weights_only:
-        names, key = set(recorded), "checkpoint.init_from"
-    for name in sorted(names):
-        if recorded.get(name) != expected.get(name):
-            raise ConfigError(
-                f"{key}: the adapters of {name} in {start.path} have the scale {recorded.get(name)}, but "
-                f"modules.{name}.lora asks for {expected.get(name)} (None: no adapters); use the rank and alpha they "
-                "were trained with, or export them merged and start from that"
-            )

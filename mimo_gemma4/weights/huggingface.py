@@ -2,12 +2,13 @@
 
 The names are `Gemma4ForConditionalGeneration`'s: `model.language_model.layers.0…`, `model.vision_tower.…`. Names in
 files of a text-only `Gemma4ForCausalLM` (`model.layers.0…`), of a model without its head, and in older files that
-begin with `language_model.model.` are translated. `lm_head.weight` is left out: the head is the embedding.
+begin with `language_model.model.` are translated. `lm_head.weight` is left out: the head is the embedding, and
+`check_head` refuses a directory in which the two differ.
 """
 
 import json
 from collections import Counter
-from collections.abc import Collection, Iterable, Set
+from collections.abc import Callable, Collection, Iterable, Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ LISTING = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 HEAD = "lm_head.weight"
 LANGUAGE = "model.language_model."
+EMBEDDING = f"{LANGUAGE}embed_tokens.weight"
 _PREFIXES: dict[str, tuple[tuple[str, str], ...]] = {
     LANGUAGE: (("", ""),),
     "language_model.model.": (
@@ -51,23 +53,46 @@ class HuggingFaceSource:
     """Tensors by name from `model.safetensors`, or from the files that `model.safetensors.index.json` lists."""
 
     def __init__(self, path: str | Path):
-        """Read all headers. Raises `CheckpointError` if the directory has no weights, or lacks a file that it lists."""
+        """Read all headers. Raises `CheckpointError` if the directory has no weights, or not those that it lists."""
         self.path = Path(path)
-        files = [TensorFile(file) for file in _weight_files(self.path)]
-        self._files = {name: file for file in files for name in file.entries}
+        self._files = _owners(self.path)
         self._handles: dict[Path, Any] = {}
         self.tensors: dict[str, StoredTensor] = {}
         """By name here, in the order of the files."""
-        translate = _translation(self._files)
-        for file in files:
-            for name, entry in file.entries.items():
-                if translate(name) != HEAD:
-                    self.tensors[translate(name)] = StoredTensor(name, entry)
+        self._heads: dict[str, str] = {}
+        """Names in the files of what belongs to a head, by name here."""
+        translate = translation(self._files)
+        for name, file in self._files.items():
+            target = translate(name)
+            if target.startswith("lm_head."):
+                self._heads[target] = name
+            elif target in self.tensors:
+                raise CheckpointError(f"{self.path} holds {target} twice, as {self.tensors[target].name} and as {name}")
+            else:
+                self.tensors[target] = StoredTensor(name, file.entries[name])
 
-    @property
-    def has_head(self) -> bool:
-        """Whether the files hold the head, which a tied model does not need."""
-        return any(name.endswith(HEAD) for name in self._files)
+    def check_head(self) -> None:
+        """Raise `CheckpointError` unless the head, if the files hold one, is the embedding, value by value."""
+        advice = (
+            "Gemma 4's head is its embedding, and a head of its own would be lost: merge or train it again as a tied "
+            "model, or delete the tensor from the files if the embedding is the right head"
+        )
+        if beside := sorted(self._heads.keys() - {HEAD}):
+            raise CheckpointError(f"{self.path} has {', '.join(beside)} beside the weight of the head; {advice}")
+        if HEAD not in self._heads or EMBEDDING not in self.tensors:
+            return
+        head, embedding = self._heads[HEAD], self.tensors[EMBEDDING].name
+        own, tied = (self._files[name].entries[name] for name in (head, embedding))
+        if own.shape != tied.shape:
+            raise CheckpointError(
+                f"{self.path}: {head} is {list(own.shape)} and {embedding} is {list(tied.shape)}; {advice}"
+            )
+        for start, stop in own.pieces():
+            values, expected = (self._files[name].read(name, start, stop).float() for name in (head, embedding))
+            if differ := int((values != expected).flatten(1).any(dim=1).sum()):
+                raise CheckpointError(
+                    f"{self.path}: {head} differs from {embedding} in {differ} of rows {start} to {stop - 1}; {advice}"
+                )
 
     def read(self, name: str, index: Index, shape: tuple[int, ...]) -> torch.Tensor | None:
         """The slice `index` of tensor `name`, reading no more than that; None where the directory lacks the tensor.
@@ -148,16 +173,53 @@ def count_by_part(names: Iterable[str]) -> dict[str, int]:
     return dict(sorted(Counter(part_of_model(name) for name in names).items()))
 
 
-def _weight_files(directory: Path) -> list[Path]:
-    listing, single = directory / LISTING, directory / SINGLE
-    if listing.is_file():
-        names = sorted(set(json.loads(listing.read_text(encoding="utf-8"))["weight_map"].values()))
-        absent = [name for name in names if not (directory / name).is_file()]
-        if absent:
-            raise CheckpointError(f"hf_path {directory} lacks files that its {LISTING} lists: {', '.join(absent)}")
-        return [directory / name for name in names]
-    if single.is_file():
-        return [single]
+def _owners(directory: Path) -> dict[str, TensorFile]:
+    """The file to read each tensor from, by its name there: the one that the listing assigns it to.
+
+    An old copy of a tensor in another file is not read. A tensor that is not listed is read if one file holds it.
+    """
+    listing = directory / LISTING
+    if not listing.is_file():
+        file = TensorFile(_single_file(directory))
+        return dict.fromkeys(file.entries, file)
+    listed = _read_listing(listing)
+    absent = sorted({name for name in listed.values() if not (directory / name).is_file()})
+    if absent:
+        raise CheckpointError(f"hf_path {directory} lacks files that its {LISTING} lists: {', '.join(absent)}")
+    files = {name: TensorFile(directory / name) for name in sorted(set(listed.values()))}
+    wrong = [f"{name} (not in {file})" for name, file in listed.items() if name not in files[file].entries]
+    if wrong:
+        raise CheckpointError(f"{listing} lists {len(wrong)} tensors in files that lack them: {', '.join(wrong)}")
+    owners: dict[str, TensorFile] = {}
+    for file_name, file in files.items():
+        for name in file.entries:
+            if name not in listed and name in owners:
+                raise CheckpointError(
+                    f"{directory}: {owners[name].path.name} and {file_name} both hold {name}, and {LISTING} does not "
+                    "say which counts: add it there, or delete the old copy"
+                )
+            if listed.get(name, file_name) == file_name:
+                owners[name] = file
+    return owners
+
+
+def _read_listing(listing: Path) -> dict[str, str]:
+    """File names by tensor. Raises `CheckpointError` where the listing is damaged or leads out of its folder."""
+    try:
+        weight_map = json.loads(listing.read_text(encoding="utf-8"))["weight_map"]
+        if not isinstance(weight_map, dict) or not weight_map:
+            raise ValueError("weight_map is no table of tensors and files, or empty")
+        for name, file in weight_map.items():
+            if not isinstance(file, str) or Path(file).name != file:
+                raise ValueError(f"weight_map.{name} is {file!r}, which is not the name of a file beside it")
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{listing} is damaged: {error!r}; fetch or save the model again") from error
+    return weight_map
+
+
+def _single_file(directory: Path) -> Path:
+    if (directory / SINGLE).is_file():
+        return directory / SINGLE
     pickled = sorted(path.name for path in directory.glob("*.bin"))
     if pickled:
         raise CheckpointError(
@@ -170,9 +232,12 @@ def _weight_files(directory: Path) -> list[Path]:
     )
 
 
-def _translation(names: Collection[str]) -> Any:
-    """The function from names in the files to names here."""
-    prefix = next((prefix for prefix in _PREFIXES if f"{prefix}embed_tokens.weight" in names), LANGUAGE)
+def translation(names: Collection[str], mark: str = "embed_tokens.weight") -> Callable[[str], str]:
+    """The function from names in files to names here, found by the prefix of the first name that continues in `mark`.
+
+    Without such a name, names are taken for those used here.
+    """
+    prefix = next((prefix for prefix in _PREFIXES if any(name.startswith(prefix + mark) for name in names)), LANGUAGE)
 
     def translate(name: str) -> str:
         old, new = next((old, new) for old, new in _PREFIXES[prefix] if name.startswith(old))

@@ -86,26 +86,35 @@ class TensorFile:
                 length = int.from_bytes(file.read(8), "little")
                 if length > path.stat().st_size - 8:
                     raise ValueError(f"a header of {length} bytes in a file of {path.stat().st_size}")
-                header = json.loads(file.read(length))
-            self.metadata: dict[str, str] = header.pop("__metadata__", {})
-            self.entries = {
-                name: TensorEntry(entry["dtype"], tuple(map(int, entry["shape"]))) for name, entry in header.items()
-            }
-            spans = {
-                name: (int(start), int(end)) for name, entry in header.items() for start, end in [entry["data_offsets"]]
-            }
+                header = json.loads(file.read(length), object_pairs_hook=_without_doubles)
+            self.metadata: dict[str, str] = header.pop("__metadata__", None) or {}
+            self.entries = {name: TensorEntry(entry["dtype"], _sizes(entry["shape"])) for name, entry in header.items()}
+            spans = {name: _sizes(entry["data_offsets"]) for name, entry in header.items()}
+            if not isinstance(self.metadata, dict) or any(len(span) != 2 for span in spans.values()):
+                raise ValueError("its header has no table of texts, or no pair of offsets, where one belongs")
+            foreign = sorted({entry.dtype for entry in self.entries.values()} - set(DTYPES))
         except (OSError, ValueError, AttributeError, KeyError, TypeError) as error:
             raise CheckpointError(f"{path} is no readable safetensors file: {error}") from error
-        foreign = sorted({entry.dtype for entry in self.entries.values()} - set(DTYPES))
         if foreign:
             raise CheckpointError(f"{path} holds tensors of types {foreign}; known: {', '.join(DTYPES)}")
-        for name, (start, end) in spans.items():
-            if end - start != self.entries[name].bytes:
-                raise CheckpointError(f"{path} has {end - start} bytes for {name}, not {self.entries[name].bytes}")
-        self._starts = {name: 8 + length + start for name, (start, _) in spans.items()}
-        needed = 8 + length + max((end for _, end in spans.values()), default=0)
-        if path.stat().st_size < needed:
-            raise CheckpointError(f"{path} has {path.stat().st_size} bytes where its header announces {needed}")
+        needed = self._check_spans(spans)
+        self._starts = {name: 8 + length + span[0] for name, span in spans.items()}
+        if path.stat().st_size < 8 + length + needed:
+            raise CheckpointError(
+                f"{path} has {path.stat().st_size} bytes where its header announces {8 + length + needed}"
+            )
+
+    def _check_spans(self, spans: Mapping[str, tuple[int, ...]]) -> int:
+        """The bytes of all tensors. Raises `CheckpointError` where tensors overlap or leave gaps, as no writer does."""
+        end = 0
+        for name, span in sorted(spans.items(), key=lambda item: item[1]):
+            found, expected = span[1] - span[0], self.entries[name].bytes
+            if found != expected:
+                raise CheckpointError(f"{self.path} has {found} bytes for {name}, not {expected}")
+            if span[0] != end:
+                raise CheckpointError(f"{self.path}: {name} begins at byte {span[0]} of the data, not at {end}")
+            end = span[1]
+        return end
 
     def read(self, name: str, start: int, stop: int) -> Tensor:
         """Rows `[start, stop)` of a tensor, [stop - start, …]; a scalar is its row 0."""
@@ -120,6 +129,20 @@ class TensorFile:
                     raise CheckpointError(f"{self.path} ends inside {name}")
                 done += count
         return data.view(DTYPES[entry.dtype]).view(stop - start, *entry.shape[1:])
+
+
+def _sizes(values: Any) -> tuple[int, ...]:
+    """A list of sizes or offsets. Raises `ValueError` where it is none."""
+    if not isinstance(values, list) or not all(type(value) is int and value >= 0 for value in values):
+        raise ValueError(f"{values!r} is no list of sizes")
+    return tuple(values)
+
+
+def _without_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object as a dict. Raises `ValueError` where a key comes twice."""
+    if len(pairs) != len(dict(pairs)):
+        raise ValueError(f"a name comes twice among {[name for name, _ in pairs][:3]}…")
+    return dict(pairs)
 
 
 def write_tensor_file(

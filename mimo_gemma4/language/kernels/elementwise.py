@@ -48,13 +48,13 @@ class _GatedGelu(torch.autograd.Function):
     def forward(ctx: Any, gate_and_up: Tensor) -> Tensor:
         ctx.save_for_backward(gate_and_up)
         flat = gate_and_up.flatten(0, -2)
-        return _compiled(_gated_gelu, flat)(flat).view(*gate_and_up.shape[:-1], gate_and_up.shape[-1] // 2)
+        return _run(_gated_gelu, flat).view(*gate_and_up.shape[:-1], gate_and_up.shape[-1] // 2)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Tensor:
         (gradient,), (gate_and_up,) = gradients, ctx.saved_tensors
         flat = gate_and_up.flatten(0, -2)
-        return _compiled(_gated_gelu_gradient, flat)(flat, gradient.flatten(0, -2)).view_as(gate_and_up)
+        return _run(_gated_gelu_gradient, flat, gradient.flatten(0, -2)).view_as(gate_and_up)
 
 
 class _AddNormalised(torch.autograd.Function):
@@ -65,14 +65,14 @@ class _AddNormalised(torch.autograd.Function):
         ctx.save_for_backward(branch, weight, scale)
         ctx.epsilon, ctx.buffer = epsilon, main_gradient(weight)
         flat = branch.flatten(0, -2)
-        return _compiled(_add_normalised, flat)(residual.flatten(0, -2), flat, weight, epsilon, scale).view_as(residual)
+        return _run(_add_normalised, flat, residual.flatten(0, -2), weight, epsilon, scale).view_as(residual)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         (gradient,), (branch, weight, scale) = gradients, ctx.saved_tensors
         flat = branch.flatten(0, -2)
-        of_residual, of_branch, of_weight = _compiled(_add_normalised_gradient, flat)(
-            flat, weight, ctx.epsilon, scale, gradient.flatten(0, -2), ctx.needs_input_grad[2]
+        of_residual, of_branch, of_weight = _run(
+            _add_normalised_gradient, flat, weight, ctx.epsilon, scale, gradient.flatten(0, -2), ctx.needs_input_grad[2]
         )
         of_weight = _kept(of_weight, weight, ctx.buffer)
         return of_residual.view_as(gradient), of_branch.view_as(branch), of_weight, None, None
@@ -84,14 +84,14 @@ class _NormaliseAndRotate(torch.autograd.Function):
         ctx.save_for_backward(states, weight, cosine, sine)
         ctx.epsilon, ctx.buffer = epsilon, main_gradient(weight)
         flat, *tables = (part.flatten(0, 1) for part in (states, cosine, sine))
-        return _compiled(_normalise_and_rotate, flat)(flat, weight, epsilon, *tables).view_as(states)
+        return _run(_normalise_and_rotate, flat, weight, epsilon, *tables).view_as(states)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         states, weight, cosine, sine = ctx.saved_tensors
         flat, *others = (part.flatten(0, 1) for part in (states, cosine, sine, gradients[0]))
-        of_states, of_weight = _compiled(_normalise_and_rotate_gradient, flat)(
-            flat, weight, ctx.epsilon, *others, ctx.needs_input_grad[1]
+        of_states, of_weight = _run(
+            _normalise_and_rotate_gradient, flat, weight, ctx.epsilon, *others, ctx.needs_input_grad[1]
         )
         of_weight = _kept(of_weight, weight, ctx.buffer)
         return of_states.view_as(states), of_weight, None, None, None
@@ -114,12 +114,14 @@ def _program(function: Callable[..., Any]) -> Callable[..., Any]:
     return torch.compile(function)
 
 
-def _compiled(function: Callable[..., Any], tokens: Tensor) -> Callable[..., Any]:
-    """The function for a tensor [tokens, …]: compiled on CUDA, for any number of tokens."""
+def _run(function: Callable[..., Any], tokens: Tensor, *others: Any) -> Any:
+    """The function of a tensor [tokens, …] and more: compiled on CUDA, for any number of tokens."""
     if not tokens.is_cuda:
-        return function
-    torch._dynamo.maybe_mark_dynamic(tokens, 0)
-    return _program(function)
+        return function(tokens, *others)
+    for argument in (tokens, *others):
+        if isinstance(argument, Tensor) and argument.shape[0] == tokens.shape[0]:
+            torch._dynamo.maybe_mark_dynamic(argument, 0)
+    return _program(function)(tokens, *others)
 
 
 def _wide(states: Tensor) -> Tensor:
@@ -143,7 +145,7 @@ def _gated_gelu_gradient(gate_and_up: Tensor, gradient: Tensor) -> Tensor:
     return torch.cat((of_result * up * slope, of_result * gate * half), dim=-1).to(gate_and_up.dtype)
 
 
-def _add_normalised(residual: Tensor, branch: Tensor, weight: Tensor, epsilon: float, scale: Tensor | None) -> Tensor:
+def _add_normalised(branch: Tensor, residual: Tensor, weight: Tensor, epsilon: float, scale: Tensor | None) -> Tensor:
     normalised, _ = _normalised(branch, epsilon)
     total = residual + (normalised * _wide(weight)).to(branch.dtype)
     return total if scale is None else total * scale
