@@ -100,7 +100,9 @@ def attend_locally(query: Tensor, key: Tensor, value: Tensor, relative: Tensor, 
     padding = blocks * window - tokens
     query = F.pad(query, (0, 0, 0, 0, 0, padding)).unflatten(0, (blocks, window)).transpose(1, 2)
     key, value = _with_previous_block(key, window, padding), _with_previous_block(value, window, padding)
-    scores = query @ key.transpose(2, 3) + _by_key(query @ relative.permute(1, 2, 0))
+    # Written so that the gradient of `relative` has its channels side by side, which aligned products need.
+    by_distance = (relative.transpose(0, 1) @ query.transpose(2, 3)).transpose(2, 3)  # [blocks, heads, window, window]
+    scores = query @ key.transpose(2, 3) + _by_key(by_distance)
     scores = (cap * torch.tanh(scores / cap)).masked_fill(~seen, -math.inf)  # a query always sees itself
     attended = scores.softmax(dim=-1) @ value  # [blocks, heads, window, head_dim]
     return attended.transpose(1, 2).flatten(0, 1)[:tokens]

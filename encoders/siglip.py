@@ -18,9 +18,26 @@ from mimo_gemma4.distributed.megatron_config import module_config
 from mimo_gemma4.distributed.module_context import ModuleContext
 from mimo_gemma4.encoders.base import Encoder
 from mimo_gemma4.encoders.image_file import read_image
-from mimo_gemma4.errors import LayoutError
+from mimo_gemma4.errors import ConfigError, LayoutError
 from mimo_gemma4.media import MediaHeader
 from mimo_gemma4.weights.bindings import ONES, Binding, Constant, Normal, bind_replicated
+
+DEFAULTS: dict[str, Any] = {
+    "do_resize": True,
+    "size": None,
+    "resample": Image.Resampling.BICUBIC,
+    "do_rescale": True,
+    "rescale_factor": 1 / 255,
+    "do_normalize": True,
+    "image_mean": 0.5,
+    "image_std": 0.5,
+}
+"""The keys of `preprocessor_config.json` that change pixels, with transformers' defaults."""
+IGNORED = frozenset(
+    "image_processor_type feature_extractor_type processor_class data_format input_data_format device do_convert_rgb "
+    "default_to_square return_tensors disable_grouping image_seq_length".split()
+)
+"""Keys that change no pixel."""
 
 
 @dataclass(frozen=True)
@@ -31,15 +48,41 @@ class SiglipProcessor:
     """Pixels on the side of the square."""
     patch_size: int
     """Pixels on the side of a patch."""
+    resample: int = Image.Resampling.BICUBIC
+    """Filter of Pillow."""
+    divisor: tuple[float, ...] = (127.5,) * 3
+    """Of each channel: the encoder sees pixels / divisor - shift."""
+    shift: tuple[float, ...] = (1.0,) * 3
 
     modality = "vision"
     content_type = "image"
 
     @classmethod
     def from_config(cls, hf_config: dict[str, Any]) -> Self:
-        """Read `vision_config`."""
+        """Read `vision_config`, and SigLIP's `preprocessor_config.json` in `vision_processor`. Raises `ConfigError`."""
         vision = SiglipVisionConfig(**hf_config["vision_config"]).to_dict()
-        return cls(vision["image_size"], vision["patch_size"])
+        square = {"height": vision["image_size"], "width": vision["image_size"]}
+        given = {key: value for key, value in (hf_config.get("vision_processor") or {}).items() if value is not None}
+        options = DEFAULTS | given
+        wrong = {key: value for key, value in given.items() if key not in DEFAULTS.keys() | IGNORED and value}
+        if not options["do_resize"] or options["size"] not in (None, square):
+            wrong |= {key: options[key] for key in ("do_resize", "size")}
+        if wrong:
+            raise ConfigError(
+                f"vision_processor: {wrong} is not supported; SigLIP's images are resized to {square}, rescaled and "
+                "normalised. Correct preprocessor_config.json or modules.vision.processor"
+            )
+        factor = options["rescale_factor"] if options["do_rescale"] else 1.0
+        mean, std = (options["image_mean"], options["image_std"]) if options["do_normalize"] else (0.0, 1.0)
+        try:
+            means, deviations = np.broadcast_to(mean, 3), np.broadcast_to(std, 3)
+            if not (deviations > 0).all() or not factor > 0 or not np.isfinite([means, deviations]).all():
+                raise ValueError("image_std and rescale_factor must be positive, image_mean finite")
+            divisor, shift = deviations / factor, means / deviations
+            resample = Image.Resampling(options["resample"])
+        except (TypeError, ValueError) as error:
+            raise ConfigError(f"vision_processor: {options} cannot be followed: {error}") from error
+        return cls(square["width"], vision["patch_size"], resample, tuple(divisor.tolist()), tuple(shift.tolist()))
 
     def soft_tokens(self, header: MediaHeader) -> int:
         """One per patch, whatever the image's size."""
@@ -51,7 +94,7 @@ class SiglipProcessor:
 
     def decode(self, data: bytes) -> dict[str, Tensor]:
         """Read and resize a file. Raises `OSError` or `ValueError` for a damaged one."""
-        image = read_image(data).resize((self.image_size, self.image_size), Image.Resampling.BICUBIC)
+        image = read_image(data).resize((self.image_size, self.image_size), Image.Resampling(self.resample))
         return {"pixels": torch.from_numpy(np.array(image)).permute(2, 0, 1)}
 
     def placeholder(self, header: MediaHeader) -> dict[str, Tensor]:
@@ -69,6 +112,10 @@ class SiglipEncoder(Encoder):
     modality = "vision"
     architecture = "siglip_vision_model"
     processor = SiglipProcessor
+    divisor: Tensor
+    """[3, 1, 1]; the tower sees pixels / divisor - shift."""
+    shift: Tensor
+    """[3, 1, 1]."""
 
     def __init__(self, hf_config: dict[str, Any], context: ModuleContext):
         """Build it as `Encoder` says; "full" recomputes the tower in backward, "selective" is as "none"."""
@@ -81,6 +128,8 @@ class SiglipEncoder(Encoder):
         width = self.vision.hidden_size
         self.config = module_config(1, dtype, hidden_size=width)
         with torch.device(context.device):
+            self.register_buffer("divisor", torch.tensor(self.images.divisor).view(3, 1, 1), persistent=False)
+            self.register_buffer("shift", torch.tensor(self.images.shift).view(3, 1, 1), persistent=False)
             self.tower = AutoModel.from_config(self.vision, dtype=dtype, attn_implementation="sdpa")
             self.projector = nn.Sequential(
                 nn.Linear(width, hidden, dtype=dtype),
@@ -91,7 +140,7 @@ class SiglipEncoder(Encoder):
 
     def forward(self, pixels: Tensor) -> Tensor:
         """[images, 3, image_size, image_size] uint8 → [soft tokens, language_hidden]."""
-        pixels = pixels.float() / 127.5 - 1
+        pixels = pixels.float() / self.divisor - self.shift
         if self.recompute_tower and torch.is_grad_enabled():
             hidden = checkpoint(self.tower, pixels, use_reentrant=False, preserve_rng_state=False).last_hidden_state
         else:

@@ -11,7 +11,7 @@ the host plus the write of (weights + optimizer state) / ranks bytes each. A loa
 
 Beside them a rank's file holds torch's random states (`random.cpu`, `random.cuda`), and the marker `complete.json` the
 step, the optimizer's update counts by module, the trainer's state (`Trainer.save`: step, scales of adapters, names of
-decoders), and size and sha256 of every file. No place in the data: that follows from the step.
+decoders, the record of the data and the place in them, the learning rates), and size and sha256 of every file.
 
 The folder must be on a file system that all ranks see. It is written as `step_….tmp` and renamed at the end; a folder
 without a valid marker, or whose files have other sizes than it lists, is never loaded.

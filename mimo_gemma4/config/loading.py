@@ -112,6 +112,8 @@ def validate(config: Config, origin: Origin) -> None:
     for key, shards in (("data.train", config.data.train), ("data.valid", config.data.valid)):
         if shards is not None:
             _check_shards(key, shards, origin)
+    if config.data.valid is not None:
+        _check_held_out(config.data.valid, config.eval.samples, origin)
     if config.data.quickstart is not None:
         _check_quickstart(config.data.train.shards, origin)
     _check_profile(config, origin)
@@ -156,6 +158,22 @@ def _check_shards(key: str, shards: ShardsConfig, origin: Origin) -> None:
     if shards.shards is not None and shards.sources:
         names = ", ".join(f"`{key}.{name}`" for name in shards.sources)
         raise ConfigError(f"`{key}` has both `shards` and the sets {names}; it takes one or the others ({origin(key)})")
+
+
+def _check_held_out(valid: ShardsConfig, samples: int | None, origin: Origin) -> None:
+    """Raise where held-out sets have weights, or `eval.samples` is too small to take of every set."""
+    for name, source in valid.sources.items():
+        if source.weight != 1:
+            key = f"data.valid.{name}.weight"
+            raise ConfigError(
+                f"`{key}` is {source.weight}, but held-out sets have no weights: every sample is evaluated once, and "
+                f"`eval.samples` takes of each set by its size; leave it out ({origin(key)})"
+            )
+    if samples is not None and samples < len(valid.sources):
+        raise ConfigError(
+            f"`eval.samples` {samples} must be at least {len(valid.sources)}, to take one of each of the "
+            f"{len(valid.sources)} sets of `data.valid` ({origin('eval.samples')})"
+        )
 
 
 def _check_quickstart(shards: str | list[str] | None, origin: Origin) -> None:

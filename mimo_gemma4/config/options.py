@@ -86,7 +86,8 @@ class SourceConfig:
     shards: str | list[str]
     """Like `shards` of a single set."""
     weight: float = option(1.0, above=0)
-    """Its share of the samples of a step, relative to the other sets. Each set has epochs of its own."""
+    """Its share of the samples of a step, relative to the other sets. Each set has epochs of its own. Sets of
+    `data.valid` have no weights: every sample counts once."""
 
 
 @dataclass
@@ -114,6 +115,9 @@ class DataConfig:
     packing: bool = True
     """Lay samples end to end in one sequence, where each attends to itself alone (THD). False: one sample per sequence,
     padded on the right."""
+    thoughts: Literal["learn", "as_template"] = "learn"
+    """Thoughts of answers (`reasoning_content`, `<|channel>thought…`). `learn`: train on those of every answer with a
+    loss, in the template's form. `as_template`: the chat template decides; what it strips is counted in a warning."""
     on_bad_sample: Literal["skip", "fail"] = "skip"
     """`skip`: leave out samples that are malformed or too long, replace those whose media cannot be decoded, and log
     them to `<run.dir>/bad_samples.jsonl`. `fail`: end the run at the first."""
@@ -121,6 +125,11 @@ class DataConfig:
     """Share of malformed or undecodable samples that ends the run in spite of `skip`."""
     workers: int = option(2, at_least=0)
     """Threads per rank that decode media ahead of the training step. 0: the thread that reads ahead decodes, too."""
+    retries: int = option(5, at_least=0)
+    """How often a failed or short answer of a remote file system is asked for again, after pauses that double from
+    0.25 s. What fails in spite of it ends the run; it never counts as a bad sample."""
+    retry_seconds: float = option(60.0, at_least=0)
+    """No request is tried again later than this after its first attempt."""
 
 
 @dataclass
@@ -239,6 +248,10 @@ class CheckpointConfig:
     resume: str = "auto"
     """`auto`: from the newest complete checkpoint of `run.dir`, if there is one. `never`: from the beginning. Else the
     path of a checkpoint."""
+    resume_data: Literal["strict", "continue"] = "strict"
+    """Whether a run may go on with other data than its checkpoint records: other sources, `run.seed` or
+    `data.seq_length`. `strict`: no. `continue`: sources that are as before go on at their next sample, each other one
+    begins a new pass. A changed `train.global_batch_size` goes on at the next sample either way."""
     init_from: str | None = None
     """Checkpoint, or run directory, whose weights a run starts from where it has nothing to resume: at step 0, with a
     new optimizer."""
@@ -251,7 +264,8 @@ class EvalConfig:
     every: int | None = option(None, above=0)
     """Steps between evaluations; one also runs at the end. Null: only that one."""
     samples: int | None = option(None, above=0)
-    """How many held-out samples to evaluate, from the first; null: all."""
+    """How many held-out samples to evaluate, from the first; of several sets, in proportion to their sizes and at
+    least one each. Null: all."""
     batch_size: int = option(32, above=0)
     """Samples per evaluation batch over all ranks."""
     max_new_tokens: int = option(0, at_least=0)

@@ -83,6 +83,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 def main(arguments: list[str] | None = None) -> int:
     """Convert as the command line says; returns the exit code, 1 where that fails."""
     options = parse(arguments)
+    from mimo_gemma4.config.presets import foreign_encoders, read_config
     from mimo_gemma4.convert.conversion import from_hf, to_adapter, to_hf
 
     try:
@@ -109,6 +110,8 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"load with  peft.PeftModel.from_pretrained(model, {str(options.output)!r})")
     else:
         print(f"train with  model.hf_path={options.output}")
+        for name, architecture in foreign_encoders(read_config(options.output)).items():
+            print(f"transformers cannot load it: it has no Gemma 4 with {architecture} as {name} encoder")
     return 0
 
 

@@ -10,7 +10,7 @@ import json
 import logging
 from collections.abc import Callable, Mapping, Set
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +19,8 @@ from torch import Tensor
 from mimo_gemma4.atomic import flush, new_folder
 from mimo_gemma4.checkpoint.files import MARKER, CheckpointFiles, entry_name, locate, read_marker, verify
 from mimo_gemma4.config import ModelConfig
-from mimo_gemma4.config.presets import load_model_config
-from mimo_gemma4.convert.model_files import FOLDER, ORIGIN, Origin, copy_model_files
+from mimo_gemma4.config.presets import TEXT_ONLY, load_model_config, read_config
+from mimo_gemma4.convert.model_files import FOLDER, ORIGIN, Origin, belongs_to, copy_model_files
 from mimo_gemma4.errors import CheckpointError
 from mimo_gemma4.weights.bindings import DECODERS, whole
 from mimo_gemma4.weights.huggingface import LANGUAGE, LISTING, SINGLE, HuggingFaceSource, StoredTensor, count_by_part
@@ -162,10 +162,12 @@ def to_adapter(checkpoint: Path, output: Path, *, source: Path | None) -> int:
             f"{path} has trained {len(others)} tensors beside its adapters, such as {others[0]}, which an adapter "
             "cannot hold; use --lora merge"
         )
-    origin = Origin.load(_model_files(path, source))
+    model_files = _model_files(path, source)
+    origin, config = Origin.load(model_files), read_config(model_files)
     base = source if source is not None else None if origin is None else origin.path
     with new_folder(output) as folder:
-        adapters.save(folder, None if base is None else str(base))
+        text_only = config.get("model_type") in TEXT_ONLY
+        adapters.save(folder, None if base is None else str(base), text_only=text_only)
     return sum(tensor.nbytes for tensor in adapters.tensors.values())
 
 
@@ -185,12 +187,14 @@ class _Export:
 
 def _model_files(checkpoint: Path, source: Path | None) -> Path:
     """The folder with the model's configuration and tokenizer. Raises `CheckpointError` where there is none."""
+    if source is not None and not (source / "config.json").is_file():
+        raise CheckpointError(f"--source {source} has no config.json; give the Hugging Face directory of the model")
     kept = [checkpoint / FOLDER, checkpoint.parent.parent / FOLDER]
-    for folder in [source] if source is not None else kept:
-        if (folder / "config.json").is_file():
+    for folder in kept:  # a run may have replaced an encoder of the source: its own folder describes the result
+        if (folder / "config.json").is_file() and (source is None or (folder / ORIGIN).is_file()):
             return folder
     if source is not None:
-        raise CheckpointError(f"--source {source} has no config.json; give the Hugging Face directory of the model")
+        return source
     raise CheckpointError(
         f"neither {kept[0]} nor {kept[1]} has the configuration of {checkpoint}; give --source DIR, the Hugging Face "
         "directory that its training started from"
@@ -214,12 +218,15 @@ def _collect(
 ) -> list[_Export]:
     """Every tensor to export: those of the source in its order, then those that the source lacks."""
     origin, weights = Origin.load(model_files), None
-    if source is not None and origin is None:
-        weights = HuggingFaceSource(source)
-        origin = Origin.of(weights)
+    if source is not None:
+        if origin is None:
+            weights = HuggingFaceSource(source)
+            origin = Origin.of(weights)
+        origin = replace(origin, path=source.resolve())
     known = {} if origin is None else dict(origin.tensors)
     trained, main = contents.keys("weight"), contents.keys("main_weight")
     trained = {name: key for name, key in _without_decoders(trained).items() if name not in adapters.tensors}
+    _check_encoders(trained, known, model_files)
     _check_shapes(contents, trained, known, model_files)
     left_out = known.keys() - trained.keys()
     if left_out and weights is None:
@@ -241,6 +248,16 @@ def _without_decoders(keys: Mapping[str, str]) -> dict[str, str]:
     if left_out:
         logger.warning("decoders are no part of Gemma 4 and are left out: %s", ", ".join(left_out))
     return {name: key for name, key in keys.items() if not name.startswith(DECODERS)}
+
+
+def _check_encoders(trained: Mapping[str, str], known: Mapping[str, StoredTensor], model_files: Path) -> None:
+    """Raise `CheckpointError` where the checkpoint has another encoder than the model whose files would describe it."""
+    for module in {key.partition(".")[0] for name, key in trained.items() if name not in known}:
+        if any(name not in trained and belongs_to(name, module) for name in known):
+            raise CheckpointError(
+                f"the checkpoint's {module} encoder is not the one of {model_files}: export it from its run directory, "
+                f"whose folder {FOLDER} describes both"
+            )
 
 
 def _check_shapes(

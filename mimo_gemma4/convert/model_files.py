@@ -15,7 +15,7 @@ from typing import Any
 from mimo_gemma4.config import ModelConfig
 from mimo_gemma4.data.tokenizer import byte_tokenizer
 from mimo_gemma4.errors import CheckpointError
-from mimo_gemma4.weights.huggingface import HuggingFaceSource, StoredTensor
+from mimo_gemma4.weights.huggingface import HuggingFaceSource, StoredTensor, part_of_model
 from mimo_gemma4.weights.safetensors_rows import TensorEntry
 
 FOLDER = "huggingface"
@@ -51,10 +51,21 @@ class Origin:
             raise CheckpointError(f"{path} is damaged: {error!r}") from error
         return cls(Path(written["path"]), tensors)
 
+    def without(self, modules: Collection[str]) -> "Origin":
+        """The same without the tensors of these modules, which come from directories of their own."""
+        kept = {n: t for n, t in self.tensors.items() if not any(belongs_to(n, module) for module in modules)}
+        return Origin(self.path, kept)
+
     def save(self, folder: Path) -> None:
         """Write `source.json`."""
         tensors = {name: (t.name, t.entry.dtype, t.entry.shape) for name, t in self.tensors.items()}
         (folder / ORIGIN).write_text(json.dumps({"path": str(self.path), "tensors": tensors}), encoding="utf-8")
+
+
+def belongs_to(tensor: str, modality: str) -> bool:
+    """Whether a tensor is named like one of an encoder of this modality, Gemma's or another."""
+    part = part_of_model(tensor)
+    return modality in part or (modality == "vision" and "multi_modal_projector" in part)
 
 
 def copy_model_files(source: Path, target: Path) -> None:
@@ -67,7 +78,13 @@ def copy_model_files(source: Path, target: Path) -> None:
             shutil.copyfile(path, copy)
 
 
-def keep_model_files(folder: Path, model: ModelConfig, hf_config: Mapping[str, Any], modules: Collection[str]) -> None:
+def keep_model_files(
+    folder: Path,
+    model: ModelConfig,
+    hf_config: Mapping[str, Any],
+    modules: Collection[str],
+    replaced: Collection[str] = (),
+) -> None:
     """Put the files of the model to train into `folder`, in place of those of an earlier run.
 
     Args:
@@ -75,6 +92,7 @@ def keep_model_files(folder: Path, model: ModelConfig, hf_config: Mapping[str, A
         model: the run's model options.
         hf_config: the model configuration that these options give.
         modules: names of the modules of the layout; a model of a preset has no others.
+        replaced: names of encoders that come from directories of their own, which the files then describe.
     """
     if model.hf_path is not None and Path(model.hf_path).resolve() == folder.resolve():
         return
@@ -93,7 +111,23 @@ def keep_model_files(folder: Path, model: ModelConfig, hf_config: Mapping[str, A
     else:
         source = Path(model.hf_path)
         copy_model_files(source, partial)
-        if not (partial / ORIGIN).is_file() and any(source.glob("*.safetensors")):
-            Origin.of(HuggingFaceSource(source)).save(partial)
+        origin = Origin.load(partial)
+        if origin is None and any(source.glob("*.safetensors")):
+            origin = Origin.of(HuggingFaceSource(source))
+        if origin is not None:
+            origin.without(replaced).save(partial)
+        _describe(partial / "config.json", hf_config, replaced)
     shutil.rmtree(folder, ignore_errors=True)
     partial.rename(folder)
+
+
+def _describe(path: Path, hf_config: Mapping[str, Any], modules: Collection[str]) -> None:
+    """Put the sections of `modules` in `hf_config` into the file `config.json`."""
+    if not modules:
+        return
+    config = json.loads(path.read_text(encoding="utf-8"))
+    for key in (f"{name}_{part}" for name in modules for part in ("config", "processor")):
+        config.pop(key, None)
+        if key in hf_config:
+            config[key] = hf_config[key]
+    path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")

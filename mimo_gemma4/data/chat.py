@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import chain
 from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
+from mimo_gemma4.data.comparison import Span
+from mimo_gemma4.data.messages import Messages
 from mimo_gemma4.data.sample import file_count, media_parts, media_types
-from mimo_gemma4.data.template import ChatTemplate, Messages, Span
+from mimo_gemma4.data.template import ChatTemplate
+from mimo_gemma4.data.thoughts import Thoughts
 from mimo_gemma4.errors import DataError
 from mimo_gemma4.media import FrameProcessor, MediaHeader, MediaProcessor, MediaTokens
 
@@ -21,6 +25,8 @@ if TYPE_CHECKING:
 IGNORE = -100
 """Label of a position without loss."""
 
+_ENCODING = "2"
+"""Raised when the same messages become other ids or labels."""
 _PROBE_SIDES = (1, 47, 48, 224, 640, 1080, 4000)
 _PROBE_FRAMES = (1, 2, 10, 100, 1000, 10_000)
 _PROBE_SAMPLES = (1, 160, 16_000, 100_001, 480_000, 5_000_000)
@@ -36,6 +42,8 @@ class EncodedConversation:
     """[length] int64: at position t the id at t + 1, or `IGNORE`."""
     media_starts: tuple[int, ...]
     """Position of the first soft token of every media item, in message order."""
+    left_out: tuple[str, ...] = ()
+    """Names of what the conversation holds and the ids do not (`template.Located.left_out`)."""
 
     @property
     def length(self) -> int:
@@ -56,15 +64,19 @@ class ConversationEncoder:
         tokenizer: PreTrainedTokenizerFast,
         processors: Sequence[MediaProcessor] = (),
         media_tokens: Mapping[str, MediaTokens] | None = None,
+        thoughts: Thoughts = "learn",
     ) -> None:
         """`processors`: one per module of the layout that encodes media; `media_tokens`: ids by media type.
+
+        `thoughts`: whether thoughts of answers are learned, or left to the template.
 
         Raises `DataError` if the tokenizer has no chat template or a media type has no ids.
         """
         self.tokenizer = tokenizer
         self.processors = {processor.content_type: processor for processor in processors}
         self.media_tokens = dict(media_tokens or {})
-        self.template = ChatTemplate(tokenizer)
+        self.template = ChatTemplate(tokenizer, thoughts)
+        self._fingerprints: dict[tuple[str, ...], str] = {}
         missing = sorted(set(self.processors) - set(self.media_tokens))
         if missing:
             raise DataError(f"the model configuration has no begin, soft and end token ids for {missing[0]!r} content")
@@ -75,13 +87,14 @@ class ConversationEncoder:
         `soft_tokens`: number of soft tokens of every shown media item, in message order. Raises `DataError` if
         placeholders and media do not match, or if the answers cannot be located.
         """
-        text, spans = self._write_frames(*self.template.answers(messages), messages)
+        located = self.template.locate(messages)
+        text, spans = self._write_frames(located.text, located.spans, messages)
         ids, offsets = self._tokenise(text)
         learned = _covered(offsets, spans)
         expanded, sources, starts = self._expand(ids, messages, soft_tokens)
         targets = np.where(learned[sources] & ~np.isin(expanded, self._media_ids), expanded, IGNORE)
         labels = np.append(targets[1:], IGNORE)
-        return EncodedConversation(expanded, labels, starts)
+        return EncodedConversation(expanded, labels, starts, located.left_out)
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of generated ids, without special tokens and without white space at its ends."""
@@ -103,16 +116,32 @@ class ConversationEncoder:
     @cached_property
     def fingerprint(self) -> str:
         """Hash of all that ids and labels depend on: tokenizer, template, media ids, soft tokens of probe sizes."""
+        return self.fingerprint_for(self.processors)
+
+    def fingerprint_for(self, media_types: Iterable[str]) -> str:
+        """The same for samples with no other media than these types, whatever else the encoder knows."""
+        types = tuple(sorted(set(media_types)))
+        if types not in self._fingerprints:
+            parts = [self._text_fingerprint, *map(self._media_fingerprint, types)]
+            self._fingerprints[types] = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
+        return self._fingerprints[types]
+
+    @cached_property
+    def _text_fingerprint(self) -> str:
         vocabulary = self.tokenizer.backend_tokenizer.to_str()
-        parts = [vocabulary, self.template.source, repr(sorted(self.media_tokens.items()))]
+        parts = [_ENCODING, vocabulary, self.template.source, self.template.thoughts]
+        parts.append(repr(sorted(self.media_tokens.items())))
+        return hashlib.sha256("\0".join(parts).encode()).hexdigest()
+
+    def _media_fingerprint(self, media_type: str) -> str:
+        processor = self.processors[media_type]
         images = [MediaHeader(width=width, height=height) for width in _PROBE_SIDES for height in _PROBE_SIDES]
         sounds = [MediaHeader(samples=samples, sample_rate=16_000) for samples in _PROBE_SAMPLES]
-        for media_type, processor in sorted(self.processors.items()):
-            headers = sounds if media_type == "audio" else images
-            parts.append(repr((media_type, [_soft_tokens_or_none(processor, header) for header in headers])))
-            if media_type == "video":
-                parts.append(repr([cast(FrameProcessor, processor).sample(count) for count in _PROBE_FRAMES]))
-        return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
+        headers = sounds if media_type == "audio" else images
+        counts = repr((media_type, [_soft_tokens_or_none(processor, header) for header in headers]))
+        if media_type != "video":
+            return counts
+        return counts + repr([cast(FrameProcessor, processor).sample(count) for count in _PROBE_FRAMES])
 
     def shown_media(self, messages: Messages) -> list[int]:
         """Numbers, from 0, of the messages' media files that the model sees: not all frames of a video.
@@ -169,7 +198,8 @@ class ConversationEncoder:
         """Ids [tokens] and character offsets [tokens, 2] of rendered text, which holds all special tokens."""
         encoding = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
         ids, offsets = encoding["input_ids"], encoding["offset_mapping"]
-        return np.array(ids, np.int64), np.array(offsets, np.int64).reshape(-1, 2)
+        places = np.fromiter(chain.from_iterable(offsets), np.int64, 2 * len(offsets))
+        return np.array(ids, np.int64), places.reshape(-1, 2)
 
     def _expand(
         self, ids: np.ndarray, messages: Messages, soft_tokens: Sequence[int]
@@ -180,8 +210,8 @@ class ConversationEncoder:
         if absent:
             raise DataError(f"the model configuration has no token ids for {absent[0]!r} content")
         tokens = [self.media_tokens[media_type] for media_type in types]
-        soft_ids = {media.soft for media in self.media_tokens.values()}
-        places = [place for place, token in enumerate(ids.tolist()) if token in soft_ids]
+        soft_ids = sorted({media.soft for media in self.media_tokens.values()})
+        places = np.flatnonzero(np.isin(ids, soft_ids)).tolist()
         if [int(ids[place]) for place in places] != [media.soft for media in tokens]:
             raise DataError(
                 f"its messages name {len(types)} media ({', '.join(types) or 'none'}), but the rendered text holds "
@@ -202,9 +232,14 @@ class ConversationEncoder:
 
 def _covered(offsets: np.ndarray, spans: list[Span]) -> np.ndarray:
     """[tokens] bool: whether the token shares a character with a span."""
+    starts, ends = offsets[:, 0], offsets[:, 1]
     covered = np.zeros(len(offsets), bool)
+    if (starts[1:] >= starts[:-1]).all() and (ends[1:] >= ends[:-1]).all():
+        for start, end in spans:
+            covered[np.searchsorted(ends, start, "right") : np.searchsorted(starts, end, "left")] = True
+        return covered
     for start, end in spans:
-        covered |= (offsets[:, 0] < end) & (offsets[:, 1] > start)
+        covered |= (starts < end) & (ends > start)
     return covered
 
 

@@ -2,7 +2,7 @@
 
 import logging
 import zlib
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -15,11 +15,12 @@ from torch import distributed as dist
 
 from mimo_gemma4.data.agreement import BadSamplePolicy, allowed_bad, require_equal
 from mimo_gemma4.data.chat import ConversationEncoder, EncodedConversation
+from mimo_gemma4.data.content import ShardContent, SourceContent, digest, document_hash
 from mimo_gemma4.data.index import ShardIndex, progress
 from mimo_gemma4.data.sample import MEDIA_TYPES, Fault, parse_messages
 from mimo_gemma4.data.shards import Shard, expand_shards, read_range, require_distinct
-from mimo_gemma4.data.token_index import TokenIndex
-from mimo_gemma4.distributed.collective_errors import all_ranks_or_raise
+from mimo_gemma4.data.token_index import TokenIndex, left_out_text
+from mimo_gemma4.distributed.collective_errors import all_ranks_finish_or_raise
 from mimo_gemma4.errors import DataError
 from mimo_gemma4.media import MediaHeader
 
@@ -76,6 +77,8 @@ class Source:
     """As for `expand_shards`."""
     weight: float = 1.0
     """Share of a step's samples, relative to the other sources."""
+    name: str = ""
+    """For messages; empty for the only source."""
 
 
 class ShardDataset:
@@ -112,10 +115,12 @@ class ShardDataset:
         """[samples] int32: tokens of every sample, soft tokens included."""
         self.loss_tokens = np.concatenate([t.loss_tokens[numbers] for t, numbers in zip(tokens, usable, strict=True)])
         """[samples] int32: positions of every sample that have a label."""
-        self.weights = tuple(source.weight for source, _ in sources)
+        self._sources = tuple(source for source, _ in sources)
+        self.weights = tuple(source.weight for source in self._sources)
         """Weight of every source."""
         self._counts = [count for _, count in sources]
-        remaining = iter(len(numbers) for numbers in usable)
+        self._usable = tuple(len(numbers) for numbers in usable)
+        remaining = iter(self._usable)
         self.sizes = tuple(sum(islice(remaining, count)) for count in self._counts)
         """Number of samples of every source; they are numbered one source after the other."""
         self.unusable = self._unusable()
@@ -123,6 +128,7 @@ class ShardDataset:
         self.too_long = self._too_long()
         """Samples of more than `seq_length` tokens."""
         self._check_bad(on_bad_sample, max_bad_fraction)
+        self._warn_left_out()
         self._check_empty_sources()
 
     @classmethod
@@ -162,10 +168,10 @@ class ShardDataset:
             for shard in progress(mine, len(mine), "indexing") if group.rank() == 0 else mine:
                 TokenIndex.open(shard, ShardIndex.open(shard), encoder)
 
-        all_ranks_or_raise(group, index_part)
-        dataset = all_ranks_or_raise(group, read)
+        all_ranks_finish_or_raise(group, index_part)
+        dataset = all_ranks_finish_or_raise(group, read)
         require_equal(len(dataset), "the number of samples", group)
-        require_equal(dataset.fingerprint, "sizes of shards, keys or lengths of samples", group)
+        require_equal(dataset.fingerprint, "sizes of shards, keys or lengths of samples, or their documents", group)
         return dataset
 
     def __len__(self) -> int:
@@ -211,9 +217,15 @@ class ShardDataset:
         return tuple(items)
 
     def messages(self, index: int) -> list[dict[str, Any]]:
-        """Messages of a sample, read from its shard. Raises `DataError`."""
+        """Messages of a sample, read from its shard. Raises `DataError`, also for another document than the indexed."""
         table, number = self._index(index), self._number_in_shard[index]
         data = read_range(self.shard(index), int(table.json_offset[number]), int(table.json_size[number]))
+        hashes = self._tokens[self._shard_of[index]].document_hash
+        if len(hashes) and document_hash(data) != hashes[number]:
+            raise DataError(
+                f"{self.describe(index)}: its .json member is not the one that was indexed, although the shard has the "
+                f"size and time of then; delete {self.shard(index)}.*.npz to index it anew"
+            )
         try:
             return parse_messages(data)
         except DataError as error:
@@ -236,14 +248,44 @@ class ShardDataset:
             )
         return encoded
 
+    def source(self, index: int) -> int:
+        """Number of the source that holds a sample."""
+        return int(np.searchsorted(np.cumsum(self.sizes), index, side="right"))
+
+    @cached_property
+    def contents(self) -> tuple[SourceContent, ...]:
+        """What every source holds, as a checkpoint records it."""
+        left_out: dict[Shard, Counter[str]] = defaultdict(Counter)
+        for sample in (*self.unusable, *self.too_long):
+            left_out[sample.shard][sample.fault] += 1
+        shards = iter(
+            ShardContent(
+                name=shard,
+                bytes=int(table.shard_size),
+                samples=samples,
+                documents=digest(tokens.document_hash.astype("<u8").tobytes()),
+                media=str(tokens.media_hash),
+            )
+            for shard, table, tokens, samples in zip(
+                self._shards, self._indexes, self._tokens, self._usable, strict=True
+            )
+        )
+        contents = []
+        for source, count, size in zip(self._sources, self._counts, self.sizes, strict=True):
+            mine = tuple(islice(shards, count))
+            faults = sum((left_out[shard.name] for shard in mine), Counter[str]())
+            contents.append(SourceContent(source.name, source.weight, size, dict(sorted(faults.items())), mine))
+        return tuple(contents)
+
     @cached_property
     def fingerprint(self) -> int:
-        """Checksum of all shard sizes, keys and lengths, in order: equal on ranks that see the same samples."""
+        """Checksum of all shard sizes, keys, lengths and documents, in order: equal on ranks that see the same."""
         sizes = np.array([table.shard_size for table in self._indexes], "<i8")
         checksum = zlib.crc32(sizes.tobytes())
         checksum = zlib.crc32(self.lengths.astype("<i4").tobytes(), checksum)
         for table, tokens in zip(self._indexes, self._tokens, strict=True):
             checksum = zlib.crc32(b"\0".join(table.keys[np.flatnonzero(tokens.length)].tolist()), checksum)
+            checksum = zlib.crc32(tokens.document_hash.astype("<u8").tobytes(), checksum)
         return checksum
 
     def _index(self, index: int) -> ShardIndex:
@@ -288,6 +330,14 @@ class ShardDataset:
                 f"{len(self.unusable)} of {considered} samples cannot be used, more than "
                 f"data.max_bad_fraction={max_bad_fraction} allows. The first: {self.unusable[0]}"
             )
+
+    def _warn_left_out(self) -> None:
+        """Log what samples hold and their ids do not, with counts."""
+        counts = Counter[str]()
+        for tokens in self._tokens:
+            counts.update(dict(zip(tokens.left_out.tolist(), tokens.left_out_counts.tolist(), strict=True)))
+        if counts:
+            logger.warning("not trained on, and left out of the samples that hold it: %s", left_out_text(counts))
 
     def _check_empty_sources(self) -> None:
         """Raise `DataError` for a source without usable samples."""

@@ -1,6 +1,9 @@
 """The index of a shard: places of all samples and headers of their media, read once and kept beside the shard.
 
-    python -m mimo_gemma4.data.index SHARDS…        index shards before a training and report what is in them
+    python -m mimo_gemma4.data.index SHARDS… [--hf-path DIR | --preset NAME]
+
+indexes shards before a training and reports what is in them. With a model, it also counts tokens, on all cores; what an
+interrupted run has counted is kept.
 
 SHARDS are tar files, brace lists or globs, on local disk or at any fsspec URL (`s3://bucket/train-{000..127}.tar`).
 
@@ -32,13 +35,15 @@ from mimo_gemma4.data.sample import (
     parse_messages,
     read_header,
 )
-from mimo_gemma4.data.shards import Shard, expand_shards, open_shard
+from mimo_gemma4.data.shards import Shard, expand_shards, open_shard, shard_version
 from mimo_gemma4.data.sidecar import load_sidecar, save_sidecar
-from mimo_gemma4.errors import DataError
+from mimo_gemma4.errors import DataError, MimoError
 from mimo_gemma4.media import MediaHeader
 
 _LONGEST_KEY = 512
 """Most bytes of a `__key__`; all keys of a shard are in one array, as wide as the longest."""
+_ZEROS_AT_ONCE = 2**16
+"""Bytes read at a time behind the end of a tar archive."""
 _MEDIA_FIELD = re.compile(r"(?:(?P<number>\d+)\.)?(?:(?P<frame>\d+)\.)?(?P<extension>[^.]+)")
 
 
@@ -77,13 +82,19 @@ class ShardIndex:
         arrays = load_sidecar(shard, "index")
         if arrays is not None and set(arrays) == {field.name for field in fields(cls)}:
             return cls(**arrays)
+        version = shard_version(shard)
         index = cls.build(shard)
+        if shard_version(shard) != version:
+            raise DataError(f"{shard} was changed while it was indexed; start again when it is complete")
         save_sidecar(shard, "index", {field.name: getattr(index, field.name) for field in fields(cls)})
         return index
 
     @classmethod
     def build(cls, shard: Shard) -> Self:
-        """Read a shard: tar headers, JSON and media headers. Unusable samples are recorded, not raised."""
+        """Read a shard: tar headers, JSON and media headers. Unusable samples are recorded, not raised.
+
+        Raises `DataError` if the shard cannot be read, which is no fault of its samples.
+        """
         entries: list[_Entry] = []
         bad: list[tuple[str, Fault, str]] = []
         with open_shard(shard) as file:
@@ -95,6 +106,8 @@ class ShardIndex:
                         bad.append((members[0].key[:_LONGEST_KEY], error.fault, str(error)))
             except (tarfile.TarError, ValueError, OverflowError, EOFError) as error:
                 bad.append(("", "tar", f"not a complete uncompressed tar file: {error}"))
+            except OSError as error:
+                raise DataError(f"{shard} cannot be read: {error}") from error
             size = file.seek(0, io.SEEK_END)
         if not entries and not bad:
             bad.append(("", "tar", "the shard holds no samples"))
@@ -129,7 +142,7 @@ class ShardIndex:
 
     def header(self, medium: int) -> MediaHeader:
         """Header of a media file."""
-        return MediaHeader(*(int(value) for value in self.media_header[medium]))
+        return MediaHeader(*self.media_header[medium].tolist())
 
 
 @dataclass(frozen=True)
@@ -167,14 +180,40 @@ class _Entry:
 
 
 def _members(file: BinaryIO) -> Iterator[_Member]:
-    # With backslashreplace, names of any bytes become text that can be printed and encoded.
-    with tarfile.open(fileobj=file, mode="r:", encoding="utf-8", errors="backslashreplace") as tar:
-        for info in tar:
-            folder, slash, base = info.name.rpartition("/")
-            stem, dot, field = base.partition(".")
-            if info.isreg() and not info.issparse() and dot and stem:
-                yield _Member(f"{folder}{slash}{stem}", field, info.offset_data, info.size)
-            tar.members = []  # type: ignore[attr-defined]  # tarfile would keep every header
+    """Members of a tar file, or of several joined end to end. Raises `tarfile.TarError` where it is not whole."""
+    start: int | None = 0
+    while start is not None:
+        file.seek(start)
+        # With backslashreplace, names of any bytes become text that can be printed and encoded.
+        with tarfile.open(fileobj=file, mode="r:", encoding="utf-8", errors="backslashreplace") as tar:
+            for info in tar:
+                folder, slash, base = info.name.rpartition("/")
+                stem, dot, field = base.partition(".")
+                if info.isreg() and not info.issparse() and dot and stem:
+                    yield _Member(f"{folder}{slash}{stem}", field, info.offset_data, info.size)
+                tar.members = []  # type: ignore[attr-defined]  # tarfile would keep every header
+            start = _next_archive(file, tar.offset)
+
+
+def _next_archive(file: BinaryIO, end: int) -> int | None:
+    """First byte of the archive behind the one that ends at byte `end`; None at the end of the file.
+
+    tarfile takes a damaged header and the end of the file for the end of an archive, which is two blocks of zeros.
+    Raises `tarfile.ReadError` for any other.
+    """
+    file.seek(end)
+    marker = file.read(2 * tarfile.BLOCKSIZE)
+    if len(marker) < tarfile.BLOCKSIZE or (len(marker) < 2 * tarfile.BLOCKSIZE and not any(marker)):
+        raise tarfile.ReadError(f"it breaks off at byte {end + len(marker)}, before the two zero blocks that end it")
+    if any(marker):
+        raise tarfile.ReadError(f"the header at byte {end} is damaged; samples from there on are not read")
+    position = end + len(marker)
+    while block := file.read(_ZEROS_AT_ONCE):
+        if any(block):
+            first = len(block) - len(block.lstrip(b"\0"))
+            return position + first // tarfile.BLOCKSIZE * tarfile.BLOCKSIZE
+        position += len(block)
+    return None
 
 
 def _samples(members: Iterator[_Member]) -> Iterator[list[_Member]]:
@@ -257,24 +296,41 @@ def progress[T](items: Iterable[T], total: int, description: str) -> Iterator[T]
 
 def main(arguments: list[str] | None = None) -> int:
     """Index the shards of the command line. The exit code is 1 if a sample is unusable, 2 for wrong arguments."""
-    parser = argparse.ArgumentParser(prog="python -m mimo_gemma4.data.index", description=__doc__.partition("\n")[0])
-    parser.add_argument("shards", nargs="+", metavar="SHARDS", help="tar files, brace lists or globs; paths or URLs")
+    options = command_parser().parse_args(arguments)
     try:
-        shards = expand_shards(parser.parse_args(arguments).shards)
-    except DataError as error:
+        shards = expand_shards(options.shards)
+        samples, media, faults = 0, Counter[str](), Counter[str]()
+        for shard in progress(shards, len(shards), "indexing"):
+            index = ShardIndex.open(shard)
+            counts = Counter(MEDIA_TYPES[number] for number in index.media_type)
+            print(f"{shard}: {len(index)} samples, {_count(counts)}, {len(index.bad_keys)} unusable")
+            for key, fault, reason in zip(index.bad_keys, index.bad_faults, index.bad_reasons, strict=True):
+                print(f"  {fault}: __key__ {str(key)!r}: {reason}")
+            samples, media, faults = samples + len(index), media + counts, faults + Counter(index.bad_faults.tolist())
+        if options.hf_path or options.preset:
+            from mimo_gemma4.data.index_tokens import index_tokens  # it needs this module
+
+            faults += index_tokens(shards, options)
+    except MimoError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    samples, media, faults = 0, Counter[str](), Counter[str]()
-    for shard in progress(shards, len(shards), "indexing"):
-        index = ShardIndex.open(shard)
-        counts = Counter(MEDIA_TYPES[number] for number in index.media_type)
-        print(f"{shard}: {len(index)} samples, {_count(counts)}, {len(index.bad_keys)} unusable")
-        for key, fault, reason in zip(index.bad_keys, index.bad_faults, index.bad_reasons, strict=True):
-            print(f"  {fault}: __key__ {str(key)!r}: {reason}")
-        samples, media, faults = samples + len(index), media + counts, faults + Counter(index.bad_faults.tolist())
     by_fault = "".join(f", {count} {fault}" for fault, count in sorted(faults.items()))
     print(f"{len(shards)} shards: {samples} samples, {_count(media)}, {faults.total()} unusable{by_fault}")
     return 1 if faults else 0
+
+
+def command_parser() -> argparse.ArgumentParser:
+    """The options of the command."""
+    parser = argparse.ArgumentParser(prog="python -m mimo_gemma4.data.index", description=__doc__.partition("\n")[0])
+    parser.add_argument("shards", nargs="+", metavar="SHARDS", help="tar files, brace lists or globs; paths or URLs")
+    model = parser.add_mutually_exclusive_group()
+    model.add_argument("--hf-path", metavar="DIR", help="also count tokens, with the tokenizer of a model directory")
+    model.add_argument("--preset", metavar="NAME", help="also count tokens, as for `model.preset`")
+    parser.add_argument(
+        "--thoughts", choices=("learn", "as_template"), default="learn", help="`data.thoughts` of the training"
+    )
+    parser.add_argument("--workers", type=int, metavar="N", help="processes that count tokens (default: one per core)")
+    return parser
 
 
 if __name__ == "__main__":

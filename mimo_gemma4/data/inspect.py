@@ -22,9 +22,12 @@ from mimo_gemma4.config import ModelConfig
 from mimo_gemma4.config.presets import load_model_config
 from mimo_gemma4.data.chat import ConversationEncoder
 from mimo_gemma4.data.index import ShardIndex
+from mimo_gemma4.data.messages import Conversation
 from mimo_gemma4.data.sample import MEDIA_TYPES, parse_messages
 from mimo_gemma4.data.shards import Shard, expand_shards, read_range
-from mimo_gemma4.data.token_index import TokenIndex
+from mimo_gemma4.data.template import Located
+from mimo_gemma4.data.thoughts import Thoughts
+from mimo_gemma4.data.token_index import TokenIndex, left_out_text
 from mimo_gemma4.data.tokenizer import byte_media_tokens, load_tokenizer, media_tokens
 from mimo_gemma4.encoders.registry import build_processors, registered_encoders
 from mimo_gemma4.errors import MimoError
@@ -79,7 +82,10 @@ class ShardInspector:
         length, soft = int(tokens.length[number]), int(tokens.media_soft_tokens[media.start : media.stop].sum())
         loss = int(tokens.loss_tokens[number])
         console.print(Text(f"{length:,} tokens: {length - soft:,} text, {soft:,} media; {loss:,} with loss"))
-        console.print(self._render(number))
+        located = self.encoder.template.locate(self._messages(number))
+        if located.left_out:
+            console.print(Text(f"not trained on: {', '.join(located.left_out)}", style="yellow"))
+        console.print(_render(located))
 
     def show_unusable(self, console: Console) -> None:
         """Print the samples that a training would leave out, and why."""
@@ -97,7 +103,7 @@ class ShardInspector:
             console.print(Text(f"… and {len(unusable) - _MOST_UNUSABLE} more"))
 
     def show_statistics(self, console: Console) -> None:
-        """Print percentiles of lengths and sizes over all usable samples."""
+        """Print percentiles of lengths and sizes over all usable samples, and what is left out of them."""
         usable = self.tokens.length > 0
         values = {"tokens": self.tokens.length[usable], "with loss": self.tokens.loss_tokens[usable]}
         headers = self.index.media_header
@@ -118,21 +124,13 @@ class ShardInspector:
                 table.add_row(name, *(f"{number:,.10g}" for number in (len(numbers), *percentiles, numbers.sum())))
         console.print(_title(f"all {len(self.index)} samples"))
         console.print(table)
+        left_out = dict(zip(self.tokens.left_out.tolist(), self.tokens.left_out_counts.tolist(), strict=True))
+        if left_out:
+            console.print(Text(f"not trained on: {left_out_text(left_out)}", style="yellow"))
 
-    def _render(self, number: int) -> Text:
-        """The conversation as the template writes it, with marks around text with loss."""
+    def _messages(self, number: int) -> Conversation:
         data = read_range(self.shard, int(self.index.json_offset[number]), int(self.index.json_size[number]))
-        text, spans = self.encoder.template.answers(parse_messages(data))
-        shown, position = Text(), 0
-        for start, end in spans:
-            shown.append(_visible(text[position:start])).append("»", style="green")
-            shown.append(_visible(text[start:end]), style="green").append("«", style="green")
-            position = end
-        shown.append(_visible(text[position:].rstrip()))
-        if len(shown) > _LONGEST_TEXT:
-            left = len(shown) - _LONGEST_TEXT
-            shown = shown[:_LONGEST_TEXT].append(f" … {left:,} characters more", style="italic")
-        return shown
+        return parse_messages(data)
 
     def _member_name(self, offset: int) -> str:
         """Name of the member whose data begin at `offset`, from its header in the block before them."""
@@ -140,7 +138,21 @@ class ShardInspector:
         return _visible(tarfile.TarInfo.frombuf(header, "utf-8", "backslashreplace").name)
 
 
-def build_encoder(model: ModelConfig) -> ConversationEncoder:
+def _render(located: Located) -> Text:
+    """A conversation as the template writes it, with marks around text with loss."""
+    shown, position = Text(), 0
+    for start, end in located.spans:
+        shown.append(_visible(located.text[position:start])).append("»", style="green")
+        shown.append(_visible(located.text[start:end]), style="green").append("«", style="green")
+        position = end
+    shown.append(_visible(located.text[position:].rstrip()))
+    if len(shown) > _LONGEST_TEXT:
+        left = len(shown) - _LONGEST_TEXT
+        shown = shown[:_LONGEST_TEXT].append(f" … {left:,} characters more", style="italic")
+    return shown
+
+
+def build_encoder(model: ModelConfig, thoughts: Thoughts = "learn") -> ConversationEncoder:
     """Tokenizer, template and the processors of all encoders of a model. Raises `ConfigError` or `DataError`.
 
     A preset may have ids of another tokenizer. With the built-in tokenizer its own media ids are used; counts are the
@@ -154,7 +166,7 @@ def build_encoder(model: ModelConfig) -> ConversationEncoder:
         for processor in build_processors(modality, hf_config)
     ]
     tokens = media_tokens(hf_config) if model.hf_path else byte_media_tokens()
-    return ConversationEncoder(load_tokenizer(model.hf_path), processors, tokens)
+    return ConversationEncoder(load_tokenizer(model.hf_path), processors, tokens, thoughts)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -166,7 +178,7 @@ def main(arguments: list[str] | None = None) -> int:
     source = options.hf_path or f"the preset {options.preset} and the built-in tokenizer, in which a byte is a token"
     try:
         shards = expand_shards(options.shards)
-        encoder = build_encoder(model)
+        encoder = build_encoder(model, options.thoughts)
         for shard in shards:
             inspector = ShardInspector(shard, encoder)
             console.print(Text(shard, style="bold"))
@@ -192,6 +204,9 @@ def command_parser() -> argparse.ArgumentParser:
     model = parser.add_mutually_exclusive_group()
     model.add_argument("--hf-path", metavar="DIR", help="Hugging Face directory with config.json and tokenizer")
     model.add_argument("--preset", default=ModelConfig.preset, metavar="NAME", help="default: %(default)s")
+    parser.add_argument(
+        "--thoughts", choices=("learn", "as_template"), default="learn", help="`data.thoughts` of the training"
+    )
     parser.add_argument("--samples", type=int, default=3, metavar="N", help="samples to show (default: %(default)s)")
     parser.add_argument("--key", action="append", default=[], help="show the sample with this __key__ instead")
     return parser

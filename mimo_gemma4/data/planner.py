@@ -4,17 +4,18 @@ A plan is a pure function of (dataset, seed, step, lanes, bad samples), so it is
 a step depend only on (seed, global index) and on which samples are bad; their places depend on the layout.
 """
 
-import math
+import gc
 from collections import defaultdict
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from heapq import heapify, heappop, heappush, heapreplace
-from operator import itemgetter
+from heapq import heappop, heapreplace
 from typing import Literal
 
-from mimo_gemma4.data.dataset import MediaItem, ShardDataset
+from mimo_gemma4.data.dataset import ShardDataset
 from mimo_gemma4.data.manifest import Imbalance, Microbatch, PlannedMedia, PlannedSample, StepManifest
-from mimo_gemma4.data.order import Mixture
+from mimo_gemma4.data.order import Mixture, OrderStart, take_of_each
+from mimo_gemma4.data.packing import balance, even_fit, first_fit
 from mimo_gemma4.errors import ConfigError, DataError
 from mimo_gemma4.media import ItemProcessor
 
@@ -63,6 +64,7 @@ class StepPlanner:
         shuffle: bool = True,
         repeat: bool = True,
         limit: int | None = None,
+        start: OrderStart | None = None,
         choose_cp_layout: Callable[[Sequence[int]], Literal["zigzag", "contiguous"]] | None = None,
     ) -> None:
         """Plan for `language_lanes` data-parallel lanes of the language model and `encoder_lanes` by modality.
@@ -76,7 +78,9 @@ class StepPlanner:
             shuffle: a new order in every pass over a source, instead of shard order.
             repeat: mix the sources by weight without end. Otherwise make one pass over all sources in shard order,
                 without bad samples; the last batch may be shorter.
-            limit: length of that pass: only the first `limit` samples of the dataset.
+            limit: length of that pass: the first samples of every source, by the sources' sizes; it is at least the
+                number of sources.
+            start: where a resumed run goes on in the order, whose earlier steps cannot be planned; None: the beginning.
             choose_cp_layout: how context-parallel ranks share a pack with these segment starts; None: zigzag.
 
         Raises `ConfigError` for sizes below 1, `DataError` for media that no module of the layout encodes.
@@ -95,11 +99,14 @@ class StepPlanner:
         if absent:
             raise DataError(f"the data may hold media for the module {absent[0]!r}; add it to layout")
         self.dataset = dataset
-        self.count = len(dataset) if limit is None else min(limit, len(dataset))
-        """Number of samples of one pass."""
+        self._pass = take_of_each(dataset.sizes, limit) if not repeat else []
+        self.start = start or OrderStart()
+        """Where the run entered the order."""
         self.global_batch_size = global_batch_size
         self._microbatch_size, self._repeat, self._sample_cost = microbatch_size, repeat, sample_cost
-        self._mixture = Mixture(dataset.sizes, dataset.weights, seed=seed, shuffle=shuffle)
+        self._mixture = Mixture(
+            dataset.sizes, dataset.weights, seed=seed, shuffle=shuffle, first_turns=self.start.turns
+        )
         self._lanes = language_lanes
         self._packing, self._row_multiple, self._total_multiple = packing, row_multiple, total_multiple
         self._choose_cp_layout = choose_cp_layout
@@ -107,7 +114,15 @@ class StepPlanner:
     @property
     def steps(self) -> int | None:
         """Number of steps without `repeat`; None with it."""
-        return None if self._repeat else -(-self.count // self.global_batch_size)
+        return None if self._repeat else -(-len(self._pass) // self.global_batch_size)
+
+    def place(self, step: int) -> int:
+        """First place in the order of the samples of a step, counted from 0."""
+        return self.start.place + (step - self.start.step) * self.global_batch_size
+
+    def turns(self, step: int) -> tuple[int, ...]:
+        """By source, its samples in the order before a step, those in the place of bad samples counted once."""
+        return self._mixture.turns(self.place(step))
 
     def samples(self, step: int, bad: Collection[int] = ()) -> list[int]:
         """Dataset numbers of the samples of a step (counted from 0), in global batch order.
@@ -119,6 +134,10 @@ class StepPlanner:
 
     def plan(self, step: int, bad: Collection[int] = ()) -> StepManifest:
         """The manifest of a step, counted from 0, without the samples in `bad`."""
+        with _collector_paused():
+            return self._plan(step, bad)
+
+    def _plan(self, step: int, bad: Collection[int]) -> StepManifest:
         indexes, skipped_samples = self._choose(step, bad)
         lengths = [int(self.dataset.lengths[index]) for index in indexes]
         sequences = self._pack(lengths) if self._packing else self._pad(lengths)
@@ -130,34 +149,40 @@ class StepPlanner:
             for number, group in enumerate(groups)
         ]
         samples = [sample for microbatch in microbatches for sample in microbatch.samples]
-        media = self._place_media(samples)
+        media, media_costs = self._place_media(samples)
         return StepManifest(
             step,
             len(assigned[0]),
             tuple(microbatches),
             tuple(media),
             tuple(skipped_samples),
-            self._imbalance(samples, media),
+            self._imbalance(samples, media, media_costs),
         )
 
     def _choose(self, step: int, bad: Collection[int]) -> tuple[list[int], list[int]]:
         """The samples of a step, and the bad ones that were skipped."""
-        first = step * self.global_batch_size
+        first = self.place(step)
         if not self._repeat:
-            once = range(first, min(first + self.global_batch_size, self.count))
+            once = self._pass[first : first + self.global_batch_size]
             return [index for index in once if index not in bad], [index for index in once if index in bad]
         chosen, skipped_samples = [], []
-        for position in range(first, first + self.global_batch_size):
-            source, turn = self._mixture.turn(position)
-            for shift in range(self.dataset.sizes[source]):
-                index = self._mixture.sample(source, turn, shift)
-                if index not in bad:
-                    chosen.append(index)
-                    break
-                skipped_samples.append(index)
-            else:
-                raise DataError(f"all samples are bad, the last one is {self.dataset.describe(skipped_samples[-1])}")
+        for position, index in enumerate(self._mixture.samples(first, self.global_batch_size), first):
+            if index in bad:
+                index, bad_ones = self._replacement(position, bad)
+                skipped_samples += bad_ones
+            chosen.append(index)
         return chosen, skipped_samples
+
+    def _replacement(self, position: int, bad: Collection[int]) -> tuple[int, list[int]]:
+        """The next good sample in the pass over the source at a `position` of the order, and the bad ones before it."""
+        skipped_samples: list[int] = []
+        source, turn = self._mixture.turn(position)
+        for shift in range(self.dataset.sizes[source]):
+            index = self._mixture.sample(source, turn, shift)
+            if index not in bad:
+                return index, skipped_samples
+            skipped_samples.append(index)
+        raise DataError(f"all samples are bad, the last one is {self.dataset.describe(skipped_samples[-1])}")
 
     def _pad(self, lengths: Sequence[int]) -> list[_Sequence]:
         return [_Sequence((sample,), length, self._sample_cost(length)) for sample, length in enumerate(lengths)]
@@ -168,10 +193,10 @@ class StepPlanner:
         capacity = self.dataset.seq_length
         order = sorted(range(len(lengths)), key=lambda sample: (-sizes[sample], sample))
         costs = [self._sample_cost(length) for length in lengths]
-        packs = _first_fit(order, sizes, capacity)
+        packs = first_fit(order, sizes, capacity)
         # Raise the number of packs to a multiple of the lanes, if there are enough samples, and make packs of about the
         # same cost: the number of microbatches stays the same, and lanes wait less for each other.
-        even = _even_fit(order, sizes, costs, capacity, min(_round_up(len(packs), self._lanes), len(lengths)))
+        even = even_fit(order, sizes, costs, capacity, min(_round_up(len(packs), self._lanes), len(lengths)))
         return [
             _Sequence(tuple(sorted(pack)), sum(sizes[sample] for sample in pack), sum(costs[sample] for sample in pack))
             for pack in even or packs
@@ -211,44 +236,45 @@ class StepPlanner:
         """Names of the encoder of `modality` and of the decoders that work on the same media."""
         return [modality, *(name for name, decoder in self.decoders.items() if decoder.reads == modality)]
 
-    def _place_media(self, samples: Sequence[PlannedSample]) -> list[PlannedMedia]:
-        """Media of the step, ordered by (module, microbatch, module_lane, module_offset)."""
-        by_microbatch: dict[tuple[str, int], list[tuple[PlannedSample, int, MediaItem]]] = defaultdict(list)
+    def _place_media(self, samples: Sequence[PlannedSample]) -> tuple[list[PlannedMedia], list[float]]:
+        """Media of the step, ordered by (module, microbatch, module_lane, module_offset), and the cost of each."""
+        modules = {modality: self.modules_for(modality) for modality in self._media_lanes}
+        entries: dict[tuple[str, int], list[tuple[PlannedSample, int, int, int]]] = defaultdict(list)
+        costs: dict[tuple[str, int], list[float]] = defaultdict(list)
         for sample in samples:
             for ordinal, item in enumerate(self.dataset.media(sample.index)):
-                for module in self.modules_for(item.modality):
-                    by_microbatch[module, sample.microbatch].append((sample, ordinal, item))
-        media = []
+                for module in modules[item.modality]:
+                    key = module, sample.microbatch
+                    entries[key].append((sample, ordinal, item.soft_tokens, item.start))
+                    costs[key].append(self.processor(module, item.media_type).cost(item.header))
+        media, media_costs = [], []
         loads = {module: [0.0] * lanes for module, lanes in self._media_lanes.items()}
-        for (module, number), entries in sorted(by_microbatch.items(), key=itemgetter(0)):
-            costs = [self.processor(module, item.media_type).cost(item.header) for _, _, item in entries]
-            for module_lane, chosen in enumerate(_balance(costs, loads[module])):
+        for module, number in sorted(entries):
+            of_microbatch, their_costs = entries[module, number], costs[module, number]
+            for module_lane, chosen in enumerate(balance(their_costs, loads[module])):
                 offset = 0
-                for sample, ordinal, item in (entries[entry] for entry in chosen):
+                for sample, ordinal, soft_tokens, start in (of_microbatch[entry] for entry in chosen):
                     media.append(
                         PlannedMedia(
                             module=module, batch_index=sample.batch_index, index=sample.index, ordinal=ordinal,
-                            soft_tokens=item.soft_tokens, lane=sample.lane, microbatch=number,
-                            sequence=sample.sequence, start=sample.start + item.start,
+                            soft_tokens=soft_tokens, lane=sample.lane, microbatch=number,
+                            sequence=sample.sequence, start=sample.start + start,
                             module_lane=module_lane, module_offset=offset,
                         )
                     )  # fmt: skip
-                    offset += item.soft_tokens
-        return media
+                    offset += soft_tokens
+                media_costs += [their_costs[entry] for entry in chosen]
+        return media, media_costs
 
-    def _imbalance(self, samples: Sequence[PlannedSample], media: Sequence[PlannedMedia]) -> dict[str, Imbalance]:
-        trained = (
-            (self._sample_cost(sample.length), sample.batch_index % self._lanes, sample.lane) for sample in samples
-        )
-        imbalance = {"language": _imbalance(self._lanes, trained)}
-        costs: dict[str, list[tuple[float, int, int]]] = defaultdict(list)
-        for item in media:
-            file = self.dataset.media(item.index)[item.ordinal]
-            cost = self.processor(item.module, file.media_type).cost(file.header)
-            costs[item.module].append((cost, item.batch_index % self._media_lanes[item.module], item.module_lane))
-        for module, lanes in self._media_lanes.items():
-            imbalance[module] = _imbalance(lanes, costs[module])
-        return imbalance
+    def _imbalance(
+        self, samples: Sequence[PlannedSample], media: Sequence[PlannedMedia], media_costs: Sequence[float]
+    ) -> dict[str, Imbalance]:
+        loads = {module: _Loads(lanes) for module, lanes in (("language", self._lanes), *self._media_lanes.items())}
+        for sample in samples:
+            loads["language"].add(self._sample_cost(sample.length), sample.batch_index, sample.lane)
+        for item, cost in zip(media, media_costs, strict=True):
+            loads[item.module].add(cost, item.batch_index, item.module_lane)
+        return {module: load.imbalance for module, load in loads.items()}
 
 
 def _assign(
@@ -304,205 +330,38 @@ def _split(sequences: list[_Sequence], parts: int) -> list[list[_Sequence]]:
     return [sequences[begin:end] for begin, end in zip(bounds, bounds[1:], strict=False)]
 
 
-class _Bins:
-    """Bins for items of decreasing size: finds the bin with the lowest key that has room, in O(log bins).
+class _Loads:
+    """Cost of each of a module's lanes."""
 
-    A bin that is too full for an item waits, in a heap by free space, until the items are small enough for it.
+    def __init__(self, lanes: int) -> None:
+        """Start with lanes that have nothing to do."""
+        self._lanes, self._before, self._after = lanes, [0.0] * lanes, [0.0] * lanes
+
+    def add(self, cost: float, batch_index: int, lane: int) -> None:
+        """Add a sample or media item: its place in the global batch, and the lane that it has in the plan."""
+        self._before[batch_index % self._lanes] += cost
+        self._after[lane] += cost
+
+    @property
+    def imbalance(self) -> Imbalance:
+        """Without and with the plan."""
+        mean = sum(self._after) / self._lanes
+        return Imbalance(max(self._before) / mean, max(self._after) / mean) if mean else Imbalance(1.0, 1.0)
+
+
+@contextmanager
+def _collector_paused() -> Iterator[None]:
+    """Without Python's cyclic garbage collector: a plan makes no cycles, but so many objects that they start it.
+
+    To search all objects of a training process takes longer than to plan.
     """
-
-    def __init__(self) -> None:
-        """Start without bins."""
-        self._ready: list[tuple[float, int, float]] = []  # heap of (key, number, free)
-        self._waiting: list[tuple[float, float, int]] = []  # heap of (-free, key, number)
-
-    def add(self, key: float, number: int, free: float) -> None:
-        """Add a bin, or give back one that was taken."""
-        heappush(self._ready, (key, number, free))
-
-    def take(self, size: int) -> int | None:
-        """Remove the bin with at least `size` free whose (key, number) is lowest; its number, None if no bin has room.
-
-        `size` must not exceed that of any earlier call.
-        """
-        ready, waiting = self._ready, self._waiting
-        while waiting and -waiting[0][0] >= size:
-            negative, key, number = heappop(waiting)
-            heappush(ready, (key, number, -negative))
-        while ready:
-            key, number, free = heappop(ready)
-            if free >= size:
-                return number
-            heappush(waiting, (-free, key, number))
-        return None
-
-
-def _first_fit(order: Sequence[int], sizes: Sequence[int], capacity: int) -> list[list[int]]:
-    """Packs by first fit; `order` is by decreasing size. A larger sample than `capacity` is packed alone."""
-    packs: list[list[int]] = []
-    free: list[int] = []
-    bins = _Bins()
-    for sample in order:
-        pack = bins.take(sizes[sample])
-        if pack is None:
-            pack = len(packs)
-            packs.append([])
-            free.append(capacity)
-        packs[pack].append(sample)
-        free[pack] -= sizes[sample]
-        bins.add(pack, pack, free[pack])
-    return packs
-
-
-def _even_fit(
-    order: Sequence[int], sizes: Sequence[int], costs: Sequence[float], capacity: int, count: int
-) -> list[list[int]] | None:
-    """`count` packs: each sample, largest first, goes into the cheapest pack that has room. None if none has.
-
-    A sample that exceeds the capacity by its padding goes into an empty pack.
-    """
-    packs: list[list[int]] = [[] for _ in range(count)]
-    free, cost = [capacity] * count, [0.0] * count
-    bins = _Bins()
-    for pack in range(count):
-        bins.add(0.0, pack, math.inf)
-    for sample in order:
-        pack = bins.take(sizes[sample])
-        if pack is None:
-            return None
-        packs[pack].append(sample)
-        free[pack] -= sizes[sample]
-        cost[pack] += costs[sample]
-        bins.add(cost[pack], pack, free[pack])
-    return packs
-
-
-def _imbalance(self, samples: Sequence[PlannedSample], media: Sequence[PlannedMedia]) -> dict[str, Imbalance]:
-        trained = (
-            (self._sample_cost(sample.length), sample.batch_index % self._lanes, sample.lane) for sample in samples
-        )
-        imbalance = {"language": _imbalance(self._lanes, trained)}
-        costs: dict[str, list[tuple[float, int, int]]] = defaultdict(list)
-        for item in media:
-            file = self.dataset.media(item.index)[item.ordinal]
-            cost = self.processor(item.module, file.media_type).cost(file.header)
-            costs[item.module].append((cost, item.batch_index % self._media_lanes[item.module], item.module_lane))
-        for module, lanes in self._media_lanes.items():
-            imbalance[module] = _imbalance(lanes, costs[module])
-        return imbalance
-
-
-def _assign(
-    sequences: Sequence[_Sequence], lanes: int, microbatch_size: int, packing: bool
-) -> list[list[list[_Sequence]]]:
-    """Sequences as [lane][microbatch][sequence]. All lanes have the same number of microbatches; some may be empty.
-
-    Sequences of similar cost get the same microbatch number, so that lanes take the same time and padding is short. The
-    costliest microbatch of a number goes to the lane with the lowest cost so far.
-    """
-    ordered = sorted(sequences, key=lambda sequence: (-sequence.cost, sequence.samples))
-    num_microbatches = -(-len(ordered) // (lanes * microbatch_size))
-    assigned: list[list[list[_Sequence]]] = [[] for _ in range(lanes)]
-    load = [0.0] * lanes
-    for number in range(num_microbatches):
-        pool = ordered[number * lanes * microbatch_size : (number + 1) * lanes * microbatch_size]
-        groups = _deal(pool, lanes) if packing else _split(pool, lanes)
-        costs = [_cost(group, packing) for group in groups]
-        by_cost = sorted(range(lanes), key=lambda group: (-costs[group], group))
-        by_load = sorted(range(lanes), key=lambda lane: (load[lane], lane))
-        for lane, group in zip(by_load, by_cost, strict=True):
-            assigned[lane].append(groups[group])
-            load[lane] += costs[group]
-    return assigned
-
-
-def _cost(sequences: list[_Sequence], packing: bool) -> float:
-    """Cost of a microbatch: packs are joined, other sequences padded to the longest."""
-    costs = [sequence.cost for sequence in sequences]
-    return sum(costs) if packing else len(costs) * max(costs, default=0.0)
-
-
-def _deal(sequences: list[_Sequence], parts: int) -> list[list[_Sequence]]:
-    """Parts of about equal cost and at most equal size: each sequence, costliest first, goes to the cheapest part."""
-    most = -(-len(sequences) // parts)
-    dealt: list[list[_Sequence]] = [[] for _ in range(parts)]
-    cheapest = [(0.0, 0, number) for number in range(parts)]  # heap of (cost, size, number): the parts with room
-    for sequence in sequences:
-        number = cheapest[0][2]
-        part = dealt[number]
-        part.append(sequence)
-        if len(part) < most:
-            heapreplace(cheapest, (_cost(part, packing=True), len(part), number))
-        else:
-            heappop(cheapest)
-    return dealt
-
-
-def _split(sequences: list[_Sequence], parts: int) -> list[list[_Sequence]]:
-    """Consecutive parts whose sizes differ by at most one; the smaller ones come first, with the longer sequences."""
-    size, larger = divmod(len(sequences), parts)
-    bounds = [part * size + max(0, part - (parts - larger)) for part in range(parts + 1)]
-    return [sequences[begin:end] for begin, end in zip(bounds, bounds[1:], strict=False)]
-
-
-def _first_fit(order: Sequence[int], sizes: Sequence[int], capacity: int) -> list[list[int]]:
-    """Packs by first fit in the given (decreasing) order."""
-    packs: list[list[int]] = []
-    free: list[int] = []
-    for sample in order:
-        pack = next((number for number, left in enumerate(free) if left >= sizes[sample]), None)
-        if pack is None:
-            packs.append([])
-            free.append(capacity)
-            pack = len(packs) - 1
-        packs[pack].append(sample)
-        free[pack] -= sizes[sample]
-    return packs
-
-
-def _even_fit(
-    order: Sequence[int], sizes: Sequence[int], costs: Sequence[float], capacity: int, count: int
-) -> list[list[int]] | None:
-    """`count` packs: each sample goes into the cheapest one that has room. None if a sample fits in no pack.
-
-    A sample that exceeds the capacity by its padding goes into an empty pack.
-    """
-    packs: list[list[int]] = [[] for _ in range(count)]
-    filled, cost = [0] * count, [0.0] * count
-    for sample in order:
-        room = [pack for pack in range(count) if not packs[pack] or filled[pack] + sizes[sample] <= capacity]
-        if not room:
-            return None
-        pack = min(room, key=cost.__getitem__)
-        packs[pack].append(sample)
-        filled[pack] += sizes[sample]
-        cost[pack] += costs[sample]
-    return packs
-
-
-def _imbalance(lanes: int, costs: Iterable[tuple[float, int, int]]) -> Imbalance:
-    """Imbalance of samples or media items, each given as (cost, lane in turn, lane of the plan)."""
-    before, after = [0.0] * lanes, [0.0] * lanes
-    for cost, lane_in_turn, lane in costs:
-        before[lane_in_turn] += cost
-        after[lane] += cost
-    mean = sum(after) / lanes
-    return Imbalance(max(before) / mean, max(after) / mean) if mean else Imbalance(1.0, 1.0)
-
-
-def _balance(costs: Sequence[float], load: list[float]) -> list[list[int]]:
-    """Numbers of every lane's entries, in order: costliest first, each to the lane with the lowest load.
-
-    `load` is the cost of each lane in the step's earlier microbatches; the entries' costs are added to it.
-    """
-    chosen: list[list[int]] = [[] for _ in load]
-    lowest = [(cost, lane) for lane, cost in enumerate(load)]
-    heapify(lowest)
-    for entry in sorted(range(len(costs)), key=lambda entry: (-costs[entry], entry)):
-        lane = lowest[0][1]
-        chosen[lane].append(entry)
-        load[lane] += costs[entry]
-        heapreplace(lowest, (load[lane], lane))
-    return [sorted(entries) for entries in chosen]
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 def _round_up(value: int, multiple: int) -> int:

@@ -8,6 +8,7 @@ from typing import IO, Any, BinaryIO, Literal, cast
 import soundfile
 from PIL import Image
 
+from mimo_gemma4.data.messages import LOSS_KEYS, Conversation, unknown_keys
 from mimo_gemma4.errors import DataError
 from mimo_gemma4.media import MediaHeader
 
@@ -52,8 +53,11 @@ class BadSampleError(DataError):
         self.fault: Fault = fault
 
 
-def parse_messages(data: bytes) -> list[dict[str, Any]]:
-    """The messages of a sample's JSON, `{"messages": [{"role", "content"}, …]}`. Raises `BadSampleError`."""
+def parse_messages(data: bytes) -> Conversation:
+    """The messages of a sample's JSON, `{"messages": [{"role", "content"}, …], "tools": […]?}`.
+
+    `content` is a string, null or typed parts. Raises `BadSampleError`.
+    """
     try:
         document = json.loads(data)
         _require_utf8(data, document)
@@ -65,14 +69,36 @@ def parse_messages(data: bytes) -> list[dict[str, Any]]:
     for number, message in enumerate(messages):
         if not isinstance(message, dict) or not isinstance(message.get("role"), str):
             raise BadSampleError("json", f"message {number} has no role: {message!r:.200}")
-        content = message.get("content")
-        if isinstance(content, str):
-            continue
+        _check_message(message, number)
+    tools = document.get("tools") or None
+    if tools is not None and not (isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)):
+        raise BadSampleError("json", f"tools is no list of descriptions: {tools!r:.200}")
+    return Conversation(messages, tools, unknown_keys(document))
+
+
+def _check_message(message: dict[str, Any], number: int) -> None:
+    """Raise `BadSampleError` for a value of another form than its key has. A message that says nothing is none."""
+    content = message.setdefault("content", None)
+    speaks = any(message.get(key) for key in ("tool_calls", "tool_responses", "reasoning_content", "reasoning"))
+    if content is None and not speaks:
+        raise BadSampleError("json", f"the content of message {number} is neither text nor typed parts: None")
+    if content is not None and not isinstance(content, str):
         if not isinstance(content, list) or not all(_is_part(part) for part in content):
             raise BadSampleError(
                 "json", f"the content of message {number} is neither text nor typed parts: {content!r:.200}"
             )
-    return messages
+    for key in ("tool_calls", "tool_responses"):
+        value = message.get(key)
+        if value is not None and not (isinstance(value, list) and all(isinstance(item, dict) for item in value)):
+            raise BadSampleError("json", f"{key} of message {number} is no list of objects: {value!r:.200}")
+    for key in ("reasoning_content", "reasoning"):
+        if not isinstance(message.get(key), str | None):
+            raise BadSampleError("json", f"{key} of message {number} is no text: {message[key]!r:.200}")
+    for key in LOSS_KEYS:
+        if message.get(key) not in (None, 0, 1):  # equal to False and True, too
+            raise BadSampleError(
+                "json", f"{key} of message {number} is {message[key]!r:.200}; a message is learned (1) or not (0)"
+            )
 
 
 def _require_utf8(data: bytes, document: Any) -> None:
@@ -122,13 +148,18 @@ def media_type_of(extension: str) -> str | None:
 
 
 def read_header(media_type: str, extension: str, file: BinaryIO, offset: int, size: int) -> MediaHeader:
-    """Header of a media file, which is `size` bytes at `offset` of `file`. Raises `BadSampleError`."""
-    window = cast(IO[bytes], _Window(file, offset, size))
+    """Header of a media file, which is `size` bytes at `offset` of `file`.
+
+    Raises `BadSampleError` for a damaged file, and `DataError` where `file` cannot be read, which is no fault of it.
+    """
+    raw = _Window(file, offset, size)
+    window = cast(IO[bytes], raw)
     try:
-        if media_type in ("image", "video"):
-            return _image_header(window)
-        return _sound_header(window, size)
+        header = _image_header(window) if media_type in ("image", "video") else _sound_header(window, size)
+        raw.require_read()
+        return header
     except Exception as error:  # Pillow raises a dozen exception types for damaged files, even SyntaxError
+        raw.require_read()
         raise BadSampleError(media_fault(media_type, error), f"not a readable .{extension} file: {error}") from error
 
 
@@ -152,9 +183,8 @@ def _image_header(file: IO[bytes]) -> MediaHeader:
 
 
 def _sound_header(file: IO[bytes], size: int) -> MediaHeader:
-    form, length = struct.unpack("<4sI", file.read(8))
-    if form == b"RIFF" and size < length + 8 and length != _UNKNOWN_LENGTH:  # libsndfile would accept the rest
-        raise ValueError(f"its header promises {length + 8} bytes, more than its {size}")
+    if file.read(4) == b"RIFF":
+        _require_whole_wave(file, size)
     file.seek(0)
     information = soundfile.info(file)
     if not 0 < information.frames < _UNKNOWN_FRAMES:
@@ -162,11 +192,36 @@ def _sound_header(file: IO[bytes], size: int) -> MediaHeader:
     return MediaHeader(samples=information.frames, sample_rate=information.samplerate)
 
 
+def _require_whole_wave(file: IO[bytes], size: int) -> None:
+    """Raise `ValueError` if a WAV file ends within its samples, of which libsndfile would accept the rest.
+
+    The size of the `data` chunk counts, not that of the file in its header, which many writers get wrong.
+    """
+    position = 12
+    while position + 8 <= size:
+        file.seek(position)
+        name, length = struct.unpack("<4sI", file.read(8))
+        if name == b"data":
+            if length != _UNKNOWN_LENGTH and position + 8 + length > size:
+                raise ValueError(f"its header promises {position + 8 + length} bytes, more than its {size}")
+            return
+        position += 8 + length + length % 2
+    raise ValueError("it breaks off before its samples")
+
+
 class _Window(io.RawIOBase):
     """A byte range of an open file as a file of its own, to read a header without the rest."""
 
     def __init__(self, file: BinaryIO, offset: int, size: int) -> None:
         self._file, self._offset, self._size, self._position = file, offset, size, 0
+        self._failure: OSError | DataError | None = None
+
+    def require_read(self) -> None:
+        """Raise `DataError` if the file could not be read: libsndfile and Pillow hide errors of the file they read."""
+        if isinstance(self._failure, DataError):
+            raise self._failure
+        if self._failure is not None:
+            raise DataError(f"its file cannot be read: {self._failure}") from self._failure
 
     def seekable(self) -> bool:
         return True
@@ -186,8 +241,13 @@ class _Window(io.RawIOBase):
 
     def readinto(self, buffer: Any) -> int:
         left = max(0, self._size - self._position)
-        self._file.seek(self._offset + self._position)
-        data = self._file.read(min(len(buffer), left))
+        try:
+            self._file.seek(self._offset + self._position)
+            data = self._file.read(min(len(buffer), left))
+        except (OSError, DataError) as error:
+            self._failure = error
+            self._size = 0  # for `require_read`; until then, the file is at its end
+            return 0
         buffer[: len(data)] = data
         self._position += len(data)
         return len(data)

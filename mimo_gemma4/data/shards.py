@@ -1,6 +1,7 @@
 """Finds WebDataset shards, on local disk or at any fsspec URL, and reads byte ranges of them."""
 
 import glob
+import io
 import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -10,6 +11,7 @@ from typing import Any, BinaryIO, cast
 
 from braceexpand import braceexpand
 
+from mimo_gemma4.data.retries import retried
 from mimo_gemma4.errors import DataError
 
 Shard = str
@@ -19,6 +21,8 @@ _HEADER_BLOCK = 2**16
 """Bytes per request when a remote shard is indexed: enough for a tar header, a JSON and a media header together."""
 
 _REQUESTS_AT_ONCE = 64
+_HTTP_TAGS = ("ETag", "Content-MD5", "Digest", "Last-Modified")
+"""What HTTP servers say of a file's version; fsspec's own key of a URL does not change with the file."""
 
 
 def is_remote(shard: Shard) -> bool:
@@ -61,8 +65,7 @@ def open_shard(shard: Shard) -> BinaryIO:
     """Open a shard as a seekable binary file; from a remote one, only the blocks that are read are fetched."""
     if not is_remote(shard):
         return open(shard, "rb")
-    system, path = file_system(shard)
-    return cast(BinaryIO, system.open(path, "rb", block_size=_HEADER_BLOCK))
+    return cast(BinaryIO, io.BufferedReader(_RemoteFile(shard), 1))
 
 
 def read_range(shard: Shard, offset: int, size: int) -> bytes:
@@ -76,7 +79,10 @@ def read_ranges(shard: Shard, ranges: Sequence[tuple[int, int]]) -> Iterator[byt
     try:
         for (offset, size), data in zip(ranges, fetch(shard, ranges), strict=True):
             if len(data) != size:
-                raise DataError(f"{shard} ends before byte {offset + size}; it has changed since it was indexed")
+                raise DataError(
+                    f"{shard} ends before byte {offset + size}: it is shorter than when it was indexed; delete "
+                    f"{shard}.*.npz to index it anew"
+                )
             yield data
     except OSError as error:
         raise DataError(f"{shard} cannot be read: {error}") from error
@@ -92,7 +98,95 @@ def _remote_ranges(shard: Shard, ranges: Sequence[tuple[int, int]]) -> Iterator[
     system, path = file_system(shard)
     for some in batched(ranges, _REQUESTS_AT_ONCE):
         starts, ends = [offset for offset, _ in some], [offset + size for offset, size in some]
-        yield from system.cat_ranges([path] * len(some), starts, ends, on_error="raise")
+        answers = system.cat_ranges([path] * len(some), starts, ends, on_error="return")
+        for (offset, size), data in zip(some, answers, strict=True):
+            if isinstance(data, bytes) and len(data) == size:
+                yield data
+            else:  # an error, or an answer of another size
+                yield _fetch(shard, offset, size)
+
+
+def _fetch(shard: Shard, offset: int, size: int) -> bytes:
+    """A range of a remote shard, tried again until its size is right. Raises `DataError`."""
+    system, path = file_system(shard)
+
+    def fetch() -> bytes:
+        data = bytes(system.cat_file(path, start=offset, end=offset + size))
+        if len(data) > size:
+            raise DataError(
+                f"{shard}: its server answered a request for {size} bytes with {len(data)}: it serves no ranges; copy "
+                f"the shard to a local disk or to a server that does"
+            )
+        if len(data) < size:
+            raise OSError(f"{len(data)} of {size} bytes at {offset} were answered")
+        return data
+
+    return retried(shard, fetch)
+
+
+class _RemoteFile(io.RawIOBase):
+    """A remote shard as a seekable file. Requests are tried again, and short answers are errors, never its end."""
+
+    def __init__(self, shard: Shard) -> None:
+        self._shard, self._position = shard, 0
+        self._file: Any = None
+        self._size = int(_information(shard)["size"] or 0)
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._position
+
+    def seek(self, position: int, whence: int = io.SEEK_SET) -> int:
+        self._position = position + {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self._size}[whence]
+        return self._position
+
+    def readinto(self, buffer: Any) -> int:
+        size = max(0, min(len(buffer), self._size - self._position))
+        if size:
+            buffer[:size] = retried(self._shard, lambda: self._read(size))
+            self._position += size
+        return size
+
+    def close(self) -> None:
+        self._drop()
+        super().close()
+
+    def _read(self, size: int) -> bytes:
+        try:
+            if self._file is None:
+                system, path = file_system(self._shard)
+                self._file = system.open(path, "rb", block_size=_HEADER_BLOCK)
+                if not self._file.seekable():
+                    raise DataError(f"{self._shard}: its server serves no ranges; copy the shard to a local disk")
+            self._file.seek(self._position)
+            data = bytes(self._file.read(size))
+            if len(data) != size:
+                raise OSError(f"{len(data)} of {size} bytes at {self._position} were answered")
+            return data
+        except BaseException:
+            self._drop()  # its cache may hold a part of a short answer
+            raise
+
+    def _drop(self) -> None:
+        file, self._file = self._file, None
+        if file is not None:
+            file.close()
+
+
+def _information(shard: Shard) -> dict[str, Any]:
+    """What a file system knows of a remote shard, asked anew. Raises `DataError`, `FileNotFoundError` if absent."""
+    system, path = file_system(shard)
+
+    def ask() -> dict[str, Any]:
+        system.invalidate_cache()
+        return cast(dict[str, Any], system.info(path))
+
+    return retried(shard, ask)
 
 
 def shard_version(shard: Shard) -> str:
@@ -101,7 +195,9 @@ def shard_version(shard: Shard) -> str:
         stat = os.stat(shard)
         return f"{stat.st_size} {stat.st_mtime_ns}"
     system, path = file_system(shard)
-    return f"{system.size(path)} {system.ukey(path)}"
+    information = _information(shard)
+    tags = [f"{name}={information[name]}" for name in _HTTP_TAGS if information.get(name)]
+    return f"{information['size']} {' '.join(tags) or system.ukey(path)}"
 
 
 def file_system(shard: Shard) -> tuple[Any, str]:
@@ -144,8 +240,7 @@ def _remote_files(name: str, system: Any, path: str) -> list[Shard]:
 def _exists(shard: Shard) -> bool:
     if not is_remote(shard):
         return os.path.isfile(shard)
-    system, path = file_system(shard)
     try:
-        return bool(system.isfile(path))
-    except OSError as error:
-        raise DataError(f"shards: {shard} cannot be reached: {error}") from error
+        return _information(shard).get("type") != "directory"
+    except FileNotFoundError:
+        return False

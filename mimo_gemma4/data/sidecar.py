@@ -3,6 +3,7 @@
 import contextlib
 import hashlib
 import io
+import logging
 import os
 import tempfile
 import zipfile
@@ -14,7 +15,9 @@ import numpy as np
 
 from mimo_gemma4.data.shards import Shard, file_system, is_remote, shard_version
 
-FORMAT_VERSION = 3
+logger = logging.getLogger(__name__)
+
+FORMAT_VERSION = 5
 """Raised when the meaning of a stored array changes; files of another version are written anew."""
 
 
@@ -22,11 +25,20 @@ def load_sidecar(shard: Shard, name: str) -> dict[str, np.ndarray] | None:
     """The arrays saved under `name`; None if there are none, or if the shard has changed since."""
     stamp = _stamp(shard)
     for place in _candidates(shard, name):
-        with contextlib.suppress(OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error):
-            with np.load(io.BytesIO(_read(place)), allow_pickle=False) as file:
+        try:
+            content = _read(place)
+        except Exception:  # none there, or it cannot be read: each file system has errors of its own
+            continue
+        try:
+            with np.load(io.BytesIO(content), allow_pickle=False) as file:
                 arrays = dict(file)
-            if arrays.pop("stamp").item() == stamp:
-                return arrays
+            kept = arrays.pop("stamp").item()
+        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+            logger.warning("%s is damaged (%s); it is built anew", place, error)
+            continue
+        if kept == stamp:
+            return arrays
+        logger.warning("%s belongs to another version of the shard or of this program; it is built anew", place)
     return None
 
 
@@ -43,6 +55,17 @@ def save_sidecar(shard: Shard, name: str, arrays: dict[str, np.ndarray]) -> str 
             _write(place, content.getvalue())
             return place
     return None
+
+
+def remove_sidecar(shard: Shard, name: str) -> None:
+    """Remove what was saved under `name`, where it can be removed."""
+    for place in _candidates(shard, name):
+        with contextlib.suppress(OSError, NotImplementedError):
+            if is_remote(place):
+                system, path = file_system(place)
+                system.rm_file(path)
+            else:
+                Path(place).unlink()
 
 
 def _candidates(shard: Shard, name: str) -> tuple[str, str]:

@@ -63,8 +63,8 @@ def load_tokenizer(hf_path: str | Path | None) -> PreTrainedTokenizerFast:
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(hf_path), local_files_only=True)
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"model.hf_path is {str(hf_path)!r}, which holds no usable tokenizer: {error}") from error
+    except Exception as error:  # a damaged tokenizer.json raises whatever its reader stumbles over
+        raise ConfigError(f"model.hf_path is {str(hf_path)!r}, which holds no usable tokenizer: {error!r}") from error
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
         raise ConfigError(f"model.hf_path is {str(hf_path)!r}; it needs a fast tokenizer (tokenizer.json)")
     return tokenizer

@@ -1,11 +1,15 @@
 """An error on one rank becomes an error on every rank, not a hang. For what ranks do together outside the step."""
 
+import threading
 from collections.abc import Callable
 
 import torch
 import torch.distributed as dist
 
 from mimo_gemma4.errors import MimoError
+
+_DONE, _RUNNING, _FAILED = 0, 1, 2
+"""States of a rank's long work; the highest of all ranks counts."""
 
 
 def highest(value: int, group: dist.ProcessGroup | None) -> int:
@@ -47,4 +51,44 @@ def all_ranks_or_raise[T](group: dist.ProcessGroup | None, action: Callable[[], 
             )
     if error is not None:
         raise error
+    return results[0]
+
+
+def all_ranks_finish_or_raise[T](group: dist.ProcessGroup | None, action: Callable[[], T], poll: float = 1.0) -> T:
+    """Like `all_ranks_or_raise`, for an `action` that may take longer on one rank than the others may wait. Collective.
+
+    The action runs in a thread of its own, while every rank asks the others every `poll` seconds whether they are done.
+    So no collective waits for the work, and a rank that dies is noticed within the group's time-out. Once one rank
+    fails, all raise; actions that still run are left behind.
+
+    Args:
+        group: host-side (gloo) group; None: this rank alone.
+        action: what each rank does; must not communicate inside `group`.
+        poll: seconds between two questions.
+    """
+    if group is None or group.size() == 1:
+        return action()
+    results, errors = list[T](), list[Exception]()
+    finished, failed = threading.Event(), threading.Event()
+
+    def work() -> None:
+        try:
+            results.append(action())
+        except Exception as error:
+            errors.append(error)
+            failed.set()
+        finally:
+            finished.set()
+
+    threading.Thread(target=work, name="long work", daemon=True).start()
+    state = _RUNNING
+    while state == _RUNNING:
+        finished.wait(poll)
+        state = highest(_FAILED if failed.is_set() else _DONE if finished.is_set() else _RUNNING, group)
+
+    def raise_error() -> None:
+        for error in errors:
+            raise error
+
+    all_ranks_or_raise(group, raise_error)
     return results[0]

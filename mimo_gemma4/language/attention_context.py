@@ -98,13 +98,14 @@ def attention_context(
     for attention, rule in mask_rules(text).items():
         first, last = visible_runs(rule, segments, groups)
         exchange = None
-        seen = mine
+        seen = mine  # without context parallelism all tokens, so that keys have their sequence indices as numbers
         if cp_group.size() > 1:
             needed = [_union(first[:, index], last[:, index], segments.shape[1]) for index in held]
             exchange = plan_exchange(needed, held, cp_group, put, windowed=rule.window is not None)
             seen = needed[cp_group.rank()].nonzero().squeeze(1)
-        # Every run lies inside `seen`, so its ends are found there and everything between them is consecutive.
-        first, last = (torch.searchsorted(seen, ends[:, mine].contiguous()).int() for ends in (first, last))
+            # Every run lies inside `seen`, so its ends are found there and everything between them is consecutive.
+            first, last = (torch.searchsorted(seen, ends[:, mine].contiguous()) for ends in (first, last))
+        first, last = first.int(), last.int()
         keys[attention] = VisibleKeys(
             rule=rule,
             count=seen.numel(),

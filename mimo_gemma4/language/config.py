@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from mimo_gemma4.config.model_description import unsupported
 from mimo_gemma4.errors import ConfigError, LayoutError
 
 SLIDING = "sliding_attention"
@@ -106,7 +107,8 @@ class Gemma4TextConfig:
         Raises `ConfigError` for values that no Gemma 4 model has.
         """
         text = dict(hf_config.get("text_config", hf_config))
-        _reject_unsupported(text)
+        if problems := unsupported(text):
+            raise ConfigError("; ".join(problems))
         unified = str(text.get("model_type", "")).startswith("gemma4_unified")
         values: dict[str, Any] = (UNIFIED_DEFAULTS if unified else {}) | _merge_per_layer_config(text)
         known = {entry.name for entry in fields(cls)}
@@ -250,21 +252,6 @@ class Gemma4TextConfig:
             raise LayoutError(f"layout.language.ep = {ep}, but the model has no experts: set it to 1")
         if self.num_experts % ep:
             raise LayoutError(f"layout.language.ep = {ep} does not divide the model's num_experts = {self.num_experts}")
-
-
-def _reject_unsupported(text: Mapping[str, Any]) -> None:
-    expected = {
-        "attention_bias": False,
-        "attention_dropout": 0.0,
-        "hidden_activation": "gelu_pytorch_tanh",
-        "tie_word_embeddings": True,
-    }
-    for key, value in expected.items():
-        if text.get(key, value) != value:
-            raise ConfigError(f"text_config.{key} = {text[key]!r} is not supported; Gemma 4 has {value!r}")
-    if text.get("use_bidirectional_attention") not in (None, "vision"):
-        mode = text["use_bidirectional_attention"]
-        raise ConfigError(f"text_config.use_bidirectional_attention = {mode!r} is not supported; known: null, vision")
 
 
 def _merge_per_layer_config(text: dict[str, Any]) -> dict[str, Any]:

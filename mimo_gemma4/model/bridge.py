@@ -16,16 +16,15 @@ holds what it sends as well as what it receives.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from itertools import pairwise
 
 import torch
 import torch.distributed as dist
 
-from mimo_gemma4.data.manifest import PlannedMedia, StepManifest
+from mimo_gemma4.data.manifest import Microbatch, PlannedMedia, StepManifest
 from mimo_gemma4.distributed.layout import Coordinate, Layout
 from mimo_gemma4.distributed.p2p import P2PChannel, PendingRecv
 from mimo_gemma4.distributed.platform import Platform
-from mimo_gemma4.partition import CpLayout, cp_token_index
 
 
 @dataclass(frozen=True)
@@ -37,9 +36,8 @@ class Parcel:
     """Which of its end: a range, or ascending numbers [n] on the host where others lie between them."""
 
     @classmethod
-    def of(cls, peer: int, index: torch.Tensor) -> "Parcel":
-        """A parcel of the soft tokens `index` [n], ascending and at least one."""
-        first, last = int(index[0]), int(index[-1])
+    def of(cls, peer: int, index: torch.Tensor, first: int, last: int) -> "Parcel":
+        """A parcel of the soft tokens `index` [n], which ascend from `first` to `last`."""
         return cls(peer, slice(first, last + 1) if last - first + 1 == len(index) else index)
 
     @property
@@ -64,8 +62,10 @@ class Share:
         """The share of the soft tokens `index` [n], exchanged with `peers` [n] and ascending for each of them."""
         order = peers.argsort(stable=True)
         ranks, counts = peers[order].unique_consecutive(return_counts=True)
-        parts = index[order].split(counts.tolist())
-        return cls(needed, per_rank, tuple(map(Parcel.of, ranks.tolist(), parts)))
+        index, ends = index[order], counts.cumsum(0)
+        firsts, lasts = index[ends - counts].tolist(), index[ends - 1].tolist()
+        parts = index.split(counts.tolist())
+        return cls(needed, per_rank, tuple(map(Parcel.of, ranks.tolist(), parts, firsts, lasts)))
 
 
 @dataclass(frozen=True)
@@ -144,14 +144,14 @@ class Bridge:
     def _module_share(self, manifest: StepManifest, microbatch: int, at: Coordinate) -> Share:
         """This rank's share of its module lane's soft tokens."""
         items = manifest.items_of_module(self.name, microbatch, at.dp)
-        lanes = [self._places(manifest, microbatch, lane, at.dp) for lane in sorted({item.lane for item in items})]
-        module_rank, number, language_rank, _, _ = map(torch.cat, zip(*lanes, strict=True))
+        lanes = sorted({item.lane for item in items})
+        module_rank, number, language_rank, _, _ = self._places(manifest, microbatch, lanes, at.dp)
         mine, total = module_rank == self.rank, _total(items)
         return Share.of(total, _per_rank(total, self.module.tp), language_rank[mine], number[mine])
 
     def _language_share(self, manifest: StepManifest, microbatch: int, at: Coordinate) -> tuple[Share, torch.Tensor]:
         """This rank's share of the soft tokens among its tokens, and the flat positions [n] of all of those."""
-        module_rank, _, language_rank, cp, position = self._places(manifest, microbatch, at.dp)
+        module_rank, _, language_rank, cp, position = self._places(manifest, microbatch, [at.dp])
         sequence_parallel = self.language.sequence_parallel
         needed = language_rank == self.rank if sequence_parallel else cp == at.cp
         module_rank, language_rank = module_rank[needed], language_rank[needed]
@@ -160,37 +160,67 @@ class Bridge:
         return Share.of(count, per_rank, module_rank[mine], mine.nonzero().flatten()), position[needed]
 
     def _places(
-        self, manifest: StepManifest, microbatch: int, lane: int, module_lane: int | None = None
+        self, manifest: StepManifest, microbatch: int, lanes: Sequence[int], module_lane: int | None = None
     ) -> tuple[torch.Tensor, ...]:
-        """Where the soft tokens of a language lane's microbatch are, item after item: of one module lane, or of all.
+        """Where the soft tokens of language lanes' microbatches are, item after item: of one module lane, or of all.
 
         Returns:
             Five host tensors [n]: the module's rank that answers for the soft token, its number in that rank's lane,
             the language rank that answers for it, its context-parallel rank, and its flat position on that.
         """
-        items, language = manifest.items_of_lane(self.name, microbatch, lane), self.language
-        tokens = manifest.microbatch(lane, microbatch)
-        columns = [(i.soft_tokens, i.module_lane, i.module_offset, i.start, i.sequence) for i in items]
-        counts, source, offset, start, sequence = torch.tensor(columns).unbind(1)  # each [items]
-        of_source = [_total(manifest.items_of_module(self.name, microbatch, item.module_lane)) for item in items]
-        chosen = torch.arange(len(items)) if module_lane is None else (source == module_lane).nonzero().flatten()
+        tokens = [manifest.microbatch(lane, microbatch) for lane in lanes]
+        by_lane = [manifest.items_of_lane(self.name, microbatch, lane) for lane in lanes]
+        columns = [
+            (i.soft_tokens, i.module_lane, i.module_offset, i.start, i.sequence, lane)
+            for lane, items in enumerate(by_lane)
+            for i in items
+        ]
+        counts, source, offset, start, sequence, lane = torch.tensor(columns).unbind(1)  # each [items]
+        of_source = [_total(manifest.items_of_module(self.name, microbatch, at)) for at in source.tolist()]
+        chosen = torch.arange(len(columns)) if module_lane is None else (source == module_lane).nonzero().flatten()
         item = chosen.repeat_interleave(counts[chosen])  # [n]: the item of each soft token
         first = counts[chosen].cumsum(0) - counts[chosen]
         inside = torch.arange(len(item)) - first.repeat_interleave(counts[chosen])
-        number, token = offset[item] + inside, start[item] + inside
-        cut = _cut(tokens.seq_length, language.cp, tokens.segment_starts, tokens.cp_layout)
-        cp, local = cut.cp[token], cut.local[token]
-        if language.sequence_parallel:
-            length = tokens.seq_length // (language.cp * language.tp)
-            tp, local = local // length, local % length
-        else:  # equal runs of all that falls on a context-parallel rank's tokens, which may be parts of items
-            of_item = cut.before[start + counts] - cut.before[start]  # [items, cp]
-            per_rank = _per_rank(of_item.sum(0), language.tp)
-            earlier = of_item.cumsum(0) - of_item - cut.before[start]
-            tp = (earlier[item, cp] + cut.before[token, cp]) // per_rank[cp]
+        number = offset[item] + inside
+        cut = _Cut.of(tokens, self.language.cp, lane, start)
+        cp, local = cut.places(item, inside)
+        tp, local = self._tensor_parallel(tokens, cut, counts, lane, item, cp, local)
         module_tp = number // _per_rank(torch.tensor(of_source), self.module.tp)[item]
         module_rank = self._module_ranks[source[item], module_tp]
-        return module_rank, number, self._language_ranks[lane, cp, tp], cp, local * tokens.sequences + sequence[item]
+        language_rank = self._language_ranks[torch.tensor(lanes)[lane][item], cp, tp]
+        sequences = torch.tensor([microbatch.sequences for microbatch in tokens])[lane]
+        return module_rank, number, language_rank, cp, local * sequences[item] + sequence[item]
+
+    def _tensor_parallel(
+        self,
+        tokens: Sequence[Microbatch],
+        cut: "_Cut",
+        counts: torch.Tensor,
+        lane: torch.Tensor,
+        item: torch.Tensor,
+        cp: torch.Tensor,
+        local: torch.Tensor,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The tensor-parallel rank [n] that answers for each soft token, and its place [n] on that rank.
+
+        Args:
+            tokens: microbatches of the lanes.
+            cut: cut of the items' sequences.
+            counts, lane: of each item [items], its soft tokens and its place in `tokens`.
+            item, cp, local: of each soft token [n], its item, and its context-parallel rank and place there.
+        """
+        language = self.language
+        if language.sequence_parallel:
+            lengths = torch.tensor([microbatch.seq_length for microbatch in tokens])[lane]
+            length = (lengths // (language.cp * language.tp))[item]
+            return local // length, local % length
+        # Equal runs of all that falls on a context-parallel rank's tokens, which may be parts of items.
+        before = cut.before(torch.zeros_like(counts))
+        of_item = cut.before(counts) - before  # [items, cp]
+        of_lane = torch.zeros(len(tokens), language.cp, dtype=torch.long).index_add_(0, lane, of_item)
+        earlier = of_item.cumsum(0) - of_item - (of_lane.cumsum(0) - of_lane)[lane] - before
+        per_rank = _per_rank(of_lane, language.tp)[lane]
+        return (earlier[item, cp] + local) // per_rank[item, cp], local
 
     # --- moving (device) ---
 
@@ -304,24 +334,53 @@ def _total(items: Sequence[PlannedMedia]) -> int:
 
 @dataclass(frozen=True)
 class _Cut:
-    """How a sequence of S tokens is cut over context-parallel ranks, on the host."""
+    """How the sequences that hold some items are cut over context-parallel ranks, on the host.
 
-    cp: torch.Tensor
-    """The context-parallel rank [S] that holds each position."""
+    A segment of a sequence is cut into chunks of equal length: 2 * cp of them as a zigzag, chunks r and 2 * cp - 1 - r
+    for rank r, or cp of them. Every item lies in one segment.
+    """
+
+    cp_size: int
+    inside: torch.Tensor
+    """Position [items] of each item's first soft token in its segment."""
     local: torch.Tensor
-    """Its place [S] in that rank's order."""
-    before: torch.Tensor
-    """How many positions before each, and in all, each rank holds [S + 1, cp]."""
+    """Place [items] of its segment's first position in the order of each rank."""
+    chunk: torch.Tensor
+    """Length [items] of the chunks of its segment."""
 
+    @classmethod
+    def of(cls, microbatches: Sequence[Microbatch], cp_size: int, lane: torch.Tensor, start: torch.Tensor) -> "_Cut":
+        """The cut of items, each given by its number among the `microbatches` [items] and first position [items]."""
+        segments, first = [], 0  # segments as (number of the first position among those of all, the same local, chunk)
+        firsts = []
+        for microbatch in microbatches:
+            length, starts, parts = microbatch.seq_length, microbatch.segment_starts, 2 * cp_size
+            if cp_size == 1 or microbatch.cp_layout == "contiguous":
+                starts, parts = None, cp_size
+            for begin, end in pairwise(starts or (0, length)):
+                segments.append((first + begin, begin // cp_size, (end - begin) // parts))
+            firsts.append(first)
+            first += length
+        begins, local, chunk = torch.tensor(segments).T.contiguous()
+        position = torch.tensor(firsts)[lane] + start
+        segment = torch.searchsorted(begins, position, right=True) - 1
+        return cls(cp_size, position - begins[segment], local[segment], chunk[segment])
 
-@lru_cache(maxsize=16)
-def _cut(seq_len: int, cp_size: int, starts: tuple[int, ...] | None, layout: CpLayout) -> _Cut:
-    """How the positions of a sequence are cut over `cp_size` ranks."""
-    cp, local = torch.empty(seq_len, dtype=torch.long), torch.empty(seq_len, dtype=torch.long)
-    before = torch.zeros(seq_len + 1, cp_size, dtype=torch.int32)
-    for rank in range(cp_size):
-        index = cp_token_index(seq_len, cp_size, rank, starts, layout)
-        cp[index] = rank
-        local[index] = torch.arange(len(index))
-        before[index + 1, rank] = 1
-    return _Cut(cp, local, before.cumsum(0, dtype=torch.int32))
+    def places(self, item: torch.Tensor, inside: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The rank [n] of each soft token, and its place [n] in that rank's order.
+
+        `item` [n] and `inside` [n]: its item, and its number among those of the item.
+        """
+        position, chunk = self.inside[item] + inside, self.chunk[item]
+        number = position // chunk
+        second = number >= self.cp_size
+        cp = torch.where(second, 2 * self.cp_size - 1 - number, number)
+        return cp, self.local[item] + position - (number - second.long()) * chunk
+
+    def before(self, inside: torch.Tensor) -> torch.Tensor:
+        """How many positions before the soft token `inside` [items] of each item every rank holds [items, cp]."""
+        ranks, zero, chunk = torch.arange(self.cp_size), torch.tensor(0), self.chunk[:, None]
+        position = (self.inside + inside)[:, None]
+        of_first = (position - ranks * chunk).clamp(zero, chunk)
+        of_second = (position - (2 * self.cp_size - 1 - ranks) * chunk).clamp(zero, chunk)
+        return self.local[:, None] + of_first + of_second

@@ -1,18 +1,22 @@
 """From a configuration to the parts of a run: data, model, optimizers."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import astuple
 from functools import cache, partial
 from pathlib import Path
 
 import torch.distributed as dist
 
 from mimo_gemma4.config import ShardsConfig, save_config
+from mimo_gemma4.config.model_description import check_token_ids
 from mimo_gemma4.convert import model_files
 from mimo_gemma4.data.chat import ConversationEncoder
 from mimo_gemma4.data.dataset import ShardDataset, Source
 from mimo_gemma4.data.loader import StepLoader
+from mimo_gemma4.data.order import OrderStart
 from mimo_gemma4.data.planner import DecoderTargets, StepPlanner
 from mimo_gemma4.data.quickstart import ensure_shards
+from mimo_gemma4.data.retries import POLICY
 from mimo_gemma4.data.tokenizer import byte_media_tokens, load_tokenizer, media_tokens
 from mimo_gemma4.decoders.registry import build_target_processors
 from mimo_gemma4.distributed.collective_errors import all_ranks_or_raise
@@ -25,8 +29,17 @@ from mimo_gemma4.language.config import Gemma4TextConfig
 from mimo_gemma4.model.mimo_model import MimoModel
 from mimo_gemma4.optim.module_optimizer import ModuleOptimizer
 from mimo_gemma4.partition import CpLayout, pack_multiple, segment_multiple, sequence_multiple
+from mimo_gemma4.train.data_record import DataPoint, resume_data
 from mimo_gemma4.train.evaluate import Evaluator
-from mimo_gemma4.train.initial_weights import fill_adapters, fill_decoders, fill_weights, find_start_checkpoint, restore
+from mimo_gemma4.train.initial_weights import (
+    StartCheckpoint,
+    fill_adapters,
+    fill_decoders,
+    fill_weights,
+    find_start_checkpoint,
+    restore,
+)
+from mimo_gemma4.train.recorded_rates import warn_of_jumps
 from mimo_gemma4.train.setup import RunSetup
 from mimo_gemma4.train.trainer import Trainer
 from mimo_gemma4.weights.freezing import freeze
@@ -42,6 +55,7 @@ def build_trainer(setup: RunSetup) -> Trainer:
     train_data = open_dataset(setup, "train", config.data.train, encoder)
     valid_data = open_dataset(setup, "valid", config.data.valid, encoder) if config.data.valid else None
     start = find_start_checkpoint(setup)
+    point = find_data_point(setup, start, train_data)
     model = build_modules(setup)
     if start is None:
         fill_weights(setup, model)
@@ -56,7 +70,19 @@ def build_trainer(setup: RunSetup) -> Trainer:
     evaluator = None
     if valid_data is not None:
         evaluator = Evaluator(config, model, build_loader(setup, valid_data, train=False))
-    return Trainer(config, model, optimizers, build_loader(setup, train_data, train=True), evaluator, finished)
+    loader = build_loader(setup, train_data, train=True, start=point.start)
+    return Trainer(config, model, optimizers, loader, evaluator, finished, point)
+
+
+def find_data_point(setup: RunSetup, start: StartCheckpoint | None, dataset: ShardDataset) -> DataPoint:
+    """Where the run enters its data; says what has changed since the checkpoint. Raises `ConfigError`. Collective."""
+    if start is None or start.weights_only:
+        return DataPoint()
+    config, first = setup.config, setup.platform.rank == 0
+    point = all_ranks_or_raise(setup.groups.host, lambda: resume_data(config, dataset, start.path, report=first))
+    if first:
+        warn_of_jumps(config, start.path)
+    return point
 
 
 def keep_config(setup: RunSetup) -> None:
@@ -82,7 +108,9 @@ def keep_model(setup: RunSetup) -> None:
     def keep() -> None:
         if setup.platform.rank == 0:
             folder = Path(config.run.dir) / model_files.FOLDER
-            model_files.keep_model_files(folder, config.model, setup.hf_config, setup.layout.grids)
+            modules = setup.layout.grids
+            own = [name for name in modules if config.module(name).hf_path is not None]
+            model_files.keep_model_files(folder, config.model, setup.hf_config, modules, own)
 
     all_ranks_or_raise(setup.groups.host, keep)
 
@@ -100,7 +128,11 @@ def build_conversation_encoder(setup: RunSetup) -> ConversationEncoder:
             f"`model.preset` {model.preset} has the media tokens of its own tokenizer, which a preset does not have: "
             "set `model.hf_path` to a directory of that model, or train on text alone"
         )
-    return ConversationEncoder(load_tokenizer(model.hf_path), processors, tokens)
+    tokenizer = load_tokenizer(model.hf_path)
+    if model.hf_path is not None:
+        media = {kind: astuple(tokens[kind]) for kind in types if kind in tokens}
+        check_token_ids(tokenizer.get_vocab(), setup.hf_config, f"model.hf_path {model.hf_path}", media)
+    return ConversationEncoder(tokenizer, processors, tokens, setup.config.data.thoughts)
 
 
 def prepare_shards(setup: RunSetup) -> None:
@@ -120,9 +152,10 @@ def prepare_shards(setup: RunSetup) -> None:
 def open_dataset(setup: RunSetup, split: str, shards: ShardsConfig, encoder: ConversationEncoder) -> ShardDataset:
     """The indexed samples of the shards of `data.<split>`; collective."""
     data = setup.config.data
+    POLICY.retries, POLICY.seconds = data.retries, data.retry_seconds
     try:
         return ShardDataset.open(
-            shards.shards or [Source(source.shards, source.weight) for source in shards.sources.values()],
+            shards.shards or [Source(source.shards, source.weight, name) for name, source in shards.sources.items()],
             encoder,
             seq_length=data.seq_length,
             on_bad_sample=data.on_bad_sample,
@@ -133,8 +166,11 @@ def open_dataset(setup: RunSetup, split: str, shards: ShardsConfig, encoder: Con
         raise DataError(f"data.{split}: {error}") from error
 
 
-def build_loader(setup: RunSetup, dataset: ShardDataset, *, train: bool) -> StepLoader:
-    """The loader of this rank's part of training steps, or of an evaluation: one pass in order, padded."""
+def build_loader(setup: RunSetup, dataset: ShardDataset, *, train: bool, start: OrderStart | None = None) -> StepLoader:
+    """The loader of this rank's part of training steps, or of an evaluation: one pass in order, padded.
+
+    `start`: where a resumed run enters the order.
+    """
     config, layout, rank = setup.config, setup.layout, setup.platform.rank
     language = layout.language
     tp = language.tp if language.sequence_parallel else 1
@@ -160,6 +196,7 @@ def build_loader(setup: RunSetup, dataset: ShardDataset, *, train: bool) -> Step
         shuffle=train,
         repeat=train,
         limit=None if train else config.eval.samples,
+        start=start,
         choose_cp_layout=cp_layout_chooser(setup) if language.cp > 1 else None,
     )
     lanes = {name: grid.coordinate(rank).dp for name, grid in layout.grids.items() if rank in grid}

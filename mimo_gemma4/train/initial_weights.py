@@ -1,6 +1,7 @@
 """Where the weights of a run come from: Hugging Face directories, a checkpoint, or random numbers."""
 
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch.distributed as dist
@@ -14,22 +15,38 @@ from mimo_gemma4.model.mimo_model import MimoModel
 from mimo_gemma4.optim.module_optimizer import ModuleOptimizer
 from mimo_gemma4.train.recorded_training import check_recorded_parts, recorded_state
 from mimo_gemma4.train.setup import RunSetup
-from mimo_gemma4.weights.bindings import BoundModule, initialise, load
+from mimo_gemma4.weights.bindings import Binding, BoundModule, initialise, load
 from mimo_gemma4.weights.huggingface import HuggingFaceSource, check_tensors
 from mimo_gemma4.weights.lora import AdaptedModule
-from mimo_gemma4.weights.lora_files import AdapterSource, adapted_linears
+from mimo_gemma4.weights.lora_files import AdapterSource
 
 
 def fill_adapters(setup: RunSetup, model: MimoModel) -> None:
-    """First values of adapters, from `lora.path` or random. Collective."""
+    """First values of adapters, from `lora.path` or random. Collective.
+
+    Raises `ConfigError` where a part of an adapter's folder is read by no module.
+    """
+    config, host = setup.config, setup.groups.host
+    mine = {
+        name: {binding.name for binding in module.adapter_bindings()}
+        for name, module in model.modules.items()
+        if isinstance(module, AdaptedModule)
+    }
+    everyone: list[dict[str, set[str]]] = [{}] * host.size()
+    dist.all_gather_object(everyone, mine, group=host)
 
     def load_all() -> None:
         for name, module in model.modules.items():
-            lora = setup.config.module(name).lora
-            if isinstance(module, AdaptedModule) and lora is not None:
-                load_adapters(name, module, lora, setup.config.run.seed)
+            lora = config.module(name).lora
+            if not isinstance(module, AdaptedModule) or lora is None:
+                continue
+            if lora.path is not None:
+                sharing = {other for other, own in config.modules.items() if own.lora and own.lora.path == lora.path}
+                read = set[str]().union(*(held.get(other, set()) for held in everyone for other in sharing))
+                AdapterSource(Path(lora.path), f"modules.{name}.lora", lora).check_all_read(read)
+            load_adapters(name, module, lora, config.run.seed)
 
-    all_ranks_or_raise(setup.groups.host, load_all)
+    all_ranks_or_raise(host, load_all)
 
 
 def load_adapters(name: str, module: AdaptedModule, lora: LoraConfig, seed: int) -> None:
@@ -39,10 +56,6 @@ def load_adapters(name: str, module: AdaptedModule, lora: LoraConfig, seed: int)
         initialise(bindings, seed)
         return
     source = AdapterSource(Path(lora.path), f"modules.{name}.lora", lora)
-    source.check_all_read(
-        (binding.name.removesuffix(".weight") for binding in module.base.bindings()),
-        adapted_linears(binding.name for binding in bindings),
-    )
     load(bindings, source, f"modules.{name}.lora.path {lora.path}")
 
 
@@ -65,6 +78,9 @@ def fill_weights(setup: RunSetup, model: MimoModel) -> None:
     own = {name: path for name in setup.layout.grids if (path := modules(name).hf_path) is not None}
     fill_from_model_directory(setup, [module for name, module in bases.items() if name not in own])
     for name, path in own.items():
+        all_ranks_or_raise(
+            setup.groups.host, partial(check_own_directory, name, bases.get(name), path, setup.config.model.hf_path)
+        )
         fill_from_own_directory(name, bases.get(name), path, setup.config.run.seed, setup.groups.host)
 
 
@@ -89,17 +105,47 @@ def fill_from_model_directory(setup: RunSetup, modules: list[BoundModule]) -> No
 def fill_from_own_directory(
     name: str, module: BoundModule | None, path: str, seed: int, host: dist.ProcessGroup
 ) -> None:
-    """First weights of a module from its own directory; None: this rank does not hold it. Collective over all ranks."""
+    """First weights of a module from its own directory; None: this rank does not hold it. Collective over all ranks.
+
+    A projector fits one language model. It is random unless the directory, an export of ours, has one of its shape.
+    """
     origin = f"modules.{name}.hf_path {path}"
     bindings = [] if module is None else module.bindings()
+    source = all_ranks_or_raise(host, lambda: HuggingFaceSource(path))
     fresh: set[int] = set()
-    if isinstance(module, Encoder):  # a projector fits one language model: an encoder's directory has none
+    if isinstance(module, Encoder) and not all(holds(source, binding) for binding in projector_bindings(module)):
         fresh = {id(parameter) for parameter in module.projector_parameters()}
     initialise([binding for binding in bindings if id(binding.tensor) in fresh], seed)
     bindings = [binding for binding in bindings if id(binding.tensor) not in fresh]
-    source = all_ranks_or_raise(host, lambda: HuggingFaceSource(path))
     check_tensors(origin, source, bindings, None, host)
     all_ranks_or_raise(host, lambda: load(bindings, source, origin))
+
+
+def check_own_directory(name: str, module: BoundModule | None, path: str, model_path: str | None) -> None:
+    """Raise `ConfigError` where a trained projector in `model.hf_path` would give way to a random one."""
+    if not isinstance(module, Encoder) or model_path is None:
+        return
+    own, model = HuggingFaceSource(path), HuggingFaceSource(model_path)
+    projector = projector_bindings(module)
+    if any(binding.name in own.tensors for binding in projector):
+        return
+    if projector and all(holds(model, binding) for binding in module.bindings()):
+        raise ConfigError(
+            f"modules.{name}.hf_path {path} has no projector, while model.hf_path {model_path} holds the same encoder "
+            f"with a trained one, which would be lost: leave modules.{name}.hf_path out to train on from it"
+        )
+
+
+def projector_bindings(encoder: Encoder) -> list[Binding]:
+    """The bindings of this rank's part of a projector."""
+    parameters = {id(parameter) for parameter in encoder.projector_parameters()}
+    return [binding for binding in encoder.bindings() if id(binding.tensor) in parameters]
+
+
+def holds(source: HuggingFaceSource, binding: Binding) -> bool:
+    """Whether a directory has the bound tensor, in its shape."""
+    stored = source.tensors.get(binding.name)
+    return stored is not None and stored.entry.shape == binding.shape
 
 
 @dataclass(frozen=True)

@@ -17,12 +17,13 @@ from mimo_gemma4.distributed.layout import LANGUAGE, ModuleGrid
 from mimo_gemma4.errors import DataError, NumericsError
 from mimo_gemma4.flops import peak_flops
 from mimo_gemma4.model.mimo_model import MimoModel
-from mimo_gemma4.optim.learning_rate import learning_rate
 from mimo_gemma4.optim.module_optimizer import ModuleOptimizer
 from mimo_gemma4.optim.step_reduction import ModuleUsage, StepReduction, StepReport, StepResults, sample_hash
+from mimo_gemma4.train.data_record import DataPoint, DataProgress
 from mimo_gemma4.train.evaluate import Evaluator
 from mimo_gemma4.train.metrics import MetricsLog, mean_losses
 from mimo_gemma4.train.profiling import FOLDER, TRAINER, Tracer
+from mimo_gemma4.train.recorded_rates import rates, record_rates
 from mimo_gemma4.train.step import StepRunner, StepTotals
 from mimo_gemma4.train.usage import Moment, UsageMeter, now, seconds_between, utilisation
 
@@ -65,10 +66,12 @@ class Trainer:
         loader: StepLoader,
         evaluator: Evaluator | None,
         finished_steps: int = 0,
+        data_point: DataPoint | None = None,
     ):
-        """Train with these parts, continuing after `finished_steps`."""
+        """Train with these parts, continuing after `finished_steps`, where `data_point` says in the data."""
         self.config, self.model, self.optimizers = config, model, dict(optimizers)
         self.loader, self.evaluator, self.step = loader, evaluator, finished_steps
+        self.data_progress = DataProgress(config, loader, None if data_point is None else data_point.earlier)
         self.tracer = Tracer(config.profile.numbers, Path(config.run.dir) / FOLDER, model.layout, model.platform)
         self.runner = StepRunner(model, self.tracer.span)
         self.reduction = StepReduction(model.layout, config.optim.clip_grad, model.platform.device)
@@ -125,13 +128,13 @@ class Trainer:
         measured = self._measured
         with span(TRAINER, "reduce_results", step):
             results = self.reduce(totals, data, None if measured is None else measured.manifest)
-        rates = {name: self._learning_rate(name, step) for name in self.model.layout.grids}
+        step_rates = rates(self.config, step)
         for name, optimizer in self.optimizers.items():
             with span(name, "optimizer_step", step):
-                optimizer.apply(results, rates[name])
+                optimizer.apply(results, step_rates[name])
         self.step = step
         self._measured = _Measured(data.manifest, start, now(device))
-        self._pending = _Pending(step, StepReport(results), rates, self._measured, measured)
+        self._pending = _Pending(step, StepReport(results), step_rates, self._measured, measured)
         return results
 
     def reduce(self, totals: StepTotals, data: StepData, previous: StepManifest | None = None) -> StepResults:
@@ -176,20 +179,24 @@ class Trainer:
     def save(self) -> None:
         """Write a checkpoint now."""
         self._record_pending()
+        state = {
+            "step": self.step,
+            "lora": self.config.lora_scales,
+            "decoders": list(self.model.layout.decoders),
+            "data": self.data_progress.record(self.step),
+            "schedule": record_rates(self.config, self.step),
+        }
         checkpoint.save(
             Path(self.config.run.dir) / "checkpoints",
             self.step,
             self.optimizers,
-            {"step": self.step, "lora": self.config.lora_scales, "decoders": list(self.model.layout.decoders)},
+            state,
             host=self.model.groups.host,
             keep=self.config.checkpoint.keep,
         )
 
     def _due(self, every: int | None) -> bool:
         return self.step == self.config.train.steps or (every is not None and self.step % every == 0)
-
-    def _learning_rate(self, module: str, step: int) -> float:
-        return learning_rate(self.config.module_optim(module), step, self.config.train.steps)
 
     def _record_pending(self) -> None:
         """Read, check and record the last step's results, once."""
@@ -198,6 +205,7 @@ class Trainer:
             return
         result = pending.report.read()
         self._check(pending, result)
+        self.data_progress.count_skipped(pending.measured.manifest)
         if self.log is not None:
             self.log.step(self._step_record(pending, result))
             skipped_samples = pending.measured.manifest.skipped_samples

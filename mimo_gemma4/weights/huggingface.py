@@ -66,8 +66,6 @@ class HuggingFaceSource:
             target = translate(name)
             if target.startswith("lm_head."):
                 self._heads[target] = name
-            elif target in self.tensors:
-                raise CheckpointError(f"{self.path} holds {target} twice, as {self.tensors[target].name} and as {name}")
             else:
                 self.tensors[target] = StoredTensor(name, file.entries[name])
 

@@ -1,11 +1,13 @@
 """A run that is stopped and resumed equals an uninterrupted one bit for bit, and on another layout within rounding."""
 
+import json
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from mimo_gemma4.errors import ConfigError
 from tests.dist.harness import run_ranks
 from tests.e2e.training_runs import step_records, train_on_rank, write_config
 from tests.vlm_reference import write_shards
@@ -68,3 +70,15 @@ def test_another_layout_continues_the_run(runs: Path) -> None:
         assert record["loss"] == pytest.approx(expected["loss"], rel=1e-5)
         assert record["grad_norm"] == pytest.approx(expected["grad_norm"], rel=1e-4)
         assert record["loss_tokens"] == expected["loss_tokens"]
+
+
+def test_a_run_goes_on_with_another_batch_size_but_not_with_another_seed(runs: Path) -> None:
+    """Two steps of 6 samples, then one of 4."""
+    folder, start = runs / "other batch", f"checkpoint.resume={runs / 'resumed' / STEP_2}"
+    folder.mkdir()
+    config = write_config(folder, runs / "train-000000.tar", layout=DATA_PARALLEL, optim=OPTIM)
+    run(3, config, "train.steps=3", "train.global_batch_size=4", start)
+    trainer = json.loads((folder / "run/checkpoints/step_00000003/complete.json").read_text())["trainer"]
+    assert trainer["data"]["batch_size"] == 4 and trainer["data"]["sources"][0]["consumed"] == 2 * 6 + 4
+    outcomes = run_ranks(3, train_on_rank, [config, "train.steps=4", "run.seed=4", start])
+    assert all(outcome.error is ConfigError and "run.seed is 4, was 3" in outcome.message for outcome in outcomes)

@@ -4,8 +4,9 @@
 
 SOURCE is a LLaVA or ShareGPT file (.json, .jsonl), a Hugging Face data set (parquet or arrow files, or the folder that
 holds them), or a folder of images and sounds beside .txt or .json files of the same name. Every sample is checked as
-training will read it, and all media are decoded once; rows that fail are dropped and listed in FOLDER/report.json. The
-same command continues an interrupted conversion.
+training will read it, and all media are decoded once; rows that fail are dropped and listed in FOLDER/report.json, and
+what the rows say besides and nothing uses is counted. The same command continues an interrupted conversion, and
+verifies a finished one.
 """
 
 import argparse
@@ -15,7 +16,8 @@ from pathlib import Path
 
 from rich.console import Console
 
-from mimo_gemma4.data.convert.conversation import COLUMNS, ConversationReader
+from mimo_gemma4.data.convert.columns import COLUMNS
+from mimo_gemma4.data.convert.conversation import ConversationReader
 from mimo_gemma4.data.convert.conversion import Conversion
 from mimo_gemma4.data.convert.sources import open_sources
 from mimo_gemma4.errors import MimoError
@@ -26,14 +28,18 @@ def main(arguments: list[str] | None = None) -> int:
     options = command_parser().parse_args(arguments)
     folder = options.media or (options.sources[0] if options.sources[0].is_dir() else options.sources[0].parent)
     try:
-        report = Conversion(
+        conversion = Conversion(
             sources=open_sources(options.sources, options.split),
             output=options.out,
             media_folder=folder,
-            reader=ConversationReader(dict(options.column), options.prompt),
+            reader=ConversationReader(dict(options.column), options.prompt, frozenset(options.ignore)),
             shard_samples=options.shard_samples,
             valid_fraction=options.valid,
-        ).run(options.workers)
+            strict=options.strict,
+        )
+        if conversion.is_finished:
+            print(f"{options.out} is converted; verifying its shards and the media of its rows", flush=True)
+        report = conversion.run(options.workers)
     except (MimoError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -61,6 +67,11 @@ def command_parser() -> argparse.ArgumentParser:
         "--column", action="append", default=[], type=_pair, metavar="MEANING=NAME",
         help=f"name of the column with a meaning ({', '.join(COLUMNS)}), if it is not a usual name",
     )  # fmt: skip
+    parser.add_argument(
+        "--ignore", action="append", default=[], metavar="NAME",
+        help="a column, or a part of one as in messages.name, to read as if it were not there and not to report",
+    )  # fmt: skip
+    parser.add_argument("--strict", action="store_true", help="fail if the rows say what nothing uses")
     parser.add_argument("--prompt", metavar="TEXT", help="the user's message before a caption; may be empty")
     parser.add_argument(
         "--shard-samples", type=_positive, default=1000, metavar="N", help="rows per shard (default: %(default)s)"

@@ -3,70 +3,49 @@
 | kind | columns |
 |---|---|
 | chat | `messages`, `conversations`: `role`/`content` or `from`/`value`; `texts`: pairs of `user`/`assistant` |
-| question | `question` and `answer` |
+| question | `question` and `answer`, with `context` and `choices` |
 | caption | `caption` |
 
-beside `image` and `audio`. `COLUMNS` lists the other names of these columns in data sets.
+beside `system`, `history`, `tools`, `image` and `audio`. `COLUMNS` lists the other names of these columns in data sets.
 """
 
-import re
+from __future__ import annotations
+
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from mimo_gemma4.data.convert.choices import Choices
+from mimo_gemma4.data.convert.columns import CHOICE_LETTERS, COLUMNS, Cells, is_empty
+from mimo_gemma4.data.convert.placement import place
 from mimo_gemma4.data.convert.rows import Row
+from mimo_gemma4.data.convert.turns import (
+    MediaReference,
+    Turn,
+    read_json,
+    read_message,
+    references,
+    split_markers,
+    wrap_function,
+)
+from mimo_gemma4.data.messages import MESSAGE_KEYS
 from mimo_gemma4.data.sample import BadSampleError, media_type_of
 from mimo_gemma4.errors import DataError
 
-COLUMNS: Mapping[str, tuple[str, ...]] = {
-    "messages": ("messages", "conversations", "conversation", "texts", "dialog", "dialogue"),
-    "question": ("question", "query", "prompt"),
-    "answer": ("answer", "multiple_choice_answer", "answers", "label", "response"),
-    "caption": ("caption", "captions", "text", "transcription", "transcript", "sentence"),
-    "image": ("image", "images", "img", "jpg", "jpeg", "png", "webp", "image_path", "image_file"),
-    "audio": ("audio", "audios", "sound", "wav", "flac", "audio_path", "audio_file"),
-    "file": ("file_name", "file"),
-}
-"""Names of the columns by meaning; the first one with a value in the row counts. `file` is an image or a sound by its
-suffix, as in the `metadata.jsonl` of a Hugging Face image or audio folder."""
-
 DEFAULT_PROMPTS: Mapping[str, str] = {"image": "Describe the image.", "audio": "Transcribe the audio."}
 
-_ROLES = {
-    "system": "system", "developer": "system",
-    "user": "user", "human": "user",
-    "assistant": "assistant", "gpt": "assistant", "chatgpt": "assistant", "model": "assistant", "bot": "assistant",
-}  # fmt: skip
-_MARKER = re.compile(r"\n*<(image|audio|video)>\n*")
-
 
 @dataclass(frozen=True)
-class MediaReference:
-    """A media file named by a row."""
-
-    media_type: str
-    source: str | bytes
-    """Its path, its `data:` URL or its content."""
-
-
-@dataclass(frozen=True)
-class Conversation:
-    """Messages in the form of a sample's JSON, and their media in message order."""
+class RowConversation:
+    """Messages and tools in the form of a sample's JSON, and their media in message order."""
 
     messages: list[dict[str, Any]]
     media: list[MediaReference]
-
-
-@dataclass(frozen=True)
-class _MediaPlace:
-    """Place of a media file in a turn; without `reference`, the next file of the row's column belongs there."""
-
-    media_type: str
-    reference: MediaReference | None = None
-
-
-_Turn = tuple[str, list[str | _MediaPlace]]
+    tools: list[dict[str, Any]] | None = None
+    """Descriptions of the functions that the assistant may call."""
+    unused: tuple[str, ...] = ()
+    """What the row says besides: columns, and parts of columns such as `messages.name`."""
 
 
 @dataclass(frozen=True)
@@ -77,6 +56,8 @@ class ConversationReader:
     """Names of columns by meaning (`COLUMNS`), read instead of the usual ones."""
     prompt: str | None = None
     """The user's message before a caption; None: `DEFAULT_PROMPTS` for the type of the row's media."""
+    ignored: frozenset[str] = frozenset()
+    """Columns, and parts of columns such as `messages.name`, that are read as if they were not there."""
 
     def __post_init__(self) -> None:
         """Raise `DataError` for an unknown meaning."""
@@ -85,148 +66,133 @@ class ConversationReader:
                 f"--column {unknown[0]}={self.columns[unknown[0]]}: known meanings are {', '.join(COLUMNS)}"
             )
 
-    def read(self, row: Row) -> Conversation:
+    @property
+    def ignored_columns(self) -> list[str]:
+        """The ignored names that would be read otherwise; the others change no sample. Sorted."""
+        read = {name for names in COLUMNS.values() for name in names} | set(self.columns.values()) | {*CHOICE_LETTERS}
+        inside = MESSAGE_KEYS | {"from", "value", "function_call", "thinking", "index", "user", "assistant"}
+        return sorted(
+            name for name in self.ignored if name in read or name.rpartition(".")[2] in inside or name.startswith("<")
+        )
+
+    def read(self, row: Row) -> RowConversation:
         """The conversation of a row. Raises `BadSampleError` with fault `json`, `members` or `chat`."""
-        if row.get("video") or row.get("videos"):
+        cells = Cells(row, self.columns, self.ignored)
+        if any(row.get(name) and name not in self.ignored for name in ("video", "videos")):
             raise BadSampleError("members", "it has a video; give its frames as images")
-        media = self._media(row)
-        return _place(self._turns(row, media), media)
+        media = _media(cells)
+        placed = place(_with_system(self._turns(cells, media), cells), media, cells)
+        return RowConversation(placed.messages, placed.media, _tools(cells), tuple(cells.unused()))
 
-    def _find(self, row: Row, meaning: str) -> Any:
-        names = (self.columns[meaning],) if meaning in self.columns else COLUMNS[meaning]
-        return next((row[name] for name in names if row.get(name) is not None), None)
-
-    def _media(self, row: Row) -> list[MediaReference]:
-        media = [ref for kind in ("image", "audio") for ref in _references(kind, self._find(row, kind))]
-        for reference in _references("", self._find(row, "file")) if not media else ():
-            media_type = media_type_of(str(reference.source).rpartition(".")[2].lower())
-            if media_type is None:
-                raise BadSampleError("members", f"{reference.source!r:.200} has no suffix of an image or sound")
-            media.append(MediaReference(media_type, reference.source))
-        return media
-
-    def _turns(self, row: Row, media: Sequence[MediaReference]) -> list[_Turn]:
-        turns, question, caption = (self._find(row, meaning) for meaning in ("messages", "question", "caption"))
-        if isinstance(turns, Sequence) and not isinstance(turns, str) and turns:
-            return [turn for message in turns for turn in _read_turn(message)]
+    def _turns(self, cells: Cells, media: Sequence[MediaReference]) -> list[Turn]:
+        column, messages = cells.named("messages")
+        if isinstance(messages, str) and messages.lstrip().startswith("["):
+            messages = read_json(messages, column)
+        if isinstance(messages, Sequence) and not isinstance(messages, str) and messages:
+            return _history(cells) + [turn for message in messages for turn in read_message(message, column, cells)]
+        if not is_empty(messages):
+            cells.note(column)
+        column, question = cells.named("question")
         if question is not None:
-            answer = _text(self._find(row, "answer"), "answer")
-            return [("user", _split(_text(question, "question"))), ("assistant", [answer])]
+            return [*_history(cells), *_question(_text(question, "question", column, cells), cells)]
+        column, caption = cells.named("caption")
         if caption is not None:
             shown = media[0].media_type if media else "image"
             prompt = DEFAULT_PROMPTS[shown] if self.prompt is None else self.prompt
             if not media:
                 raise BadSampleError("members", "it has a caption, but no image or sound")
-            return [("user", [prompt] if prompt else []), ("assistant", [_text(caption, "caption")])]
+            answer = _text(caption, "caption", column, cells)
+            return [Turn("user", [prompt] if prompt else []), Turn("assistant", [answer])]
         raise BadSampleError(
-            "json", f"none of its columns {sorted(row)} is known as a chat, question or caption; name one with --column"
+            "json",
+            f"none of its columns {cells.all_names()} is known as a chat, question or caption; name one with --column",
         )
 
 
-def _references(media_type: str, value: Any) -> Iterator[MediaReference]:
-    """The media of a column: paths, contents, Hugging Face's {"bytes", "path"}, or a list of them."""
-    if value is None or value == "":
-        return
-    if isinstance(value, str | bytes):
-        yield MediaReference(media_type, value)
-    elif isinstance(value, Mapping):
-        named = (value.get(key) for key in ("bytes", "path", "url"))
-        source = next((source for source in named if source is not None), None)
-        if not isinstance(source, str | bytes):
-            raise BadSampleError("members", f"its {media_type} has neither bytes nor a path, only {sorted(value)}")
-        yield MediaReference(media_type, source)
-    elif isinstance(value, Sequence):
-        for element in value:
-            yield from _references(media_type, element)
-    else:
-        raise BadSampleError("members", f"its {media_type} is {value!r:.100}; it must be a path or bytes")
+def _media(cells: Cells) -> list[MediaReference]:
+    media = [ref for kind in ("image", "audio") for ref in references(kind, cells.find(kind), cells)]
+    for reference in references("", cells.find("file"), cells) if not media else ():
+        media_type = media_type_of(str(reference.source).rpartition(".")[2].lower())
+        if media_type is None:
+            raise BadSampleError("members", f"{reference.source!r:.200} has no suffix of an image or sound")
+        media.append(MediaReference(media_type, reference.source))
+    return media
 
 
-def _read_turn(message: Any) -> list[_Turn]:
-    """The turn of a message, or both turns of a {"user", "assistant"} pair; none for an empty system message."""
-    if not isinstance(message, Mapping):
-        raise BadSampleError("chat", f"a message is {message!r:.100}; it must be an object")
-    if message.keys() >= {"user", "assistant"}:
-        return [(role, _split(_text(message[role], role))) for role in ("user", "assistant")]
-    name = next((message[key] for key in ("role", "from") if message.get(key) is not None), None)
-    role = _ROLES.get(name.lower()) if isinstance(name, str) else None
-    if role is None:
-        raise BadSampleError("chat", f"the role of a message is {name!r:.100}; known: {', '.join(_ROLES)}")
-    content = next((message[key] for key in ("content", "value") if message.get(key) is not None), None)
-    if isinstance(content, str):
-        parts = _split(content)
-    elif isinstance(content, Sequence):
-        parts = [piece for part in content for piece in _read_part(part)]
-    else:
-        raise BadSampleError("chat", f"a message of {role} has no content: {content!r:.100}")
-    if any(isinstance(part, _MediaPlace) or part.strip() for part in parts):
-        return [(role, parts)]
-    if role == "system":
+def _with_system(turns: list[Turn], cells: Cells) -> list[Turn]:
+    """The turns, behind a message of the column `system`."""
+    column, system = cells.named("system")
+    if is_empty(system) or (isinstance(system, str) and not system.strip()):
+        return turns
+    if not isinstance(system, str):
+        raise BadSampleError("chat", f"its {column} is {system!r:.100}; it must be text")
+    own = next((turn.text for turn in turns if turn.role == "system"), None)
+    if own is None:
+        return [Turn("system", [system.strip()]), *turns]
+    if own.strip() != system.strip():
+        raise BadSampleError(
+            "chat", f"its {column} is {system!r:.100}, and a message of system is {own!r:.100}; --ignore {column}"
+        )
+    return turns
+
+
+def _history(cells: Cells) -> list[Turn]:
+    """Earlier turns: [question, answer] pairs or messages."""
+    column, history = cells.named("history")
+    if is_empty(history):
         return []
-    raise BadSampleError("chat", f"a message of {role} is empty")
+    history = read_json(history, column)
+    if not isinstance(history, Sequence) or isinstance(history, str):
+        raise BadSampleError("chat", f"its {column} is {history!r:.100}; it must be a list of turns")
+    return [turn for message in history for turn in read_message(message, column, cells)]
 
 
-def _read_part(part: Any) -> list[str | _MediaPlace]:
-    """Text or media of a typed part; `image_url` is an image in OpenAI's form."""
-    kind = part.get("type") if isinstance(part, Mapping) else None
-    if kind == "text" and isinstance(part.get("text"), str):
-        return [part["text"]] if part["text"] else []
-    media_type = "image" if kind == "image_url" else str(kind)
-    if media_type not in DEFAULT_PROMPTS:
-        raise BadSampleError("chat", f"content of type {kind!r:.100} is not supported: {part!r:.100}")
-    value = next((part[key] for key in (str(kind), "bytes", "path", "url") if part.get(key) is not None), None)
-    references = list(_references(media_type, value))
-    return [_MediaPlace(media_type, reference) for reference in references] or [_MediaPlace(media_type)]
+def _question(question: str, cells: Cells) -> list[Turn]:
+    """A question with what belongs to it, and its answer."""
+    lines = [question]
+    column, context = cells.named("context")
+    if not is_empty(context):
+        lines.append(_text(context, "context", column, cells))
+    value = cells.find("choices")
+    letters = cells.take(CHOICE_LETTERS) if is_empty(value) else []
+    if len(letters) > 1:
+        value = letters
+    column, answer = cells.named("answer")
+    if is_empty(value):
+        return [
+            Turn("user", split_markers("\n".join(lines))),
+            Turn("assistant", [_text(answer, "answer", column, cells)]),
+        ]
+    choices = Choices.read(value)
+    said = choices.answer(cells.find("choice") if answer is None else answer)
+    return [Turn("user", split_markers("\n".join([*lines, choices.written()]))), Turn("assistant", [said])]
 
 
-def _split(text: str) -> list[str | _MediaPlace]:
-    """Split text at LLaVA's `<image>` and similar markers, and drop the line breaks around them."""
-    pieces = _MARKER.split(text)  # text, type of a marker, text, …
-    parts = [_MediaPlace(piece) if number % 2 else piece for number, piece in enumerate(pieces)]
-    return [part for part in parts if part != ""]
+def _tools(cells: Cells) -> list[dict[str, Any]] | None:
+    column, tools = cells.named("tools")
+    if is_empty(tools) or is_empty(tools := read_json(tools, column)):
+        return None
+    if isinstance(tools, Mapping):
+        tools = [tools]
+    if not isinstance(tools, Sequence) or not all(isinstance(tool, Mapping) for tool in tools):
+        raise BadSampleError("chat", f"its {column} is {tools!r:.100}; it must be a list of functions")
+    return [wrap_function(tool, "parameters") for tool in tools]
 
 
-def _text(value: Any, column: str) -> str:
+def _text(value: Any, meaning: str, column: str, cells: Cells) -> str:
     """The text of a cell; of several texts the most frequent one, or the first of these."""
     if isinstance(value, Mapping):
-        value = next((value[key] for key in ("answer", "text", "caption") if value.get(key) is not None), None)
+        left = dict(value)
+        key = next((key for key in ("answer", "text", "caption") if left.get(key) is not None), None)
+        value = left.pop(key) if key else None
+        cells.note_keys(column, left)
     if isinstance(value, Sequence) and not isinstance(value, str | bytes):
-        texts = [_text(element, column) for element in value]
+        texts = [_text(element, meaning, column, cells) for element in value]
+        if len(set(texts)) > 1:
+            cells.note(f"{column}.others")
         value = Counter(texts).most_common(1)[0][0] if texts else None
     if isinstance(value, int | float):
         value = str(value)
     if not isinstance(value, str) or not value.strip():
-        raise BadSampleError("chat", f"its {column} is {value!r:.100}; it must be text")
+        raise BadSampleError("chat", f"its {meaning} is {value!r:.100}; it must be text")
     return value.strip()
-
-
-def _place(turns: list[_Turn], media: Sequence[MediaReference]) -> Conversation:
-    """Put a file at every place for media; media of a type without places come first in the user's first message."""
-    shown = {part.media_type for _, parts in turns for part in parts if isinstance(part, _MediaPlace)}
-    unplaced: list[str | _MediaPlace] = [
-        _MediaPlace(medium.media_type) for medium in media if medium.media_type not in shown
-    ]
-    if unplaced:
-        first = next((number for number, (role, _) in enumerate(turns) if role == "user"), None)
-        if first is None:
-            raise BadSampleError("chat", "it has media, but no message of the user to put them in")
-        turns[first] = ("user", unplaced + turns[first][1])
-    queues = {kind: iter([m for m in media if m.media_type == kind]) for kind in ("image", "audio", "video")}
-    placed: list[MediaReference] = []
-    messages = []
-    for role, parts in turns:
-        content = []
-        for part in parts:
-            if isinstance(part, str):
-                content.append({"type": "text", "text": part})
-                continue
-            reference = part.reference or next(queues[part.media_type], None)
-            if reference is None:
-                raise BadSampleError("members", f"its messages name more {part.media_type} files than it has")
-            placed.append(reference)
-            content.append({"type": part.media_type})
-        messages.append({"role": role, "content": content})
-    for kind, queue in queues.items():
-        if left := len(list(queue)):
-            raise BadSampleError("members", f"it has {left} {kind} files more than its messages name")
-    return Conversation(messages, placed)

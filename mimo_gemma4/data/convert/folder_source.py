@@ -9,6 +9,7 @@ from typing import Any, Self
 
 from mimo_gemma4.data.convert.json_source import parse_row
 from mimo_gemma4.data.convert.rows import Row
+from mimo_gemma4.data.convert.stamps import stamp_of_file
 from mimo_gemma4.data.sample import BadSampleError, media_type_of
 
 _TEXT_SUFFIXES = (".json", ".txt")
@@ -45,8 +46,10 @@ class FolderRows:
 
     @property
     def version(self) -> str:
-        """Path of the folder and a hash of the names in it."""
-        return f"{os.path.abspath(self.folder)} {hashlib.sha256(repr(self.groups).encode()).hexdigest()}"
+        """Path of the folder and a hash of the names, sizes and modification times in it."""
+        names = [stem + suffix for stem, suffixes in self.groups for suffix in suffixes]
+        stamps = [(name, stamp_of_file(os.path.join(self.folder, name))) for name in names]
+        return f"{os.path.abspath(self.folder)} {hashlib.sha256(repr(stamps).encode()).hexdigest()}"
 
     def __iter__(self) -> Iterator[tuple[str, Row | BadSampleError]]:
         """(Path without suffix, row) of every row: the content of its `.json`, `caption` from its `.txt`, its media."""

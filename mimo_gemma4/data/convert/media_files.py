@@ -8,7 +8,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from mimo_gemma4.data.convert.conversation import MediaReference
+from mimo_gemma4.data.convert.turns import MediaReference
 from mimo_gemma4.data.sample import BadSampleError, Fault, media_fault, media_type_of, read_header
 
 _SIGNATURES = (
@@ -44,6 +44,14 @@ def load(reference: MediaReference, folder: Path) -> tuple[str, bytes]:
     except BadSampleError as error:
         raise BadSampleError(error.fault, f"{_describe(reference)}: {error}") from error
     return extension, data
+
+
+def media_path(reference: MediaReference, folder: Path) -> str | None:
+    """Absolute path of the file that a row names; None if it holds the content itself, or for a URL."""
+    source = reference.source
+    if isinstance(source, bytes) or source.startswith("data:") or "://" in source or "\0" in source:
+        return None
+    return os.path.normpath(os.path.join(os.path.abspath(folder), source))
 
 
 def _fetch(source: str, folder: Path) -> bytes:

@@ -3,7 +3,7 @@
 import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from rich.console import Console
@@ -27,18 +27,22 @@ class Report:
     samples: Mapping[str, int]
     media: Mapping[str, int]
     dropped: Sequence[Dropped]
+    unused: Mapping[str, int] = field(default_factory=dict)
+    """Number of samples by what their rows say and nothing uses: columns, or parts of them as in `messages.name`."""
 
     @classmethod
     def of(
         cls, plan: Mapping[str, Any], shards: Mapping[str, Sequence[str]], results: Sequence[PartResult]
     ) -> "Report":
         """The sum of all parts."""
-        samples, media = Counter[str](), Counter[str]()
+        samples, media, unused = Counter[str](), Counter[str](), Counter[str]()
         for result in results:
             samples.update(result.samples)
             media.update(result.media)
+            unused.update(result.unused)
         dropped = [dropped for result in results for dropped in result.dropped]
-        return cls(plan, shards, {split: samples[split] for split in SPLITS}, dict(sorted(media.items())), dropped)
+        counts = {split: samples[split] for split in SPLITS}
+        return cls(plan, shards, counts, dict(sorted(media.items())), dropped, dict(unused.most_common()))
 
     @property
     def dropped_by_fault(self) -> dict[str, int]:
@@ -65,6 +69,8 @@ class Report:
         for split, names in self.shards.items():
             if names:
                 console.print(Text(f"  {split}: {self.samples[split]} samples in {len(names)} shards, {_span(names)}"))
+        if self.unused:
+            console.print(Text(f"not used: {counted(self.unused)}; --column MEANING=NAME uses, --ignore NAME silences"))
         if not self.dropped:
             return
         table = Table("fault", "rows", "for example", "why", box=None, pad_edge=False)
@@ -75,6 +81,11 @@ class Report:
                 cells = (fault if first else "", str(count) if first else "", dropped.key, dropped.reason[:200])
                 table.add_row(*(Text(cell) for cell in cells))
         console.print(table)
+
+
+def counted(unused: Mapping[str, int]) -> str:
+    """Names with their number of samples."""
+    return ", ".join(f"{name} ({count} samples)" for name, count in unused.items())
 
 
 def _span(names: Sequence[str]) -> str:

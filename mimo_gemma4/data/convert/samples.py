@@ -9,15 +9,16 @@ from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from functools import cache
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 from webdataset import TarWriter
 
 from mimo_gemma4.atomic import replace_file
 from mimo_gemma4.data.chat import ConversationEncoder
 from mimo_gemma4.data.convert.conversation import ConversationReader
-from mimo_gemma4.data.convert.media_files import load
+from mimo_gemma4.data.convert.media_files import load, media_path
 from mimo_gemma4.data.convert.rows import Row, Rows
+from mimo_gemma4.data.convert.stamps import FileStamp, ShardStamp, stamp_of_file, stamp_of_shard
 from mimo_gemma4.data.sample import BadSampleError, media_types, parse_messages
 from mimo_gemma4.data.tokenizer import byte_media_tokens, byte_tokenizer
 from mimo_gemma4.errors import DataError
@@ -48,6 +49,12 @@ class PartResult:
     media: Mapping[str, int]
     """Number of files in both splits, by type."""
     dropped: list[Dropped] = field(default_factory=list)
+    unused: Mapping[str, int] = field(default_factory=dict)
+    """Number of samples by what their rows say and nothing uses."""
+    files: Mapping[str, FileStamp] = field(default_factory=dict)
+    """The media files that the rows name, by absolute path."""
+    tars: Mapping[str, ShardStamp] = field(default_factory=dict)
+    """Size and hash of the tars, by split; the tar of `valid` is joined with others later."""
 
     def to_json(self) -> str:
         """All fields as one object."""
@@ -57,7 +64,7 @@ class PartResult:
     def from_json(cls, text: str) -> Self:
         """Read a result that `to_json` wrote."""
         fields = json.loads(text)
-        return cls(fields["samples"], fields["media"], [Dropped(**dropped) for dropped in fields["dropped"]])
+        return cls(**fields | {"dropped": [Dropped(**dropped) for dropped in fields["dropped"]]})
 
 
 @dataclass(frozen=True)
@@ -85,7 +92,7 @@ class Part:
 
     def convert(self) -> None:
         """Write tars and result. Their content depends only on rows and options."""
-        samples, media, dropped = Counter[str](), Counter[str](), list[Dropped]()
+        samples, media, dropped, notes = Counter[str](), Counter[str](), list[Dropped](), Notes()
         partial = {split: self.tar(split).with_suffix(".partial") for split in SPLITS}
         with ExitStack() as stack:
             writers = {}
@@ -94,7 +101,7 @@ class Part:
                 writers[split] = stack.enter_context(TarWriter(file, encoder=False, mtime=0))
             for number, (name, row) in enumerate((item for rows in self.rows for item in rows), self.first_row):
                 try:
-                    sample = make_sample(name, row, self.reader, self.media_folder)
+                    sample = make_sample(name, row, self.reader, self.media_folder, notes)
                 except BadSampleError as error:
                     dropped.append(Dropped(_printable(name), error.fault, str(error)))
                     continue
@@ -102,25 +109,45 @@ class Part:
                 writers[split].write({"__key__": f"{number:09d}", **sample})
                 samples[split] += 1
                 media.update(media_types(parse_messages(sample["json"])))
+        tars = {}
         for split, path in partial.items():
             if samples[split]:
+                tars[split] = stamp_of_shard(path)
                 os.replace(path, self.tar(split))
             else:
                 path.unlink()
-        result = PartResult({split: samples[split] for split in SPLITS}, dict(media), dropped)
+        counts = {split: samples[split] for split in SPLITS}
+        result = PartResult(counts, dict(media), dropped, dict(notes.unused), notes.files, tars)
         replace_file(self.result, result.to_json())
 
 
-def make_sample(name: str, row: Row | BadSampleError, reader: ConversationReader, folder: Path) -> dict[str, bytes]:
+@dataclass
+class Notes:
+    """What is noted while samples are made."""
+
+    unused: Counter[str] = field(default_factory=Counter)
+    """Number of samples by what their rows say and nothing uses."""
+    files: dict[str, FileStamp] = field(default_factory=dict)
+    """The files that were read, or that could not be, by absolute path."""
+
+
+def make_sample(
+    name: str, row: Row | BadSampleError, reader: ConversationReader, folder: Path, notes: Notes | None = None
+) -> dict[str, bytes]:
     """Members of a sample by name: its media as `0.jpg`, `1.wav`, …, and its `json`. Raises `BadSampleError`."""
+    notes = Notes() if notes is None else notes
     if isinstance(row, BadSampleError):
         raise row
     conversation = reader.read(row)
     members = {}
     for number, reference in enumerate(conversation.media):
+        if (path := media_path(reference, folder)) is not None:
+            notes.files[path] = stamp_of_file(path)  # before it is read, so that a change meanwhile is noticed later
         extension, data = load(reference, folder)
         members[f"{number}.{extension}"] = data
-    document = {"messages": conversation.messages, "source": _printable(name)}
+    document: dict[str, Any] = {"messages": conversation.messages, "source": _printable(name)}
+    if conversation.tools is not None:
+        document["tools"] = conversation.tools
     members["json"] = json.dumps(document, ensure_ascii=False).encode(errors="surrogatepass")
     messages = parse_messages(members["json"])
     try:
@@ -129,6 +156,7 @@ def make_sample(name: str, row: Row | BadSampleError, reader: ConversationReader
         raise
     except DataError as error:
         raise BadSampleError("chat", str(error)) from error
+    notes.unused.update(conversation.unused)
     return members
 
 

@@ -89,10 +89,17 @@ class TableRows:
 
 def _row(batch: Any, place: int) -> Row | BadSampleError:
     try:
-        row: Row = batch.slice(place, 1).to_pylist()[0]
+        row: Row = {name: _present(value) for name, value in batch.slice(place, 1).to_pylist()[0].items()}
     except ValueError as error:  # text that is not UTF-8, a date that Python cannot represent
         return BadSampleError("json", f"its columns cannot be read: {error}")
     return row
+
+
+def _present(value: Any) -> Any:
+    """A value without the nulls in its objects: a table writes them for every key that another row's object has."""
+    if isinstance(value, dict):
+        return {key: _present(item) for key, item in value.items() if item is not None}
+    return [_present(item) for item in value] if isinstance(value, list) else value
 
 
 def _arrow_batches(arrow: Any, path: Path) -> Iterator[Any]:

@@ -6,8 +6,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
-from transformers import AutoModelForImageTextToText, Gemma4ForCausalLM, Gemma4TextConfig
+from safetensors.torch import load_file, save_file
+from transformers import (
+    AutoModelForImageTextToText,
+    Gemma4ForCausalLM,
+    Gemma4TextConfig,
+    SiglipConfig,
+    SiglipImageProcessorPil,
+    SiglipModel,
+)
 
 from mimo_gemma4.config import load_config
 from mimo_gemma4.convert.__main__ import main
@@ -25,6 +32,7 @@ from tests.shard_maker import chat, jpeg, write_shard
 
 TP2 = {"language": {"ranks": 2, "tp": 2}}
 EP2 = {"language": {"ranks": 2, "ep": 2}}
+TOGETHER_TP1 = {"language": {}, "vision": {}, "placement": "colocated"}
 TOGETHER = {"language": {"tp": 2}, "vision": {}, "placement": "colocated"}
 APART = {"vision": {"ranks": 1}, "language": {"ranks": 1}}
 LANGUAGE = "model.language_model."
@@ -217,3 +225,87 @@ def test_a_preset_run_continues_alike_from_its_export_and_from_its_weights(
     assert step_records(second) == step_records(third)
     assert [record["step"] for record in step_records(second)] == [1, 2]
     assert step_records(second)[0]["loss"] != step_records(first)[0]["loss"]
+
+
+def write_siglip(folder: Path) -> Path:
+    """A random SigLIP with the filter of SigLIP 2."""
+    widths = dict(hidden_size=32, intermediate_size=48, num_attention_heads=4)
+    vision, text = dict(**widths, num_hidden_layers=2, image_size=24, patch_size=8), dict(**widths, vocab_size=8)
+    SiglipModel(SiglipConfig(vision_config=vision, text_config=text)).save_pretrained(folder)
+    SiglipImageProcessorPil(size={"height": 24, "width": 24}, resample=2, image_mean=[0.4] * 3).save_pretrained(folder)
+    return folder
+
+
+def test_a_run_with_another_encoder_exports_a_directory_that_trains_on(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """From the export alone, and from the run's weights, which hold the same model; losses are equal, bit for bit."""
+    source, siglip = write_variant(tmp_path / "source", "e2b"), write_siglip(tmp_path / "siglip")
+    members: dict[str, bytes] = {}
+    for number in range(6):
+        members |= {
+            f"s{number}.json": chat("?", "one" * (number + 1), "image"),
+            f"s{number}.0.jpg": jpeg(96, 48, number),
+        }
+    shard = write_shard(tmp_path / "train.tar", members)
+    own = {"vision": {"hf_path": str(siglip)}}
+    model = {"hf_path": str(source), "precision": "fp32"}
+    first = train(tmp_path / "first", shard, "optim.lr=0.01", layout=TOGETHER_TP1, model=model, modules=own)
+    capfd.readouterr()
+    assert main(["to-hf", str(first), str(tmp_path / "out"), "--dtype", "fp32"]) == 0
+    assert "transformers cannot load it: it has no Gemma 4 with siglip_vision_model" in capfd.readouterr().out
+    config = json.loads((tmp_path / "out/config.json").read_text())
+    assert config["vision_config"]["model_type"] == "siglip_vision_model"
+    assert config["vision_processor"]["image_mean"] == [0.4] * 3 and config["vision_processor"]["resample"] == 2
+    names = stored_tensors(tmp_path / "out").keys()
+    assert not [name for name in names if "vision_tower" in name or "embed_vision" in name]
+    assert {part for name in names if not name.startswith(LANGUAGE) for part in [name.split(".")[0]]} == {
+        "vision_model", "model",
+    }  # fmt: skip
+
+    from_weights = train(
+        tmp_path / "second", shard, f"checkpoint.init_from={first}", layout=TOGETHER_TP1, model=model, modules=own
+    )
+    exported = {"hf_path": str(tmp_path / "out"), "precision": "fp32"}
+    from_export = train(tmp_path / "third", shard, layout=TOGETHER_TP1, model=exported)
+    assert step_records(from_export) == step_records(from_weights)
+    assert step_records(from_export)[0]["loss"] != step_records(first)[0]["loss"]
+    moved = source.rename(tmp_path / "moved")
+    assert not convert(capfd, "to-hf", first, tmp_path / "again", "--dtype", "fp32", "--source", moved)
+    assert same_bits(stored_tensors(tmp_path / "out"), stored_tensors(tmp_path / "again"))
+    lone = shutil.copytree(first / "checkpoints/step_00000002", tmp_path / "lone")
+    error = convert(capfd, "to-hf", lone, tmp_path / "none", "--source", moved)
+    assert "the checkpoint's vision encoder is not the one of" in error
+
+
+def test_an_adapter_of_a_text_only_directory_fits_its_class_and_comes_back(tmp_path: Path) -> None:
+    """Its linears are the model's own, B A on top of them is the merged export, and `lora.path` reads every bit back.
+
+    Tolerance: one product of fp32 matrices, in another order of sums.
+    """
+    source = write_text_only(tmp_path / "source")
+    shard = write_shard(tmp_path / "text.tar", {f"s{n}.json": chat("what?", "this" * (n + 1)) for n in range(6)})
+    lora = {"targets": ["*.q_proj", "*.mlp.*"], "rank": 3, "alpha": 6.0}
+    model = {"hf_path": str(source), "precision": "fp32"}
+    modules = {"language": {"lora": lora}}
+    first = train(tmp_path / "first", shard, "optim.lr=0.05", layout=TP2, model=model, modules=modules)
+    for kind in ("merge", "adapter"):
+        assert main(["to-hf", str(first), str(tmp_path / kind), "--lora", kind, "--dtype", "fp32"]) == 0
+    base, merged = (Gemma4ForCausalLM.from_pretrained(tmp_path / n, dtype=torch.float32) for n in ("source", "merge"))
+    adapter = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    scale = lora["alpha"] / lora["rank"]
+    for name, a in adapter.items():
+        linear, is_a, _ = name.partition(".lora_A.weight")
+        if is_a:
+            weight, expected = (  # PEFT wraps the model as `base_model.model`
+                whole_model.get_submodule(linear.removeprefix("base_model.model.")).weight
+                for whole_model in (base, merged)
+            )
+            change = scale * adapter[f"{linear}.lora_B.weight"] @ a
+            torch.testing.assert_close(weight + change, expected, rtol=1e-5, atol=1e-6)
+            assert change.abs().max() > 1e-3
+
+    again = {"language": {"lora": lora | {"path": str(tmp_path / "adapter")}}}
+    second = train(tmp_path / "second", shard, "optim.lr=0", "train.steps=1", layout=TP2, model=model, modules=again)
+    assert main(["to-hf", str(second), str(tmp_path / "back"), "--lora", "adapter"]) == 0
+    assert same_bits(adapter, load_file(tmp_path / "back" / "adapter_model.safetensors"))

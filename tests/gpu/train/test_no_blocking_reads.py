@@ -100,9 +100,9 @@ def steps_rank(rank: int, runs: list[tuple[Path, Case]]) -> list[tuple[int, int]
                 for _ in range(STEADY):
                     trainer.train_step()
             language = trainer.model.language
-            rounds = sum(trainer.loader.planner.plan(WARM_UP + step).rounds for step in range(STEADY))
+            microbatches = sum(trainer.loader.planner.plan(WARM_UP + step).num_microbatches for step in range(STEADY))
             cut = language is not None and trainer.model.layout.language.ep > 1
-            found.append((len(waited), len(language.layers) * rounds if language is not None and cut else 0))
+            found.append((len(waited), len(language.layers) * microbatches if language is not None and cut else 0))
             check_a_read_is_caught(trainer)
             check_skipped_step(trainer)
     return found
@@ -151,7 +151,7 @@ def test_steps_wait_for_nothing(number: int, outcomes: list[list[tuple[int, int]
     assert [waited for waited, _ in (layouts[number] for layouts in outcomes)] == [STEADY] * GPUS
 
 
-def test_steps_wait_for_the_row_counts_of_experts_alone(outcomes: list[list[tuple[int, int]]]) -> None:
+def test_steps_wait_for_the_token_counts_of_experts_alone(outcomes: list[list[tuple[int, int]]]) -> None:
     for layouts in outcomes:
         waited, experts = layouts[-1]
         assert waited == STEADY + experts

@@ -160,3 +160,21 @@ def test_a_negative_loss_weight_is_refused(base: Path):
     module = "modules.pixels={decoder: pixel_regression, loss_weight: -1}"
     with pytest.raises(ConfigError, match="`modules.pixels.loss_weight` must not be negative"):
         load_config([f"config={base}", "layout.pixels={ranks: 1, reads: vision}", module])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "parts"),
+    [
+        (["data.valid.a.weight=2"], ["`data.valid.a.weight` is 2.0", "no weights", "argument `data.valid.a.weight=2`"]),
+        (["eval.samples=1"], ["`eval.samples` 1 must be at least 2", "argument `eval.samples=1`"]),
+        (["data.valid.b.weight=.inf"], ["`data.valid.b.weight` must be finite"]),
+    ],
+)
+def test_held_out_sets_have_no_weights_and_each_is_evaluated(
+    base: Path, arguments: list[str], parts: list[str]
+) -> None:
+    sets = ["data.valid.a.shards=a.tar", "data.valid.b.shards=b.tar"]
+    with pytest.raises(ConfigError) as caught:
+        load_config([f"config={base}", *sets, *arguments])
+    assert all(part in str(caught.value) for part in parts), caught.value
+    load_config([f"config={base}", *sets, "eval.samples=2", "data.valid.a.weight=1"])

@@ -112,3 +112,23 @@ def test_an_encoder_s_directory_replaces_the_section_and_the_preprocessing(tmp_p
     assert config["vision_config"] == {"model_type": "eyes"}
     assert "vision_processor" not in config
     assert config["audio_config"]["model_type"] == "gemma4_audio"
+
+
+def test_preprocessing_comes_from_the_encoder_s_directory(tmp_path: Path):
+    """Whole for another encoder, the keys of sizes for one of Gemma's, and from config.json in an export of ours."""
+    model = ModelConfig(preset="gemma4_tiny")
+    written = {"image_mean": [0.4, 0.5, 0.6], "resample": 2, "max_soft_tokens": 3}
+    for kind, expected in (("siglip_vision_model", written), ("gemma4_vision", {"max_soft_tokens": 3})):
+        folder = tmp_path / kind
+        folder.mkdir()
+        (folder / "config.json").write_text(json.dumps({"vision_config": {"model_type": kind}}))
+        (folder / "preprocessor_config.json").write_text(json.dumps(written))
+        modules = {"vision": ModuleConfig(hf_path=str(folder))}
+        assert load_model_config(model, modules)["vision_processor"] == expected
+        modules["vision"].processor = {"resample": 3}
+        assert load_model_config(model, modules)["vision_processor"] == expected | {"resample": 3}
+        export = {"vision_config": {"model_type": kind}, "vision_processor": {"resample": 0}}
+        (folder / "config.json").write_text(json.dumps(export))
+        assert load_model_config(model, {"vision": ModuleConfig(hf_path=str(folder))})["vision_processor"] == {
+            "resample": 0
+        }

@@ -1,11 +1,16 @@
 """The index finds every fault of a shard and reports it with shard, key and counts."""
 
+import io
 import os
+import struct
+import tarfile
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from mimo_gemma4.data.index import ShardIndex, main
+from mimo_gemma4.data.sample import read_header
 from mimo_gemma4.data.shards import expand_shards
 from mimo_gemma4.data.token_index import TokenIndex
 from mimo_gemma4.errors import DataError
@@ -194,3 +199,118 @@ def test_the_command_reports_counts_and_faults(tmp_path, capsys):
     assert "1 samples, 1 image, 0 audio, 0 video frames, 1 unusable" in output and "__key__ 'bad'" in output
     assert main([str(tmp_path / "none.tar")]) == 2
     assert main([str(write_shard(tmp_path / "b.tar", GOOD))]) == 0
+
+
+def shard_of_chats(path, first, count):
+    return write_shard(path, {f"{number:03d}.json": chat("q", "a") for number in range(first, first + count)})
+
+
+def member_offsets(shard):
+    with tarfile.open(shard) as tar:
+        return [member.offset for member in tar]
+
+
+def one_bit(data, position):
+    return data[:position] + bytes([data[position] ^ 1]) + data[position + 1 :]
+
+
+def damages():
+    """Changes of a shard of twenty chats at its member 10, which begins at byte `at`."""
+    return {
+        "cut at a border": lambda data, at: data[:at],
+        "cut in a header": lambda data, at: data[: at + 200],
+        "cut in a document": lambda data, at: data[: at + 520],
+        "cut in the end": lambda data, at: data[:at] + bytes(512),
+        "a bit of the name": lambda data, at: one_bit(data, at + 2),
+        "a bit of the size": lambda data, at: one_bit(data, at + 130),
+        "a bit of the checksum": lambda data, at: one_bit(data, at + 150),
+        "zeros for a header": lambda data, at: data[:at] + bytes(512) + data[at + 512 :],
+        "garbage behind the end": lambda data, at: data + b"garbage" * 300,
+    }
+
+
+@pytest.mark.parametrize("damage", damages())
+def test_a_shard_that_is_not_whole_is_named(tmp_path, damage):
+    """GNU tar stops without an error at the first, second and fourth of these; a loader must not."""
+    shard = shard_of_chats(tmp_path / "a.tar", 0, 20)
+    at = member_offsets(shard)[10]
+    shard.write_bytes(damages()[damage](shard.read_bytes(), at))
+    index = ShardIndex.build(str(shard))
+    assert index.bad_faults.tolist() == ["tar"] and len(index) < 20
+    assert len(index) >= 9, "samples before the damage are used"
+    with pytest.raises(DataError, match="not a complete uncompressed tar"):
+        open_dataset(shard)
+
+
+@pytest.mark.parametrize("padding", [0, 512, 300 * 512])
+def test_shards_joined_by_cat_are_read_whole(tmp_path, padding):
+    first, second = shard_of_chats(tmp_path / "a.tar", 0, 20), shard_of_chats(tmp_path / "b.tar", 20, 20)
+    joined = tmp_path / "c.tar"
+    joined.write_bytes(first.read_bytes() + bytes(padding) + second.read_bytes() + bytes(10_240))
+    index = ShardIndex.build(str(joined))
+    assert [key.decode() for key in index.keys] == [f"{number:03d}" for number in range(40)]
+    data = joined.read_bytes()
+    for offset, size in zip(index.json_offset, index.json_size, strict=True):
+        assert data[offset : offset + size] == chat("q", "a")
+
+
+def test_an_error_of_the_disk_is_no_fault_of_a_sample(tmp_path, monkeypatch):
+    """Documents, images and sounds: libsndfile hides errors of the file that it reads from."""
+    shard = write_shard(
+        tmp_path / "a.tar",
+        {**GOOD, "b.json": chat("q", "a", "audio"), "b.0.wav": wav(900)},
+    )
+
+    class Failing(io.BytesIO):
+        reads, fails_at = 0, 0
+
+        def read(self, count=-1):
+            Failing.reads += 1
+            if Failing.reads == Failing.fails_at:
+                raise OSError(5, "Input/output error")
+            return super().read(count)
+
+    monkeypatch.setattr("mimo_gemma4.data.index.open_shard", lambda shard: Failing(Path(shard).read_bytes()))
+    assert len(ShardIndex.build(str(shard))) == 2
+    for number in range(1, Failing.reads + 1):
+        Failing.reads, Failing.fails_at = 0, number
+        with pytest.raises(DataError, match="cannot be read: .*Input/output error") as raised:
+            ShardIndex.build(str(shard))
+        assert type(raised.value) is DataError
+
+
+def riff(sizes, samples=400):
+    """A WAV file whose header gives `sizes(file size)` for the size of the file."""
+    data = wav(samples)
+    return data[:4] + struct.pack("<I", sizes(len(data))) + data[8:]
+
+
+@pytest.mark.parametrize("sizes", [lambda n: n - 8, lambda n: n, lambda n: n - 7, lambda n: 0, lambda n: 2**32 - 1])
+def test_the_size_of_the_file_in_a_wav_header_does_not_matter(sizes):
+    data = riff(sizes)
+    assert read_header("audio", "wav", io.BytesIO(data), 0, len(data)).samples == 400
+
+
+def test_a_stale_and_a_damaged_index_are_named_and_rebuilt(tmp_path, caplog):
+    shard = shard_of_chats(tmp_path / "a.tar", 0, 3)
+    ShardIndex.open(str(shard))
+    assert not caplog.records
+    shard_of_chats(shard, 0, 4)
+    assert len(ShardIndex.open(str(shard))) == 4 and "a.tar.index.npz belongs to another version" in caplog.text
+    (tmp_path / "a.tar.index.npz").write_bytes(b"?")
+    assert len(ShardIndex.open(str(shard))) == 4 and "a.tar.index.npz is damaged" in caplog.text
+
+
+def test_a_shard_that_changes_while_it_is_indexed_leaves_no_index(tmp_path, monkeypatch):
+    shard = shard_of_chats(tmp_path / "a.tar", 0, 3)
+    built = ShardIndex.build
+
+    def build(path):
+        index = built(path)
+        shard_of_chats(shard, 5, 9)
+        return index
+
+    monkeypatch.setattr(ShardIndex, "build", build)
+    with pytest.raises(DataError, match="changed while it was indexed"):
+        ShardIndex.open(str(shard))
+    assert not list(tmp_path.glob("*.npz"))

@@ -5,7 +5,7 @@ from collections import Counter
 
 import pytest
 
-from mimo_gemma4.data.order import Mixture, Permutation
+from mimo_gemma4.data.order import Mixture, Permutation, take_of_each
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 5, 16, 17, 1000, 4097])
@@ -69,3 +69,35 @@ def test_a_place_far_away_costs_no_more_than_the_first():
     far = [mixture.sample(*mixture.turn(10**12 + place)) for place in range(1000)]
     assert time.perf_counter() - between < 20 * (between - started)
     assert len({*near, *far}) == 2000
+
+
+@pytest.mark.parametrize("first_turns", [(), (5, 0, 1000)])
+def test_samples_of_each_source_before_a_place_are_counted_without_walking(first_turns):
+    mixture = Mixture((40, 7, 23), (3.0, 1.0, 0.5), seed=1, shuffle=True, first_turns=first_turns)
+    counted = Counter(dict(enumerate(first_turns)))
+    for place in range(20_000):  # longer than a period of the table
+        if place % 1999 == 0:
+            assert mixture.turns(place) == tuple(counted[source] for source in range(3))
+        source, turn = mixture.turn(place)
+        assert turn == counted[source]
+        counted[source] += 1
+    source, turn = mixture.turn(10**12)
+    assert mixture.turns(10**12)[source] == turn
+
+
+@pytest.mark.parametrize(
+    ("sizes", "limit", "counts"),
+    [
+        ((10,), 4, [4]),
+        ((10, 30), 8, [2, 6]),
+        ((10, 30), None, [10, 30]),
+        ((10, 30), 99, [10, 30]),
+        ((1000, 1, 1), 10, [8, 1, 1]),
+        ((1000, 1, 1), 3, [1, 1, 1]),
+        ((5, 5, 5), 7, [3, 2, 2]),
+    ],
+)
+def test_a_part_of_several_sets_takes_of_each_by_its_size(sizes, limit, counts):
+    taken = list(take_of_each(sizes, limit))
+    firsts = [sum(sizes[:number]) for number in range(len(sizes))]
+    assert taken == [first + place for first, count in zip(firsts, counts, strict=True) for place in range(count)]

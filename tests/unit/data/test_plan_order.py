@@ -5,6 +5,8 @@ from itertools import pairwise
 
 import pytest
 
+from mimo_gemma4.data.dataset import Source
+from mimo_gemma4.data.order import OrderStart
 from mimo_gemma4.data.planner import StepPlanner
 from mimo_gemma4.errors import ConfigError, DataError
 from tests.shard_maker import chat, mixed_shard, open_dataset, png, write_shard
@@ -134,6 +136,22 @@ def test_one_epoch_in_shard_order_for_evaluation(dataset):
     assert plan.steps == 3
     assert [plan.samples(step) for step in range(3)] == [list(range(10)), list(range(10, 20)), [20, 21, 22]]
     assert planner(dataset).steps is None
+
+
+def test_an_evaluation_of_a_part_takes_of_every_set(tmp_path):
+    """Sets of 6 and 12 samples: of 9, 3 and 6."""
+    first, second = mixed_shard(tmp_path / "a.tar", 0, 6), mixed_shard(tmp_path / "b.tar", 6, 12)
+    held_out = open_dataset([Source(first), Source(second)], seq_length=120)
+    plan = planner(held_out, global_batch_size=4, shuffle=False, repeat=False, limit=9)
+    assert [plan.samples(step) for step in range(plan.steps)] == [[0, 1, 2, 6], [7, 8, 9, 10], [11]]
+
+
+def test_a_resumed_run_enters_the_order_at_its_place_whatever_its_batch_size(dataset):
+    """Steps of 7, then of 3 after two of them: the samples of a run of single samples."""
+    order = [index for step in range(40) for index in planner(dataset, global_batch_size=1).samples(step)]
+    resumed = planner(dataset, global_batch_size=3, start=OrderStart(step=2, place=14))
+    assert [index for step in range(2, 10) for index in resumed.samples(step)] == order[14:38]
+    assert resumed.turns(10) == (38,)
 
 
 def test_sizes_and_modules_are_checked(dataset):

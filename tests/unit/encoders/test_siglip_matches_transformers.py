@@ -2,6 +2,7 @@
 
 import io
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,7 @@ import torch
 import torch.distributed as dist
 from megatron.core.process_groups_config import ProcessGroupCollection
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn import functional as F
 from transformers import SiglipConfig, SiglipImageProcessorPil, SiglipModel
@@ -21,7 +23,7 @@ from mimo_gemma4.encoders.registry import build_encoder, build_processor
 from mimo_gemma4.encoders.siglip import SiglipEncoder
 from mimo_gemma4.errors import CheckpointError, ConfigError
 from mimo_gemma4.media import MediaHeader
-from mimo_gemma4.train.initial_weights import fill_from_own_directory
+from mimo_gemma4.train.initial_weights import check_own_directory, fill_from_own_directory
 
 WIDTHS = dict(hidden_size=32, intermediate_size=48, num_attention_heads=4)
 TOWER = dict(**WIDTHS, num_hidden_layers=3, image_size=24, patch_size=8)
@@ -107,6 +109,69 @@ def test_soft_tokens_and_gradients(siglip: tuple[Path, SiglipModel], activation_
     for binding in encoder.bindings():
         deviation = (binding.tensor.grad - gradients[binding.name]).norm()
         assert deviation <= 1e-5 * gradients[binding.name].norm() + 1e-7 * total, binding.name
+
+
+PREPROCESSING = {
+    "mean and std": dict(image_mean=[0.48, 0.46, 0.41], image_std=[0.27, 0.26, 0.28]),
+    "bilinear, as SigLIP 2": dict(resample=2),
+    "nearest": dict(resample=0),
+    "no normalisation": dict(do_normalize=False),
+    "another factor": dict(rescale_factor=1 / 127.5, image_mean=[1.0] * 3, image_std=[1.0] * 3),
+    "no rescaling": dict(do_rescale=False, image_mean=[100.0] * 3, image_std=[50.0] * 3),
+}
+
+
+@pytest.mark.parametrize("kind", PREPROCESSING)
+def test_the_directory_s_preprocessing_is_used(kind: str, siglip: tuple[Path, SiglipModel], tmp_path: Path):
+    shutil.copytree(siglip[0], tmp_path / "own")
+    preprocess = SiglipImageProcessorPil(size={"height": 24, "width": 24}, **PREPROCESSING[kind])
+    preprocess.save_pretrained(tmp_path / "own")
+    processor = build_processor("vision", configuration(tmp_path / "own")[1])
+    images = [Image.open(io.BytesIO(data)) for data in FILES]
+    expected = preprocess(images, return_tensors="pt")["pixel_values"]
+    inputs = processor.collate([processor.decode(data) for data in FILES])["pixels"]
+    seen: list[torch.Tensor] = []
+    encoder = build(tmp_path / "own")
+    encoder.tower.register_forward_pre_hook(lambda module, arguments: seen.append(arguments[0]))
+    encoder(inputs)
+    torch.testing.assert_close(seen[0], expected, rtol=1e-5, atol=1e-5)  # fp32: roundings in another order
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"size": {"height": 32, "width": 32}}, "'size': {'height': 32, 'width': 32}"),
+        ({"size": {"shortest_edge": 24}}, "shortest_edge"),
+        ({"do_resize": False}, "'do_resize': False"),
+        ({"do_center_crop": True}, "do_center_crop"),
+        ({"do_pad": True}, "do_pad"),
+        ({"max_num_patches": 256}, "max_num_patches"),  # SigLIP 2 with images of any shape
+        ({"image_std": [0.5, 0.0, 0.5]}, "cannot be followed"),
+        ({"image_mean": [0.5, 0.5]}, "cannot be followed"),
+        ({"image_mean": "half"}, "cannot be followed"),
+        ({"resample": 17}, "cannot be followed"),
+    ],
+)
+def test_preprocessing_that_differs_is_refused(options: dict, message: str, siglip: tuple[Path, SiglipModel]):
+    hf_config = configuration(siglip[0])[1] | {"vision_processor": options}
+    with pytest.raises(ConfigError, match=f"vision_processor: .*{message}"):
+        build_processor("vision", hf_config)
+
+
+def test_the_projector_of_an_export_is_loaded(siglip: tuple[Path, SiglipModel], tmp_path: Path):
+    shutil.copytree(siglip[0], tmp_path / "own")
+    tensors = load_file(tmp_path / "own" / "model.safetensors")
+    names = [f"model.multi_modal_projector.{name}" for name in ("0.weight", "0.bias", "2.weight", "2.bias")]
+    shapes = [(HIDDEN, 32), (HIDDEN,), (HIDDEN, HIDDEN), (HIDDEN,)]
+    projector = {name: torch.randn(shape) for name, shape in zip(names, shapes, strict=True)}
+    save_file(tensors | projector, tmp_path / "own" / "model.safetensors", metadata={"format": "pt"})
+    loaded = {binding.name: binding.tensor for binding in build(tmp_path / "own").bindings()}
+    assert all(torch.equal(loaded[name], tensor) for name, tensor in projector.items())
+    encoder = build(siglip[0])
+    message = "has no projector, while model.hf_path .* holds the same encoder with a trained one"
+    with pytest.raises(ConfigError, match=message):
+        check_own_directory("vision", encoder, str(siglip[0]), str(tmp_path / "own"))
+    check_own_directory("vision", encoder, str(tmp_path / "own"), str(siglip[0]))
 
 
 def test_the_projector_is_drawn_and_the_tower_is_loaded(siglip: tuple[Path, SiglipModel]):

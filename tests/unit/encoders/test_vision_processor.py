@@ -14,6 +14,7 @@ from transformers.models.gemma4.image_processing_pil_gemma4 import (
 )
 
 from mimo_gemma4.encoders.gemma4_vision_processor import Gemma4ImageProcessor
+from mimo_gemma4.encoders.image_file import read_image
 from mimo_gemma4.encoders.registry import build_processor
 from mimo_gemma4.errors import ConfigError
 from mimo_gemma4.media import MediaHeader
@@ -172,3 +173,15 @@ def test_cost_counts_linears_by_patch_and_attention_by_pair_of_patches():
     attention = 2 * 2 * 2 * 4 * 8  # scores and values, multiply and add, 2 layers, 4 heads of 8
     for width, height, patches in [(48, 48, 36), (96, 192, 72), (1000, 10, 72), (10, 30, 36)]:
         assert processor.cost(MediaHeader(width=width, height=height)) == patches * (linears + attention * patches)
+
+
+@pytest.mark.parametrize("transparent", [None, 40_000])
+def test_grey_images_of_16_bits_are_scaled_not_clipped(transparent: int | None):
+    """Pillow's own conversion makes everything above 255 white. Rounded to the nearest of 256 levels."""
+    values = np.array([[0, 128, 129, 255], [256, 40_000, 65_406, 65_535]], np.uint16)
+    buffer = io.BytesIO()
+    Image.fromarray(values).save(buffer, "png", **({} if transparent is None else {"transparency": transparent}))
+    expected = np.round(values / 257.0).astype(np.uint8)
+    if transparent is not None:
+        expected[values == transparent] = 255
+    assert np.array_equal(np.asarray(read_image(buffer.getvalue())), np.repeat(expected[..., None], 3, axis=2))

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from mimo_gemma4.config import LoraConfig
@@ -133,7 +134,7 @@ def test_an_adapter_with_several_ranks_is_written_with_patterns(tmp_path: Path) 
 @pytest.mark.parametrize(
     ("lora", "error", "message"),
     [
-        (replace(LORA, rank=3), ConfigError, "has r 2 and a scale of 1.5, but modules.language.lora asks for rank 3"),
+        (replace(LORA, rank=3), ConfigError, "has r 2 and a scale of 1.5 for block.*, but modules.*asks for rank 3"),
         (replace(LORA, alpha=1.0), ConfigError, "asks for rank 2 and a scale of 0.5: set rank and alpha"),
         (replace(LORA, targets=["*.value"]), ConfigError, "also adapts 1 linears, such as 'block.q_proj'"),
         (replace(LORA, targets=["*.[kq]_proj", "*.value"]), CheckpointError, "lacks 2 tensors .*k_proj.lora_A.weight"),
@@ -146,17 +147,111 @@ def test_an_adapter_that_does_not_fit_is_refused(
     module = adapted(lora)
     with pytest.raises(error, match=message):
         source = AdapterSource(folder, "modules.language.lora", lora)
-        source.check_all_read(
-            ["block.q_proj", "block.k_proj", "block.value"],
-            [binding.name.partition(".lora_")[0] for binding in module.adapter_bindings()],
-        )
+        source.check_all_read({binding.name for binding in module.adapter_bindings()})
         load(module.adapter_bindings(), source, "the adapter")
 
 
-def test_an_adapter_of_another_method_or_no_adapter_is_refused(folder: Path, tmp_path: Path) -> None:
+CHANGES = {
+    "use_dora": True,
+    "bias": "lora_only",
+    "lora_bias": True,
+    "modules_to_save": ["lm_head"],
+    "trainable_token_indices": [5],
+    "target_parameters": ["experts.down_proj"],
+    "layer_replication": [[0, 2]],
+    "fan_in_fan_out": True,
+    "alora_invocation_tokens": [3],
+    "some_later_method": {"strength": 1},
+    "peft_type": "LOHA",
+    "init_lora_weights": "pissa_niter_4",
+}
+
+
+@pytest.mark.parametrize("key", CHANGES)
+def test_an_adapter_that_is_more_than_low_rank_products_is_refused_by_name(key: str, folder: Path) -> None:
+    change_config(folder, **{key: CHANGES[key]})
+    with pytest.raises(ConfigError, match=f"{key} .*is not supported: only LoRA on linears"):
+        AdapterSource(folder, "modules.language.lora", LORA)
+
+
+def change_config(folder: Path, **values: object) -> None:
+    config = json.loads((folder / "adapter_config.json").read_text())
+    (folder / "adapter_config.json").write_text(json.dumps(config | values))
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "embed_tokens.token_adapter.trainable_tokens_delta",
+        "embed_tokens.lora_embedding_A",
+        "lm_head.weight",
+        "value.lora_magnitude_vector",
+        "value.lora_B.bias",
+    ],
+)
+def test_a_tensor_that_is_no_linear_s_product_is_refused_by_name(name: str, folder: Path) -> None:
+    tensors = load_file(folder / "adapter_model.safetensors")
+    save_file(tensors | {f"base_model.model.{name}": torch.ones(2)}, folder / "adapter_model.safetensors")
+    with pytest.raises(ConfigError, match=f"1 tensors that are no linear's A or B, such as {name}"):
+        AdapterSource(folder, "modules.language.lora", LORA)
+
+
+def test_patterns_count_as_in_peft(folder: Path) -> None:
+    """PEFT takes the first pattern that matches the end of a name, and `r` and `lora_alpha` for all others."""
+    change_config(folder, r=7, lora_alpha=70, rank_pattern={"value": 2, r"block\.\w_proj": 2})
+    change_config(folder, alpha_pattern={".*proj": 3, "value": 3, "k_proj": 9})
+    module, source = adapted(), AdapterSource(folder, "modules.language.lora", LORA)
+    load(module.adapter_bindings(), source, "the adapter")
+    change_config(folder, alpha_pattern={".*proj": 3, "value": 4})
+    with pytest.raises(ConfigError, match="has r 2 and a scale of 2 for block.value"):
+        load(module.adapter_bindings(), AdapterSource(folder, "modules.language.lora", LORA), "the adapter")
+
+
+@pytest.mark.parametrize("prefix", ["model.language_model.", "model.", "language_model.", ""])
+def test_linears_are_known_under_the_names_of_every_class(prefix: str, folder: Path) -> None:
+    tensors = load_file(folder / "adapter_model.safetensors")
+    renamed = {name.replace("model.block.", f"model.{prefix}layers.3."): tensor for name, tensor in tensors.items()}
+    save_file(renamed, folder / "adapter_model.safetensors")
+    names = AdapterSource(folder, "modules.language.lora", LORA).names
+    linears = ("q_proj", "value")
+    expected = {f"model.language_model.layers.3.{linear}.lora_{end}.weight" for linear in linears for end in "AB"}
+    assert set(names) == expected
+
+
+def test_a_text_only_adapter_has_the_names_of_its_class_and_comes_back(tmp_path: Path) -> None:
+    linear = "model.language_model.layers.0.mlp.up_proj"
+    tensors = {f"{linear}.lora_A.weight": torch.ones(2, 5), f"{linear}.lora_B.weight": torch.ones(3, 2)}
+    TrainedAdapters(tensors, {linear: 1.5}).save(tmp_path / "a", base_model=None, text_only=True)
+    stored = load_file(tmp_path / "a" / "adapter_model.safetensors")
+    assert set(stored) == {f"base_model.model.model.layers.0.mlp.up_proj.lora_{end}.weight" for end in "AB"}
+    assert json.loads((tmp_path / "a/adapter_config.json").read_text())["target_modules"] == [
+        "model.layers.0.mlp.up_proj"
+    ]
+    source = AdapterSource(tmp_path / "a", "modules.language.lora", LORA)
+    assert set(source.names) == set(tensors)
+    foreign = {name.replace(linear, "model.vision_tower.x"): tensor for name, tensor in tensors.items()}
+    with pytest.raises(CheckpointError, match="model.vision_tower.x has an adapter, but .* text alone"):
+        TrainedAdapters(foreign, {"model.vision_tower.x": 1.5}).save(tmp_path / "b", base_model=None, text_only=True)
+
+
+DAMAGE = {
+    "no JSON": ("adapter_config.json", b"{", "is no usable configuration"),
+    "a list": ("adapter_config.json", b"[]", "is no usable configuration"),
+    "no rank": ("adapter_config.json", b'{"peft_type": "LORA", "lora_alpha": 3}', "is no usable configuration"),
+    "rank of 0": ("adapter_config.json", b'{"r": 0, "lora_alpha": 3}', "must be positive"),
+    "a bad pattern": ("adapter_config.json", b'{"r": 2, "lora_alpha": 3, "rank_pattern": {"(": 2}}', "no usable"),
+    "no tensors": ("adapter_model.safetensors", b"", "is no readable safetensors file"),
+}
+
+
+@pytest.mark.parametrize("kind", DAMAGE)
+def test_a_damaged_adapter_is_named(kind: str, folder: Path) -> None:
+    name, content, message = DAMAGE[kind]
+    (folder / name).write_bytes(content)
+    with pytest.raises(CheckpointError, match=message):
+        AdapterSource(folder, "modules.language.lora", LORA)
+
+
+def test_a_folder_without_adapter_is_refused(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="lacks adapter_config.json and adapter_model.safetensors"):
         AdapterSource(tmp_path, "modules.language.lora", LORA)
-    config = json.loads((folder / "adapter_config.json").read_text())
-    (folder / "adapter_config.json").write_text(json.dumps(config | {"use_dora": True}))
-    with pytest.raises(ConfigError, match="use_dora is not supported"):
-        AdapterSource(folder, "modules.language.lora", LORA)
