@@ -11,6 +11,7 @@ import torch
 
 from mimo_gemma4.errors import ConfigError
 from mimo_gemma4.language.attention_context import VisibleKeys
+from mimo_gemma4.language.kernels.packed import stretch_begins
 
 WIDEST_HEAD = 256
 """Channels per head of the widest head that its flash and cuDNN kernels train."""
@@ -39,16 +40,11 @@ class TransformerEnginePlan:
 
     @classmethod
     def where_supported(cls, keys: VisibleKeys, head_dim: int) -> "TransformerEnginePlan | None":
-        """The plan, or None for what it does not cover: full layers, wide heads, media groups, many stretches.
-
-        Padding continues the segment before it: no token sees what it sees, and it sees what comes earlier.
-        """
+        """The plan, or None for what it does not cover: full layers, wide heads, media groups, many stretches."""
         if keys.rule.window is None or keys.grouped or head_dim > WIDEST_HEAD:
             return None
-        index = torch.arange(keys.segments.shape[1]).expand_as(keys.segments)
-        segments = keys.segments.gather(1, torch.where(keys.segments > 0, index, 0).cummax(dim=1).values)
-        starts = (segments.diff(dim=1) != 0) | (keys.last.diff(dim=1) != 1)
-        begins = [0, *(starts[0].nonzero().squeeze(1) + 1).tolist(), index.shape[1]]
+        starts = stretch_begins(keys)
+        begins = [*starts[0].nonzero().squeeze(1).tolist(), starts.shape[1]]
         key_begins, key_ends = keys.first[:, begins[:-1]], keys.last[:, [end - 1 for end in begins[1:]]] + 1
         equal = all((bounds == bounds[:1]).all() for bounds in (starts, key_begins, key_ends))  # in all sequences
         if not equal or len(begins) - 1 > MOST_STRETCHES:

@@ -54,10 +54,7 @@ class PackedPlan:
 
 
 def packed_calls(keys: VisibleKeys) -> list[PackedCall] | None:
-    """The calls of a microbatch, planned on the host; None where there would be too many.
-
-    Padding continues the segment before it: no token sees what padding sees.
-    """
+    """The calls of a microbatch, planned on the host; None where there would be too many."""
     stretches = _stretches(keys)
     bounds = [0]
     for number in range(1, len(stretches)):
@@ -79,13 +76,21 @@ class _Stretch:
     end_key: int
 
 
+def stretch_begins(keys: VisibleKeys) -> torch.Tensor:
+    """Whether a stretch begins at each query: bool [B, S/cp] on the host.
+
+    Padding continues the segment before it: no token sees what padding sees, and it sees what comes earlier.
+    """
+    index = torch.arange(keys.segments.shape[1]).expand_as(keys.segments)
+    segments = keys.segments.gather(1, torch.where(keys.segments > 0, index, 0).cummax(dim=1).values)
+    begins = torch.ones_like(segments, dtype=torch.bool)
+    begins[:, 1:] = (segments.diff(dim=1) != 0) | (keys.last.diff(dim=1) != 1)
+    return begins
+
+
 def _stretches(keys: VisibleKeys) -> list[_Stretch]:
     batch, length = keys.segments.shape
-    index = torch.arange(length).expand(batch, length)
-    segments = keys.segments.gather(1, torch.where(keys.segments > 0, index, 0).cummax(dim=1).values)
-    begins = torch.ones(batch, length, dtype=torch.bool)
-    begins[:, 1:] = (segments.diff(dim=1) != 0) | (keys.last.diff(dim=1) != 1)
-    first_queries = begins.flatten().nonzero().squeeze(1)
+    first_queries = stretch_begins(keys).flatten().nonzero().squeeze(1)
     end_queries = torch.cat([first_queries[1:], torch.tensor([batch * length])])
     key_of_sequence = (torch.arange(batch) * keys.count)[:, None]
     first_keys = (keys.first + key_of_sequence).flatten()[first_queries]
