@@ -175,15 +175,15 @@ def restore(setup: RunSetup, start: StartCheckpoint, optimizers: dict[str, Modul
     """
     host, path = setup.groups.host, start.path
     check_recorded_parts(path, optimizers, setup.config.lora_scales, host, weights_only=start.weights_only)
-    recorded = recorded_state(path).get("lora", {})
+    recorded = recorded_state(path)
     modules = [
         optimizer.module
         for name, optimizer in optimizers.items()
-        if start.weights_only and name not in recorded and isinstance(optimizer.module, AdaptedModule)
+        if start.weights_only and name not in recorded.get("lora", {}) and isinstance(optimizer.module, AdaptedModule)
     ]
     fresh = {binding.name for module in modules for binding in module.adapter_bindings()}
     if start.weights_only:
-        held = recorded_state(path).get("decoders", [])
+        held = recorded.get("decoders", [])
         absent = [name for name in setup.layout.decoders if name in optimizers and name not in held]
         fresh |= {binding.name for name in absent for binding in optimizers[name].bindings}
     state = checkpoint.load(path, optimizers, host=host, weights_only=start.weights_only, keep=fresh)
